@@ -1,0 +1,1 @@
+"""Compression: dense weights to DoubleBinaryFactors; knows no graph and no Inductor."""

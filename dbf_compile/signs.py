@@ -1,0 +1,91 @@
+"""The bit layout of a sign matrix; nobody else packs or unpacks.
+
+A matrix of ±1 with ``cols`` columns is kept as int32 words, one row after the other:
+
+    column   0  1  2  …  31 | 32 33  …  63 | 64 …           bit 1 = +1, bit 0 = -1
+    word     0              |  1           |  2              column c is bit c % 32 of word c // 32
+    bit      0  1  2  …  31 |  0  1  …  31 |  0 …            (least significant bit first)
+
+Bits past the last column are 0, so that equal matrices have equal words.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dbf_compile.errors import SignsError
+
+WORD_BITS = 32
+
+
+def words_per_row(cols: int) -> int:
+    """Return the number of 32-bit words that hold ``cols`` signs: ``ceil(cols / 32)``."""
+    return -(-cols // WORD_BITS)
+
+
+def pack_signs(signs: Tensor) -> Tensor:
+    """Pack a matrix of ±1 into 32-bit words: ``[rows, cols]`` to ``[rows, ceil(cols / 32)]``.
+
+    Args:
+        signs: any real dtype, shape [rows, cols], every entry exactly +1 or -1.
+
+    Returns:
+        int32 words on the same device, contiguous.
+
+    Raises:
+        SignsError: not a matrix, or an entry is neither +1 nor -1 (NaN included).
+    """
+    if signs.dim() != 2:
+        raise SignsError(
+            f"signs of shape {tuple(signs.shape)}", "a matrix [rows, cols]", "reshape to two dimensions"
+        )
+    positive = signs > 0
+    if not bool(torch.all(positive | (signs < 0)) & torch.all(signs.abs() == 1)):
+        raise SignsError(
+            "a sign matrix with entries other than +1 and -1", "+1 and -1", "apply sign(), with sign(0) = +1"
+        )
+    rows, cols = signs.shape
+    bits = torch.zeros(rows, words_per_row(cols) * WORD_BITS, dtype=torch.int64, device=signs.device)
+    bits[:, :cols] = positive
+    place = torch.ones((), dtype=torch.int64, device=signs.device) << torch.arange(
+        WORD_BITS, device=signs.device
+    )
+    words = (bits.view(rows, -1, WORD_BITS) * place).sum(-1)
+    # int64 -> int32 wraps modulo 2^32, which is the reinterpretation wanted here.
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32).contiguous()
+
+
+def unpack_signs(words: Tensor, cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Unpack 32-bit words into a matrix of ±1: ``[rows, ceil(cols / 32)]`` to ``[rows, cols]``.
+
+    Args:
+        words: int32, shape [rows, ceil(cols / 32)], as made by :func:`pack_signs`.
+        cols: number of columns; the bits behind them are ignored.
+        dtype: dtype of the result.
+
+    Raises:
+        SignsError: wrong dtype or number of words for ``cols`` columns.
+    """
+    check_words(words, cols)
+    shifts = torch.arange(WORD_BITS, dtype=torch.int32, device=words.device)
+    bits = (words.unsqueeze(-1) >> shifts) & 1
+    return (2 * bits.flatten(1)[:, :cols] - 1).to(dtype)
+
+
+def check_words(words: Tensor, cols: int) -> None:
+    """Raise SignsError unless ``words`` can hold a sign matrix of ``cols`` columns."""
+    if words.dtype != torch.int32 or words.dim() != 2 or words.shape[1] != words_per_row(cols):
+        raise SignsError(
+            f"packed signs of dtype {words.dtype} and shape {tuple(words.shape)} for {cols} columns",
+            f"int32 [rows, {words_per_row(cols)}]",
+            "pack with dbf_compile.signs.pack_signs",
+        )
+
+
+def padding_is_zero(words: Tensor, cols: int) -> bool:
+    """Return whether the bits behind the last of ``cols`` columns are all 0."""
+    used = cols % WORD_BITS
+    if used == 0 or words.numel() == 0:
+        return True
+    return bool(torch.all(words[:, -1] >> used == 0)) if used < 31 else bool(torch.all(words[:, -1] >= 0))

@@ -1,0 +1,1 @@
+"""Kernels: one operator, one folder, imported as ``dbf_compile.kernels.<operator>``."""
