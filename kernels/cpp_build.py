@@ -1,0 +1,104 @@
+"""Builds the C++ kernels once per machine and keeps the result.
+
+Requirements, with their reasons:
+ * nothing is built at import or at installation: the wheel stays pure Python;
+ * the file name is a fingerprint of sources, compiler command, torch version and processor, so that a changed
+   source is never served stale and a shared home folder may hold the libraries of several machines;
+ * libraries appear by atomic rename: two processes may build at once, a killed one leaves no broken file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from dbf_compile.errors import BuildError
+from dbf_compile.folders import cache_folder
+
+# -ffp-contract=off: a sum of look-ups must not turn into fused multiply-adds behind our back.
+FLAGS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi")
+
+
+def compiler() -> str | None:
+    """Return the path of the C++ compiler: ``$CXX``, else c++, g++ or clang++; None where there is none."""
+    wanted = os.environ.get("CXX")
+    candidates = (wanted,) if wanted else ("c++", "g++", "clang++")
+    return next((path for name in candidates if (path := shutil.which(name))), None)
+
+
+def build(source: Path) -> Path:
+    """Compile one C++ file into a shared library, or return the one built before.
+
+    Args:
+        source: a file that registers operators through torch's stable ABI.
+
+    Returns:
+        The library, in the ``native`` folder of the cache.
+
+    Raises:
+        BuildError: no compiler, or the compiler failed; its output is part of the message.
+    """
+    command = _command()
+    digest = hashlib.sha256()
+    for part in (source.read_bytes(), " ".join(command).encode(), torch.__version__.encode(), _processor()):
+        digest.update(hashlib.sha256(part).digest())
+    library = cache_folder() / "native" / f"{source.stem}-{digest.hexdigest()[:32]}.so"
+    if library.exists():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        partial = Path(folder) / library.name
+        done = subprocess.run(
+            [*command, str(source), "-o", str(partial), *_link_flags()], capture_output=True, text=True
+        )
+        if done.returncode != 0:
+            raise BuildError(
+                f"the C++ compiler failed on {source.name}:\n{done.stderr.strip()[-4000:]}",
+                "a compiler with C++20, such as g++ >= 11 or clang++ >= 14",
+                "choose another compiler with the environment variable CXX",
+            )
+        os.replace(partial, library)
+    return library
+
+
+def _command() -> list[str]:
+    path = compiler()
+    if path is None:
+        raise BuildError(
+            f"no C++ compiler (CXX={os.environ.get('CXX')!r})",
+            "g++ >= 11 or clang++ >= 14 on the PATH",
+            "install one, or set CXX; until then the slow reference is used",
+        )
+    from torch.utils.cpp_extension import include_paths
+
+    abi = f"-DTORCH_TARGET_VERSION={_target_version()}"
+    return [path, *FLAGS, abi, "-shared", "-fPIC", *(f"-I{folder}" for folder in include_paths("cpu"))]
+
+
+def _link_flags() -> list[str]:
+    if platform.system() == "Darwin":
+        return ["-undefined", "dynamic_lookup"]
+    return [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"]
+
+
+def _target_version() -> str:
+    # The oldest torch whose stable ABI has all that the kernels call.
+    return "0x020b000000000000"
+
+
+@cache
+def _processor() -> bytes:
+    # -march=native: the instruction sets decide, not the model's name.
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return (platform.machine() + platform.processor()).encode()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine()).encode()

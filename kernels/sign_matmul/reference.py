@@ -1,0 +1,46 @@
+"""What ``dbf::sign_matmul`` and its transpose compute, in plain torch; every kernel is tested against this.
+
+Shape letters: M rows of x (tokens, any number of leading dimensions), K columns of the sign matrix,
+N rows of the sign matrix, W = ceil(K / 32) words.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dbf_compile.signs import unpack_signs
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of sums of ``dtype`` values: float64 for float64, else float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def sign_matmul(x: Tensor, signs: Tensor) -> Tensor:
+    """Multiply by a sign matrix: ``y[..., n] = Σ_k signs[n, k] · x[..., k]``.
+
+    Args:
+        x: floating point [..., K].
+        signs: int32 words [N, W], layout of :mod:`dbf_compile.signs`.
+
+    Returns:
+        [..., N] in the accumulator's dtype: float32, or float64 for float64 ``x``.
+    """
+    dtype = accumulator_dtype(x.dtype)
+    return x.to(dtype) @ unpack_signs(signs, x.shape[-1], dtype).T
+
+
+def sign_matmul_transposed(grad: Tensor, signs: Tensor, cols: int) -> Tensor:
+    """Multiply by the transpose: ``g_x[..., k] = Σ_n signs[n, k] · g_y[..., n]``.
+
+    Args:
+        grad: floating point [..., N].
+        signs: int32 words [N, W].
+        cols: K.
+
+    Returns:
+        [..., K] in the accumulator's dtype.
+    """
+    dtype = accumulator_dtype(grad.dtype)
+    return grad.to(dtype) @ unpack_signs(signs, cols, dtype)
