@@ -1,0 +1,151 @@
+"""DoubleBinaryLinear, the eager layer, and the swap of dense layers for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from dbf_compile.errors import ConversionError
+from dbf_compile.factors import TENSOR_NAMES, DoubleBinaryFactors
+from dbf_compile.ops import double_binary_linear
+
+
+class DoubleBinaryLinear(nn.Module):
+    """A linear layer kept as double binary factors.
+
+    ``y = scale_out ⊙ (signs_out · (scale_mid ⊙ (signs_in · (scale_in ⊙ x)))) + bias``, x [..., K], y [..., N]
+
+    The five tensors are buffers: they move with the module and lie in its ``state_dict``, but are not trained.
+    Gradients with respect to x and bias are exact.
+
+    Args:
+        factors: the factored weight.
+        bias: floating point [N], or None.
+    """
+
+    signs_in: Tensor
+    signs_out: Tensor
+    scale_in: Tensor
+    scale_mid: Tensor
+    scale_out: Tensor
+
+    def __init__(self, factors: DoubleBinaryFactors, bias: Tensor | None = None) -> None:
+        super().__init__()
+        for name, tensor in factors.tensors().items():
+            self.register_buffer(name, tensor)
+        self.bias: nn.Parameter | None
+        if bias is None:
+            self.register_parameter("bias", None)
+        elif isinstance(bias, nn.Parameter):
+            self.bias = bias
+        else:
+            self.bias = nn.Parameter(bias, requires_grad=bias.requires_grad)
+
+    @property
+    def in_features(self) -> int:
+        """K, the size of the input."""
+        return self.scale_in.shape[0]
+
+    @property
+    def mid_features(self) -> int:
+        """R, the size of the middle dimension."""
+        return self.scale_mid.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        """N, the size of the output."""
+        return self.scale_out.shape[0]
+
+    @property
+    def factors(self) -> DoubleBinaryFactors:
+        """The five tensors, checked."""
+        return DoubleBinaryFactors(**{name: getattr(self, name) for name in TENSOR_NAMES})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output [..., N] for x [..., K], in the dtype a dense layer would give."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return double_binary_linear(
+            x, self.signs_in, self.signs_out, self.scale_in, self.scale_mid, self.scale_out, self.bias, dtype
+        )
+
+    def extra_repr(self) -> str:
+        """Return the sizes for ``print(model)``."""
+        return (
+            f"in_features={self.in_features}, mid_features={self.mid_features}, "
+            f"out_features={self.out_features}, bias={self.bias is not None}"
+        )
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Return whether ``module`` is the Conv1D of GPT-2: a linear layer whose weight is [K, N]."""
+    weight = getattr(module, "weight", None)
+    return type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2
+
+
+def dense_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear layers of ``model`` by name, in order: ``nn.Linear`` itself and Conv1D of GPT-2.
+
+    Subclasses of ``nn.Linear`` are left out, since they may compute something else; so are parametrized layers.
+    A layer that is reachable under several names is listed once, under the first.
+    """
+    return {name: module for name, module in model.named_modules() if type(module) is nn.Linear or is_conv1d(module)}
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """Return the weight of a dense linear layer as [N, K]."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if is_conv1d(module) else weight
+
+
+def swap_(model: nn.Module, factors: Mapping[str, DoubleBinaryFactors]) -> nn.Module:
+    """Replace dense linear layers of ``model`` by factored ones, in place.
+
+    Args:
+        model: any module; its ``nn.Linear`` and Conv1D layers are addressed by their qualified names.
+        factors: layer name to factors.
+
+    Returns:
+        ``model`` itself, or the new layer if ``model`` is the linear layer named "".
+
+    Raises:
+        ConversionError: a name is no dense linear layer of the model, or its factors have other sizes.
+            Nothing is replaced then.
+    """
+    layers = dense_linears(model)
+    for name, made in factors.items():
+        if name not in layers:
+            raise ConversionError(
+                f"factors for {name!r}, which is no dense linear layer of {type(model).__name__}",
+                f"{', '.join(sorted(layers)) or 'none: the model has no dense linear layer'}",
+                "check that the checkpoint belongs to this model",
+            )
+        expected = tuple(dense_weight(layers[name]).shape)
+        if (made.out_features, made.in_features) != expected:
+            raise ConversionError(
+                f"factors of shape {(made.out_features, made.in_features)} for {name!r}",
+                f"{expected}, the shape of its weight",
+                "check that the checkpoint belongs to this model",
+            )
+    for name, made in factors.items():
+        dense = layers[name]
+        weight = dense.weight
+        assert isinstance(weight, Tensor)
+        bias = dense.bias
+        factored = DoubleBinaryLinear(made.to(weight.device), bias if isinstance(bias, Tensor) else None)
+        factored.train(dense.training)
+        if name == "":
+            return factored
+        _replace_everywhere(model, dense, factored)
+    return model
+
+
+def _replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    # A shared layer hangs under several parents; all of them must see the new one.
+    for parent in model.modules():
+        for child_name, child in parent._modules.items():
+            if child is old:
+                setattr(parent, child_name, new)

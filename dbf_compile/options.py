@@ -1,0 +1,132 @@
+"""Options: what a user may set, checked once, at the door.
+
+``CompressionConfig`` says how weights become factors, ``CompileOptions`` adds what the compiler needs.
+Both come from plain dictionaries through :func:`parse`, which refuses unknown keys and wrong types.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dbf_compile.errors import OptionError
+
+# Heads and embeddings are a large part of small models and lose most; users expect them untouched.
+DENSE_BY_DEFAULT = ("*lm_head", "*embed_out", "*predictions.decoder", "*output_projection", "*proj_out")
+MIN_BITS, MAX_BITS = 0.05, 16.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionConfig:
+    """How dense weights become factors.
+
+    Args:
+        bits_per_weight: stored bits per weight of every layer, scales and padding counted; 0.05 to 16.
+        overrides: bits per weight for layers whose name matches a pattern (``fnmatch``); the first match wins.
+        skip: name patterns of layers that stay dense.
+        merge_shared_inputs: factor layers that read one input (q/k/v, gate/up) as one stacked weight.
+        iterations: outer iterations of ADMM.
+        seed: seed of the start; equal seeds give equal factors.
+        cache_dir: folder of the factor cache; None for the user's cache folder.
+        progress: show a progress bar while factoring.
+    """
+
+    bits_per_weight: float = 2.0
+    overrides: Mapping[str, float] = field(default_factory=dict)
+    skip: tuple[str, ...] = DENSE_BY_DEFAULT
+    merge_shared_inputs: bool = True
+    iterations: int = 260
+    seed: int = 0
+    cache_dir: str | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name, bits in {"bits_per_weight": self.bits_per_weight, **self.overrides}.items():
+            if not MIN_BITS <= bits <= MAX_BITS:
+                raise OptionError(
+                    f"{bits} bits per weight for {name!r}",
+                    f"{MIN_BITS} to {MAX_BITS}",
+                    "use 2.0 for quality near dense, 1.0 for size",
+                )
+        if self.iterations < 1:
+            raise OptionError(f"iterations={self.iterations}", "1 or more", "leave the default of 260")
+
+    def bits_for(self, name: str) -> float:
+        """Return the bits per weight wanted for the layer ``name``."""
+        return next(
+            (bits for pattern, bits in self.overrides.items() if fnmatchcase(name, pattern)), self.bits_per_weight
+        )
+
+    def skips(self, name: str) -> bool:
+        """Return whether the layer ``name`` stays dense."""
+        return any(fnmatchcase(name, pattern) for pattern in self.skip)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileOptions(CompressionConfig):
+    """What ``torch.compile(model, backend="dbf", options={...})`` takes.
+
+    Args:
+        importance: layer name to ``Importance``; layers not named count all entries alike.
+        checkpoint: path of ready factors; layers that it holds are not factored.
+        mode: mode of Inductor, such as "reduce-overhead"; ``torch.compile`` takes ``mode`` or ``options``, not both.
+        inductor: settings of Inductor for this compilation only.
+    """
+
+    importance: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint: str | None = None
+    mode: str | None = None
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+
+_Config = TypeVar("_Config", bound=CompressionConfig)
+
+_CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "float": ("a number", lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)),
+    "int": ("a whole number", lambda v: isinstance(v, int) and not isinstance(v, bool)),
+    "bool": ("True or False", lambda v: isinstance(v, bool)),
+    "str | None": ("a string, a path or None", lambda v: v is None or isinstance(v, (str, Path))),
+    "tuple[str, ...]": (
+        "a list of name patterns",
+        lambda v: isinstance(v, (list, tuple)) and all(isinstance(item, str) for item in v),
+    ),
+    "Mapping[str, float]": (
+        "a dictionary from name pattern to number",
+        lambda v: isinstance(v, Mapping)
+        and all(isinstance(k, str) and _CHECKS["float"][1](n) for k, n in v.items()),
+    ),
+    "Mapping[str, Any]": (
+        "a dictionary with string keys",
+        lambda v: isinstance(v, Mapping) and all(isinstance(k, str) for k in v),
+    ),
+}
+
+
+def parse(kind: type[_Config], given: Mapping[str, Any]) -> _Config:
+    """Build a configuration from a dictionary and refuse what it does not know.
+
+    Args:
+        kind: CompressionConfig or CompileOptions.
+        given: option name to value.
+
+    Raises:
+        OptionError: an unknown key (the known ones are listed), a value of the wrong type or range.
+    """
+    types = {item.name: str(item.type) for item in fields(kind)}
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in types:
+            close = difflib.get_close_matches(str(name), types, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "remove it"
+            raise OptionError(f"unknown option {name!r}", ", ".join(sorted(types)), hint)
+        allowed, check = _CHECKS[types[name]]
+        if not check(value):
+            raise OptionError(f"option {name}={value!r}", allowed, f"pass {name} as {allowed}")
+        if types[name] == "str | None" and value is not None:
+            value = str(value)
+        values[name] = tuple(value) if types[name] == "tuple[str, ...]" else value
+    return kind(**values)
