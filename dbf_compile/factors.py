@@ -105,6 +105,34 @@ class DoubleBinaryFactors:
             self.scale_out.to(device, dtype),
         )
 
+    @staticmethod
+    def stack(parts: Sequence[DoubleBinaryFactors]) -> DoubleBinaryFactors:
+        """Return the factors of the stacked rows of ``parts``; undoes :meth:`split`.
+
+        Raises:
+            FactorsError: the parts do not share the tensors of their first stage.
+        """
+        first = parts[0]
+        if any(
+            getattr(part, name) is not getattr(first, name)
+            for part in parts
+            for name in ("signs_in", "scale_in", "scale_mid")
+        ):
+            raise FactorsError(
+                "parts with first stages of their own",
+                "parts that came out of one split()",
+                "factor the stacked weight instead",
+            )
+        if len(parts) == 1:
+            return first
+        return DoubleBinaryFactors(
+            first.signs_in,
+            torch.cat([part.signs_out for part in parts]),
+            first.scale_in,
+            first.scale_mid,
+            torch.cat([part.scale_out for part in parts]),
+        )
+
     def split(self, out_features: Sequence[int]) -> Iterator[DoubleBinaryFactors]:
         """Yield the factors of consecutive groups of rows; the first stage is shared, not copied.
 

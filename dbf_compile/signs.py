@@ -34,24 +34,27 @@ def pack_signs(signs: Tensor) -> Tensor:
         int32 words on the same device, contiguous.
 
     Raises:
-        SignsError: not a matrix, or an entry is neither +1 nor -1 (NaN included).
+        SignsError: not a matrix, not of numbers, or an entry is neither +1 nor -1 (NaN included).
     """
     if signs.dim() != 2:
         raise SignsError(
             f"signs of shape {tuple(signs.shape)}", "a matrix [rows, cols]", "reshape to two dimensions"
         )
+    if signs.dtype == torch.bool or signs.is_complex():
+        raise SignsError(f"signs of dtype {signs.dtype}", "real numbers", "map True to +1 and False to -1")
     positive = signs > 0
     if not bool(torch.all(positive | (signs < 0)) & torch.all(signs.abs() == 1)):
         raise SignsError(
             "a sign matrix with entries other than +1 and -1", "+1 and -1", "apply sign(), with sign(0) = +1"
         )
     rows, cols = signs.shape
-    bits = torch.zeros(rows, words_per_row(cols) * WORD_BITS, dtype=torch.int64, device=signs.device)
+    count = words_per_row(cols)
+    bits = torch.zeros(rows, count * WORD_BITS, dtype=torch.int64, device=signs.device)
     bits[:, :cols] = positive
     place = torch.ones((), dtype=torch.int64, device=signs.device) << torch.arange(
         WORD_BITS, device=signs.device
     )
-    words = (bits.view(rows, -1, WORD_BITS) * place).sum(-1)
+    words = (bits.view(rows, count, WORD_BITS) * place).sum(-1)
     # int64 -> int32 wraps modulo 2^32, which is the reinterpretation wanted here.
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32).contiguous()
 

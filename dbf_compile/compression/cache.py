@@ -63,14 +63,19 @@ def content_key(
     """Return the key of the factors of ``weight``: a hash of all they depend on."""
     digest = hashlib.sha256(_source_hash())
     digest.update(f"{mid_features} {config!r}".encode())
-    moments = (
-        (None, None)
-        if importance is None
-        else (importance.input_second_moment, importance.output_grad_second_moment)
-    )
-    for tensor in (weight, *moments):
-        digest.update(b"none" if tensor is None else tensor_hash(tensor))
+    digest.update(tensor_hash(weight))
+    digest.update(importance_hash(importance))
     return digest.hexdigest()
+
+
+def importance_hash(importance: Importance | None) -> bytes:
+    """Return a hash of the two moments; an absent importance and an absent moment have hashes of their own."""
+    if importance is None:
+        return b"none"
+    digest = hashlib.sha256()
+    for tensor in (importance.input_second_moment, importance.output_grad_second_moment):
+        digest.update(b"none" if tensor is None else tensor_hash(tensor))
+    return digest.digest()
 
 
 def tensor_hash(tensor: Tensor) -> bytes:

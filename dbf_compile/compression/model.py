@@ -1,4 +1,4 @@
-"""From the dense linear layers of a model to factors, all cores busy.
+"""From the dense linear layers of a model to factors.
 
 Layers that read one input (q/k/v, gate/up) are stacked and factored as one weight: they share the first stage,
 which costs one product instead of several, and a taller matrix loses less at equal bits.
@@ -6,21 +6,20 @@ which costs one product instead of several, and a taller matrix loses less at eq
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Hashable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from dbf_compile.compression.admm import FactorizerConfig, factorize
-from dbf_compile.compression.cache import FactorCache, content_key
+from dbf_compile import checkpoint
+from dbf_compile.compression.admm import FactorizerConfig
+from dbf_compile.compression.cache import FactorCache, importance_hash
 from dbf_compile.compression.importance import Importance
-from dbf_compile.errors import ConversionError, DBFError
+from dbf_compile.compression.jobs import FactorJob, run_jobs
+from dbf_compile.errors import ConversionError
 from dbf_compile.factors import DoubleBinaryFactors, mid_features_for
 from dbf_compile.linear import dense_linears, dense_weight, swap_
 from dbf_compile.options import CompressionConfig, parse
@@ -38,101 +37,110 @@ SIBLINGS = (
 )
 
 
-@dataclass(frozen=True)
-class FactorJob:
-    """One weight to factor, or several stacked ones that share their first stage.
+class LayerFactorizer:
+    """Knows which layers are factored, which of them together, and how.
 
     Args:
-        names: names of the layers, one per weight.
-        weights: the dense weights [N_i, K]; all have the same K.
-        importance: of the stacked weight, or None.
-        mid_features: R.
-    """
-
-    names: tuple[str, ...]
-    weights: tuple[Tensor, ...]
-    importance: Importance | None
-    mid_features: int
-
-    @property
-    def stacked(self) -> Tensor:
-        """The weight that is factored, [Σ N_i, K]."""
-        return self.weights[0].detach() if len(self.weights) == 1 else torch.cat([w.detach() for w in self.weights])
-
-
-def wants(name: str, out_features: int, in_features: int, config: CompressionConfig) -> bool:
-    """Return whether a layer is to be factored: not skipped, and large enough to gain."""
-    return (
-        not config.skips(name)
-        and mid_features_for(config.bits_for(name), in_features, out_features) >= MIN_MID_FEATURES
-    )
-
-
-def make_job(
-    names: Sequence[str],
-    weights: Sequence[Tensor],
-    importance: Mapping[str, Importance],
-    config: CompressionConfig,
-) -> FactorJob:
-    """Plan one factorization: stack the importances and choose R for the wanted bits."""
-    rows = [weight.shape[0] for weight in weights]
-    known = [importance.get(name) for name in names]
-    if all(item is None for item in known):
-        combined = None
-    else:
-        combined = Importance.stack([item or Importance() for item in known], rows)
-    in_features = weights[0].shape[1]
-    mid_features = mid_features_for(config.bits_for(names[0]), in_features, sum(rows))
-    return FactorJob(tuple(names), tuple(weights), combined, mid_features)
-
-
-def run_jobs(jobs: Sequence[FactorJob], config: CompressionConfig) -> list[DoubleBinaryFactors]:
-    """Factor every job, or take its factors from the cache.
-
-    Weights on the CPU are factored by one thread per core; weights on an accelerator one after the other.
-
-    Args:
-        jobs: what to factor.
-        config: settings; ``cache_dir`` and ``progress`` are read here.
-
-    Returns:
-        The factors of the stacked weights, in the order of ``jobs``, on the device of the weights.
+        config: bits, overrides, skips and settings of the factorizer.
+        importance: layer name to second moments, as made by ``calibrate``.
+        ready: path of a checkpoint; the layers in it are not factored again.
 
     Raises:
-        WeightError: a weight cannot be factored; the message names its layer.
+        CheckpointError: the checkpoint cannot be read.
     """
-    settings = FactorizerConfig(iterations=config.iterations, seed=config.seed)
-    cache = FactorCache(config.cache_dir)
-    keys = [content_key(job.stacked, job.mid_features, job.importance, settings) for job in jobs]
-    found = {key: factors for key in dict.fromkeys(keys) if (factors := cache.get(key)) is not None}
-    missing = {key: job for key, job in zip(keys, jobs, strict=True) if key not in found}
 
-    def work(key: str, job: FactorJob) -> tuple[str, FactorJob, DoubleBinaryFactors]:
-        try:
-            factors = factorize(job.stacked, job.mid_features, job.importance, settings)
-        except DBFError as error:
-            raise error.inside(" + ".join(job.names)) from error
-        cache.put(key, factors)
-        return key, job, factors
+    def __init__(
+        self,
+        config: CompressionConfig,
+        importance: Mapping[str, Importance] | None = None,
+        ready: str | Path | None = None,
+    ) -> None:
+        self._config, self._importance = config, importance or {}
+        self._ready_identity = None if ready is None else _file_identity(Path(ready))
+        self._ready = {} if self._ready_identity is None else _load(*self._ready_identity)
+        self._settings = FactorizerConfig(iterations=config.iterations, seed=config.seed)
 
-    if missing:
-        on_cpu = all(job.weights[0].device.type == "cpu" for job in missing.values())
-        with _one_thread_each(min(len(missing), (os.cpu_count() or 1) if on_cpu else 1)) as pool:
-            # Long jobs first: the last thread to finish then has little left to do.
-            queue = sorted(missing.items(), key=lambda item: -item[1].mid_features * item[1].stacked.numel())
-            futures = [pool.submit(work, key, job) for key, job in queue]
-            total = sum(job.stacked.numel() for job in missing.values())
-            with tqdm(total=total, unit="weight", unit_scale=True, desc="factoring", disable=not config.progress) as bar:
-                try:
-                    for future in as_completed(futures):
-                        key, job, factors = future.result()
-                        found[key] = factors
-                        bar.set_postfix_str(job.names[-1], refresh=False)
-                        bar.update(job.stacked.numel())
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
-    return [found[key].to(job.weights[0].device) for key, job in zip(keys, jobs, strict=True)]
+    def group(self, name: str, weight: Tensor) -> Hashable | None:
+        """Return None if a layer stays dense; layers with equal keys and one input may be factored as one.
+
+        Args:
+            name: of the layer.
+            weight: [N, K]; only its shape, dtype and device count.
+        """
+        if name in self._ready:
+            return ("ready", id(self._ready[name].signs_in))
+        config = self._config
+        out_features, in_features = weight.shape
+        bits = config.bits_for(name)
+        if not weight.is_floating_point() or weight.device.type == "meta" or config.skips(name):
+            return None
+        if mid_features_for(bits, in_features, out_features) < MIN_MID_FEATURES:
+            return None
+        if not config.merge_shared_inputs:
+            return ("alone", name)
+        return ("made", in_features, bits, weight.dtype, weight.device)
+
+    def is_ready(self, names: Sequence[str]) -> bool:
+        """Return whether the factors of these layers were made before, from weights nobody here has seen."""
+        return any(name in self._ready for name in names)
+
+    def identity(self, names: Sequence[str]) -> str:
+        """Return a hash of all that decides on the factors of these layers, except their weights."""
+        source = self._ready_identity if self.is_ready(names) else (self._config.bits_for(names[0]), self._settings)
+        digest = hashlib.sha256(repr((names, source)).encode())
+        for name in names:
+            digest.update(importance_hash(self._importance.get(name)))
+        return digest.hexdigest()
+
+    def make(self, stacks: Sequence[tuple[Sequence[str], Sequence[Tensor]]]) -> list[DoubleBinaryFactors]:
+        """Return the factors of every stack of layers, on the device of its weights.
+
+        Args:
+            stacks: names of layers and their dense weights [N_i, K].
+
+        Raises:
+            WeightError: a weight cannot be factored.
+            ConversionError: ready factors do not fit a weight.
+        """
+        jobs = [self._job(names, weights) for names, weights in stacks if not self.is_ready(names)]
+        config = self._config
+        made = iter(run_jobs(jobs, self._settings, FactorCache(config.cache_dir), config.progress))
+        return [self._take(*stack) if self.is_ready(stack[0]) else next(made) for stack in stacks]
+
+    def _job(self, names: Sequence[str], weights: Sequence[Tensor]) -> FactorJob:
+        rows = [weight.shape[0] for weight in weights]
+        known = [self._importance.get(name) for name in names]
+        if all(item is None for item in known):
+            combined = None
+        else:
+            combined = Importance.stack([item or Importance() for item in known], rows)
+        mid_features = mid_features_for(self._config.bits_for(names[0]), weights[0].shape[1], sum(rows))
+        return FactorJob(tuple(names), tuple(weights), combined, mid_features)
+
+    def _take(self, names: Sequence[str], weights: Sequence[Tensor]) -> DoubleBinaryFactors:
+        for name, weight in zip(names, weights, strict=True):
+            ready = self._ready[name]
+            if (ready.out_features, ready.in_features) != tuple(weight.shape):
+                raise ConversionError(
+                    f"factors of shape {(ready.out_features, ready.in_features)} for {name!r}",
+                    f"{tuple(weight.shape)}, the shape of its weight",
+                    "check that the checkpoint belongs to this model",
+                )
+        return DoubleBinaryFactors.stack([self._ready[name] for name in names]).to(weights[0].device)
+
+
+def _file_identity(path: Path) -> tuple[Path, int, int]:
+    """Return what tells one content of a file from another without reading it."""
+    try:
+        found = path.stat()
+    except OSError:
+        return (path, 0, 0)  # let the checkpoint's loader say what is wrong
+    return (path, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=2)  # a model is compiled several times: prefill, decode, new shapes
+def _load(path: Path, mtime_ns: int, size: int) -> dict[str, DoubleBinaryFactors]:
+    return checkpoint.load(path)
 
 
 def factorize_model(
@@ -148,20 +156,22 @@ def factorize_model(
     Returns:
         Layer name to factors; layers factored together share the tensors of their first stage.
     """
-    layers = {
-        name: weight
-        for name, module in dense_linears(model).items()
-        if (weight := dense_weight(module)).device.type != "meta"
-        and not _is_output_head(model, module)
-        and wants(name, *weight.shape, config)
-    }
-    jobs = [
-        make_job(group, [layers[name] for name in group], importance or {}, config)
-        for group in _sibling_groups(layers, config)
-    ]
+    factorizer = LayerFactorizer(config, importance)
+    layers: dict[str, Tensor] = {}
+    groups: dict[Hashable, list[str]] = {}
+    for name, module in dense_linears(model).items():
+        weight = dense_weight(module).detach()
+        key = factorizer.group(name, weight)
+        if key is None or _has_other_readers(model, module):
+            continue
+        layers[name] = weight
+        parent, _, child = name.rpartition(".")
+        family = next((family for family in SIBLINGS if child in family), None)
+        groups.setdefault((parent, family, key) if family else name, []).append(name)
+    stacks = [(names, [layers[name] for name in names]) for names in groups.values()]
     made: dict[str, DoubleBinaryFactors] = {}
-    for job, factors in zip(jobs, run_jobs(jobs, config), strict=True):
-        made.update(zip(job.names, factors.split([w.shape[0] for w in job.weights]), strict=True))
+    for (names, weights), factors in zip(stacks, factorizer.make(stacks), strict=True):
+        made.update(zip(names, factors.split([weight.shape[0] for weight in weights]), strict=True))
     return {name: made[name] for name in layers}
 
 
@@ -181,7 +191,7 @@ def convert_(
         **options: fields of CompressionConfig: ``bits_per_weight``, ``overrides``, ``skip``, ``seed`` …
 
     Returns:
-        ``model``.
+        ``model``; where ``model`` itself is a linear layer, the layer that takes its place.
 
     Raises:
         OptionError: an unknown or ill-typed option.
@@ -193,38 +203,19 @@ def convert_(
         raise ConversionError(
             f"{type(model).__name__} without a linear layer to factor",
             "nn.Linear or Conv1D layers that are neither skipped nor too small",
-            f"check skip={config.skip} and bits_per_weight={config.bits_per_weight}",
+            f"check skip={list(config.skip)} and bits_per_weight={config.bits_per_weight}",
         )
     return swap_(model, made)
 
 
-def _sibling_groups(
-    layers: Mapping[str, Tensor], config: CompressionConfig
-) -> Iterable[tuple[str, ...]]:
-    grouped: dict[tuple[str, object], list[str]] = {}
-    for name, weight in layers.items():
-        parent, _, child = name.rpartition(".")
-        family = next((s for s in SIBLINGS if child in s), None) if config.merge_shared_inputs else None
-        alike = (family, weight.shape[1], weight.dtype, weight.device, config.bits_for(name))
-        grouped.setdefault((parent, alike) if family else (name, None), []).append(name)
-    return (tuple(names) for names in grouped.values())
-
-
-def _is_output_head(model: nn.Module, module: nn.Module) -> bool:
+def _has_other_readers(model: nn.Module, module: nn.Module) -> bool:
+    """Return whether an embedding or the like reads the same weight: the dense one would have to stay anyway."""
+    weight = module.weight
     get_head = getattr(model, "get_output_embeddings", None)
-    return callable(get_head) and get_head() is module
-
-
-@contextmanager
-def _one_thread_each(workers: int) -> Any:
-    """Yield a thread pool whose torch operations use one thread, and restore the caller's number after it."""
-    threads = torch.get_num_threads()
-    if workers == 1:
-        with ThreadPoolExecutor(1) as pool:
-            yield pool
-        return
-    try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(threads)
+    if callable(get_head) and get_head() is module:
+        return True
+    return any(
+        parameter is weight and other is not module
+        for other in model.modules()
+        for parameter in other.parameters(recurse=False)
+    )

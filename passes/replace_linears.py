@@ -1,0 +1,64 @@
+"""Replace linear layers by their double binary form.
+
+    linear(x, weight, bias)  ->  scale_out ⊙ (signs_out · (scale_mid ⊙ (signs_in · (scale_in ⊙ x)))) + bias
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, Node
+
+from dbf_compile.ops import double_binary_linear
+from dbf_compile.passes.graph import (
+    Weight,
+    WeightSource,
+    emit,
+    example_value,
+    is_linear,
+    mutated_storages,
+    replace,
+    storage_of,
+    weights_of,
+)
+
+
+def replace_linears(graph: Graph, source: WeightSource) -> int:
+    """Replace every linear layer that the source factors; all factors are asked for at once.
+
+    Args:
+        graph: in the form that ``find_linears`` leaves; changed in place.
+        source: gives the factors.
+
+    Returns:
+        The number of replaced layers.
+    """
+    written = mutated_storages(list(graph.nodes))
+    sites: list[tuple[Node, tuple[Weight, ...]]] = []
+    for node in graph.nodes:
+        weights = can_replace_linears(node, source, written)
+        if weights is not None and should_replace_linears(weights, source):
+            sites.append((node, weights))
+    # One request per stack: a layer called twice is factored once.
+    requests = list(dict.fromkeys(weights for _, weights in sites))
+    factors = dict(zip(requests, source.factors(requests), strict=True)) if requests else {}
+    for node, weights in sites:
+        x, _, bias = node.args
+        replace(node, emit(node, double_binary_linear, x, *factors[weights], bias, example_value(node).dtype))
+    return len(sites)
+
+
+def can_replace_linears(node: Node, source: WeightSource, written: set[object]) -> tuple[Weight, ...] | None:
+    """Return the constant floating-point weights of a linear layer nobody writes to, or None."""
+    weights = weights_of(node.args[1], source) if is_linear(node) else None
+    if weights is None or any(storage_of(weight.node) in written for weight in weights):
+        return None
+    return weights if example_value(node).dtype in _DTYPES else None
+
+
+def should_replace_linears(weights: tuple[Weight, ...], source: WeightSource) -> bool:
+    """Return whether the source factors these weights, and as one if they are several."""
+    keys = {source.group(weight) for weight in weights}
+    return len(keys) == 1 and None not in keys
+
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
