@@ -171,7 +171,7 @@ def _write_atomically(tensors: Mapping[str, Tensor], header: Mapping[str, str], 
         save_file(dict(tensors), partial, dict(header))
         partial.chmod(mode)
         _flush(partial)
-        os.replace(partial, path)
+        partial.replace(path)
     _flush(path.parent)  # the new name, too, survives a power failure
 
 

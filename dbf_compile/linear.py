@@ -65,8 +65,10 @@ class DoubleBinaryLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output [..., N] for x [..., K], in the dtype a dense layer would give."""
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        device, dtype = x.device.type, x.dtype
+        # Autocast knows no meta device, and leaves float64 alone.
+        if dtype != torch.float64 and torch.amp.is_autocast_available(device):
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
         return double_binary_linear(
             x, self.signs_in, self.signs_out, self.scale_in, self.scale_mid, self.scale_out, self.bias, dtype
         )

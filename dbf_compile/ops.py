@@ -18,7 +18,11 @@ from dbf_compile.errors import KernelInputError
 from dbf_compile.kernels.sign_matmul import cpu_kernel
 from dbf_compile.kernels.sign_matmul.reference import (
     accumulator_dtype,
+)
+from dbf_compile.kernels.sign_matmul.reference import (
     sign_matmul as sign_matmul_reference,
+)
+from dbf_compile.kernels.sign_matmul.reference import (
     sign_matmul_transposed as sign_matmul_transposed_reference,
 )
 from dbf_compile.signs import words_per_row
@@ -141,7 +145,17 @@ def double_binary_linear(
 
     Returns:
         [..., N] of ``dtype``.
+
+    Raises:
+        KernelInputError: ``x`` is not floating point, or has another number of columns than ``scale_in``.
     """
+    # Multiplying by scale_in would broadcast a single column, and turn whole numbers into floating point ones.
+    if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] != scale_in.shape[0]:
+        raise KernelInputError(
+            f"activations of dtype {x.dtype} and shape {tuple(x.shape)} for in_features={scale_in.shape[0]}",
+            f"floating point [..., {scale_in.shape[0]}]",
+            "check what feeds the layer",
+        )
     wide = accumulator_dtype(x.dtype)
     h = torch.ops.dbf.sign_matmul(x.to(wide) * scale_in.to(wide), signs_in)
     y = torch.ops.dbf.sign_matmul(h * scale_mid.to(wide), signs_out) * scale_out.to(wide)

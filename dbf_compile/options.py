@@ -45,7 +45,7 @@ class CompressionConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name, bits in {"bits_per_weight": self.bits_per_weight, **self.overrides}.items():
+        for name, bits in (("bits_per_weight", self.bits_per_weight), *self.overrides.items()):
             if not MIN_BITS <= bits <= MAX_BITS:
                 raise OptionError(
                     f"{bits} bits per weight for {name!r}",

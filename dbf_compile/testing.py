@@ -41,9 +41,8 @@ def assert_close(
     got, true = (tensor.detach().cpu().double() for tensor in (actual, reference))
     finite = true[true.isfinite()].abs()
     size = finite.max().item() if finite.numel() else 0.0
-    limit = (
-        torch.as_tensor(rtol * size if rtol is not None else bound).detach().cpu().double().expand(true.shape)
-    )
+    allowed = rtol * size if rtol is not None else bound
+    limit = torch.as_tensor(allowed, dtype=torch.float64).detach().cpu().expand(true.shape)
     error = torch.where(got == true, 0.0, (got - true).abs())  # equal infinities differ by 0, not by NaN
     wrong = ~(error <= limit)  # NaN compares false: never close
     if not wrong.any():

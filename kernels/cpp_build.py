@@ -44,15 +44,26 @@ def build(source: Path) -> Path:
         The library, in the ``native`` folder of the cache.
 
     Raises:
-        BuildError: no compiler, or the compiler failed; its output is part of the message.
+        BuildError: no compiler, no folder to write to, or the compiler failed; its output is part of the message.
     """
     command = _command()
     digest = hashlib.sha256()
     for part in (source.read_bytes(), " ".join(command).encode(), torch.__version__.encode(), _processor()):
         digest.update(hashlib.sha256(part).digest())
     library = cache_folder() / "native" / f"{source.stem}-{digest.hexdigest()[:32]}.so"
-    if library.exists():
-        return library
+    try:
+        if not library.exists():
+            _compile(command, source, library)
+    except OSError as error:
+        raise BuildError(
+            f"building {library} failed ({error})",
+            "a writable folder and a compiler that runs",
+            "choose others with the environment variables DBF_CACHE_DIR and CXX",
+        ) from error
+    return library
+
+
+def _compile(command: list[str], source: Path, library: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         partial = Path(folder) / library.name
@@ -65,8 +76,7 @@ def build(source: Path) -> Path:
                 "a compiler with C++20, such as g++ >= 11 or clang++ >= 14",
                 "choose another compiler with the environment variable CXX",
             )
-        os.replace(partial, library)
-    return library
+        partial.replace(library)
 
 
 def _command() -> list[str]:

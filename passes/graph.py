@@ -18,10 +18,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from dbf_compile import ops as _ops  # noqa: F401  # defines the dbf:: operators
 from dbf_compile.errors import GraphInvariantError
 
 # What a new node takes over from the node that it replaces: where it came from.
 PROVENANCE = ("nn_module_stack", "source_fn_stack", "stack_trace", "from_node", "custom")
+
+
+# The product with signs, as modules call it and as the passes emit it.
+SIGN_MATMUL = (torch.ops.dbf.sign_matmul, torch.ops.dbf.sign_matmul.default)
 
 
 class Weight(NamedTuple):
@@ -108,6 +113,19 @@ def weights_of(node: object, source: WeightSource) -> tuple[Weight, ...] | None:
     if inner is not None:
         return (Weight(inner, True),) if source.is_constant(inner) and is_tensor(inner, 2) else None
     return (Weight(node, False),) if source.is_constant(node) and is_tensor(node, 2) else None
+
+
+def only_linears_read(weight: Node) -> bool:
+    """Return whether all readers of a weight are linear layers, through transposes and stacks at most.
+
+    Where an embedding reads it too, as a tied output head has it, the dense tensor has to stay in memory anyway.
+    """
+    return all(
+        only_linears_read(user)
+        if is_cat(user) or transposed_operand(user) is weight
+        else is_linear(user) and user.args[1] is weight and user.args[0] is not weight
+        for user in weight.users
+    )
 
 
 def is_cat(node: Node) -> bool:

@@ -23,6 +23,7 @@ from dbf_compile.passes.graph import (
     is_linear,
     mutated_by,
     mutated_storages,
+    only_linears_read,
     replace,
     storage_of,
     weights_of,
@@ -48,13 +49,13 @@ def merge_shared_inputs(graph: Graph, source: WeightSource) -> int:
             groups.setdefault((node.args[0], key), []).append(node)
     merged = 0
     for siblings in groups.values():
-        if len(siblings) > 1 and can_merge_shared_inputs(siblings, order):
-            _merge(siblings)
+        if len(siblings) > 1 and can_merge_shared_inputs(siblings, order, source):
+            _merge(siblings, source)
             merged += 1
     return merged
 
 
-def can_merge_shared_inputs(siblings: Sequence[Node], order: dict[Node, int]) -> bool:
+def can_merge_shared_inputs(siblings: Sequence[Node], order: dict[Node, int], source: WeightSource) -> bool:
     """Return whether ``siblings`` may be computed where the first one stands.
 
     Illegal if x may change between the first and the last, or if a weight or a bias is only made after the first.
@@ -65,8 +66,9 @@ def can_merge_shared_inputs(siblings: Sequence[Node], order: dict[Node, int]) ->
     assert isinstance(x, Node)
     if storage_of(x) in mutated_storages(nodes[first:last]):
         return False
-    inputs = {item for node in siblings for item in _with_ancestors(node) if item is not x}
-    return all(order[item] < first for item in inputs)
+    weights = [weight.node for node in siblings for weight in weights_of(node.args[1], source) or ()]
+    biases = [node.args[2] for node in siblings if isinstance(node.args[2], Node)]
+    return all(order[item] < first for item in (*weights, *biases))
 
 
 def should_merge_shared_inputs(node: Node, source: WeightSource, written: set[Hashable]) -> Hashable | None:
@@ -74,33 +76,31 @@ def should_merge_shared_inputs(node: Node, source: WeightSource, written: set[Ha
     if not is_linear(node) or is_cat(node.args[1]):  # type: ignore[arg-type]
         return None
     weights = weights_of(node.args[1], source)
-    if weights is None or any(storage_of(weight.node) in written for weight in weights):
+    if weights is None or storage_of(weights[0].node) in written or not only_linears_read(weights[0].node):
         return None
     key = source.group(weights[0])
     # Under autocast, equal inputs can still give outputs of several dtypes.
     return None if key is None else (key, example_value(node).dtype)
 
 
-def _with_ancestors(linear: Node) -> set[Node]:
-    # Weights are a transpose away from their placeholder; a bias may be any expression, made before the linear.
-    found = {item for item in linear.args[1:] if isinstance(item, Node)}
-    return found | {item for node in found for item in node.all_input_nodes}
-
-
-def _merge(siblings: Sequence[Node]) -> None:
-    weights, biases = [node.args[1] for node in siblings], [node.args[2] for node in siblings]
+def _merge(siblings: Sequence[Node], source: WeightSource) -> None:
+    weights = [weight for node in siblings for weight in weights_of(node.args[1], source) or ()]
+    stored, transposed = [weight.node for weight in weights], [weight.transposed for weight in weights]
     rows = [example_value(node).shape[-1] for node in siblings]
-    first = siblings[0]
-    stacked = emit(first, _stacked_linear, first.args[0], weights, biases)
+    first, biases = siblings[0], [node.args[2] for node in siblings]
+    stacked = emit(first, _stacked_linear, first.args[0], stored, transposed, biases)
     start = 0
     for node, count in zip(siblings, rows, strict=True):
         replace(node, emit(node, torch.narrow, stacked, -1, start, count))
         start += count
 
 
-def _stacked_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+def _stacked_linear(
+    x: Tensor, stored: Sequence[Tensor], transposed: Sequence[bool], biases: Sequence[Tensor | None]
+) -> Tensor:
+    weights = [w.t() if t else w for w, t in zip(stored, transposed, strict=True)]
     known = next((bias for bias in biases if bias is not None), None)
     if known is None:
-        return F.linear(x, torch.cat(list(weights), 0), None)
+        return F.linear(x, torch.cat(weights, 0), None)
     filled = [known.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
-    return F.linear(x, torch.cat(list(weights), 0), torch.cat(filled, 0))
+    return F.linear(x, torch.cat(weights, 0), torch.cat(filled, 0))

@@ -10,6 +10,7 @@ from dbf_compile.passes.find_linears import find_linears
 from dbf_compile.passes.graph import WeightSource
 from dbf_compile.passes.merge_shared_inputs import merge_shared_inputs
 from dbf_compile.passes.replace_linears import replace_linears
+from dbf_compile.passes.share_first_stages import share_first_stages
 from dbf_compile.passes.verify import verify
 
 Pass = Callable[[Graph, WeightSource], int]
@@ -18,6 +19,7 @@ PIPELINE: tuple[Pass, ...] = (
     find_linears,
     merge_shared_inputs,
     replace_linears,
+    share_first_stages,
     verify,
 )
 

@@ -16,6 +16,7 @@ from dbf_compile.passes.graph import (
     example_value,
     is_linear,
     mutated_storages,
+    only_linears_read,
     replace,
     storage_of,
     weights_of,
@@ -56,9 +57,9 @@ def can_replace_linears(node: Node, source: WeightSource, written: set[object]) 
 
 
 def should_replace_linears(weights: tuple[Weight, ...], source: WeightSource) -> bool:
-    """Return whether the source factors these weights, and as one if they are several."""
+    """Return whether the source factors these weights, as one if they are several, and nobody else needs them."""
     keys = {source.group(weight) for weight in weights}
-    return len(keys) == 1 and None not in keys
+    return len(keys) == 1 and None not in keys and all(only_linears_read(weight.node) for weight in weights)
 
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

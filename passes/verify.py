@@ -7,11 +7,8 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from dbf_compile.errors import GraphInvariantError
-from dbf_compile.passes.graph import WeightSource, example_value, mutated_by, storage_of
+from dbf_compile.passes.graph import SIGN_MATMUL, WeightSource, example_value, mutated_by, storage_of
 from dbf_compile.signs import words_per_row
-
-_SIGN_MATMUL = (torch.ops.dbf.sign_matmul, torch.ops.dbf.sign_matmul.default)
-
 
 def verify(graph: Graph, source: WeightSource) -> int:
     """Raise unless the graph is well formed and every product with signs is given what it needs.
@@ -33,7 +30,7 @@ def verify(graph: Graph, source: WeightSource) -> int:
         raise GraphInvariantError(f"a malformed graph: {error}", "a graph that passes lint()", _REPORT) from error
     signs: set[object] = set()
     for node in graph.nodes:
-        if node.target in _SIGN_MATMUL:
+        if node.target in SIGN_MATMUL:
             _check_product(node)
             signs.add(storage_of(node.args[1]))
     for node in graph.nodes:

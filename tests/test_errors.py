@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
+import pickle  # noqa: TID251  errors are pickled, checkpoints are not
 
 import pytest
+
 from dbf_compile import errors
 from dbf_compile.errors import DBFError, FactorsError
 

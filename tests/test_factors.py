@@ -7,14 +7,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from dbf_compile.errors import FactorsError
-from dbf_compile.factors import TENSOR_NAMES, DoubleBinaryFactors, mid_features_for, stored_bits
-from dbf_compile.signs import unpack_signs
-from dbf_compile.testing import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
 from support.strategies import double_binary_factors, random_factors, sizes
 from torch import Tensor
+
+from dbf_compile.errors import FactorsError
+from dbf_compile.factors import TENSOR_NAMES, DoubleBinaryFactors, mid_features_for, stored_bits
+from dbf_compile.signs import unpack_signs
+from dbf_compile.testing import assert_close
 
 
 @given(double_binary_factors())
@@ -85,7 +86,9 @@ def test_split_is_a_cut_of_the_rows_that_shares_the_first_stage(
 @given(double_binary_factors(out_features=st.just(7)), st.sampled_from([(1, 6), (2, 3, 2), (7,)]))
 def test_stack_undoes_split(factors: DoubleBinaryFactors, rows: tuple[int, ...]) -> None:
     again = DoubleBinaryFactors.stack(list(factors.split(rows)))
-    assert all(torch.equal(a, b) for a, b in zip(again.tensors().values(), factors.tensors().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.tensors().values(), factors.tensors().values(), strict=True)
+    )
     assert again.signs_in is factors.signs_in
 
 
@@ -138,7 +141,9 @@ def _poisoned(tensor: Tensor, value: float) -> Tensor:
         ("signs_out", lambda t: t | 1 << 5, "signs_out with bits set behind column 5"),
     ],
 )
-def test_tensors_that_do_not_fit_are_refused(name: str, change: Callable[[Tensor], Tensor], message: str) -> None:
+def test_tensors_that_do_not_fit_are_refused(
+    name: str, change: Callable[[Tensor], Tensor], message: str
+) -> None:
     tensors = random_factors(33, 5, 3).tensors()
     with pytest.raises(FactorsError, match=message):
         DoubleBinaryFactors(**{**tensors, name: change(tensors[name])})

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import platformdirs
 import pytest
+
 from dbf_compile.folders import cache_folder
 
 

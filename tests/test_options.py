@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dbf_compile.errors import OptionError
-from dbf_compile.options import MAX_BITS, MIN_BITS, CompileOptions, CompressionConfig, parse
 from hypothesis import given
 from hypothesis import strategies as st
+
+from dbf_compile.errors import OptionError
+from dbf_compile.options import MAX_BITS, MIN_BITS, CompileOptions, CompressionConfig, parse
 
 KINDS = (CompressionConfig, CompileOptions)
 FIELDS = [(kind, field.name) for kind in KINDS for field in dataclasses.fields(kind)]
@@ -74,7 +75,7 @@ def test_wrong_types_are_refused_with_what_is_allowed(kind: type[CompressionConf
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_unknown_key_is_refused_with_the_known_ones(kind: type[CompressionConfig]) -> None:
-    with pytest.raises(OptionError, match="unknown option 'colour'.*remove it") as caught:
+    with pytest.raises(OptionError, match=r"unknown option 'colour'.*remove it") as caught:
         parse(kind, {"colour": "red"})
     assert caught.value.allowed == ", ".join(sorted(field.name for field in dataclasses.fields(kind)))
 
@@ -103,7 +104,11 @@ def test_paths_become_strings() -> None:
 @given(st.floats())
 def test_bits_outside_their_range_are_refused_wherever_they_stand(bits: float) -> None:
     # An override may be called like the option itself: both are checked.
-    for given_bits in ({"bits_per_weight": bits}, {"overrides": {"*": bits}}, {"overrides": {"bits_per_weight": bits}}):
+    for given_bits in (
+        {"bits_per_weight": bits},
+        {"overrides": {"*": bits}},
+        {"overrides": {"bits_per_weight": bits}},
+    ):
         if MIN_BITS <= bits <= MAX_BITS:
             parse(CompressionConfig, given_bits)
         else:

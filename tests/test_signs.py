@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dbf_compile.errors import SignsError
-from dbf_compile.signs import check_words, pack_signs, padding_is_zero, unpack_signs, words_per_row
 from hypothesis import given
 from hypothesis import strategies as st
 from support.strategies import sign_matrices, sizes
 from torch import Tensor
+
+from dbf_compile.errors import SignsError
+from dbf_compile.signs import check_words, pack_signs, padding_is_zero, unpack_signs, words_per_row
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int32, torch.int64)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dbf_compile.testing import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
 from support.strategies import FLOAT_DTYPES, activations, sizes
 from torch import Tensor
+
+from dbf_compile.testing import assert_close
 
 NAN, INF = float("nan"), float("inf")
 
@@ -45,7 +46,9 @@ def test_a_bound_may_differ_by_entry() -> None:
         assert_close(torch.tensor([[1.5, 2.5]]), torch.tensor([[1.0, 2.0]]), bound=torch.tensor([0.5, 0.0]))
 
 
-@pytest.mark.parametrize(("got", "true"), [(NAN, 1.0), (1.0, NAN), (NAN, NAN), (INF, 1.0), (1.0, INF), (INF, -INF)])
+@pytest.mark.parametrize(
+    ("got", "true"), [(NAN, 1.0), (1.0, NAN), (NAN, NAN), (INF, 1.0), (1.0, INF), (INF, -INF)]
+)
 def test_nan_and_infinity_are_never_close_to_anything_else(got: float, true: float) -> None:
     with pytest.raises(AssertionError, match="1 of 2 entries"):
         assert_close(torch.tensor([got, 3.0]), torch.tensor([true, 3.0]), rtol=1.0)

@@ -1,28 +1,27 @@
 """ADMM for one weight: a dense matrix into double binary factors, weighted by importance.
 
-    min  ‖ D_rows · (W − Ŵ) · D_columns ‖²      Ŵ = diag(scale_out) · signs_out · diag(scale_mid) · signs_in · diag(scale_in)
+    min  ‖ D_rows · (W − Ŵ) · D_columns ‖²
+    Ŵ = diag(scale_out) · signs_out · diag(scale_mid) · signs_in · diag(scale_in)
 
 Source: Boža and Macko, "Addition is almost all you need: Compressing neural networks with double binary
 factorization" (arXiv 2505.11076); constants and order of updates as in the authors' notebooks.
 
 The weighted matrix [N, K] is approximated by ``leftᵀ · right`` with left [R, N] and right [R, K], in turns.
-Each turn fixes one factor, rows scaled to norm 1, as ``basis``, and improves the other by
-``inner_iterations`` of
+Each turn fixes one factor, its rows scaled to norm 1, as ``basis``, and improves the other by inner iterations:
 
-    solution = (basis · basisᵀ + (ridge + rho) I)⁻¹ (basis · target + rho (primal − dual))        ridge least squares
-    primal   = project(solution + dual)                                                            signs, rank-one magnitude
+    solution = (basis · basisᵀ + (ridge + rho) I)⁻¹ (basis · target + rho (primal − dual))
+    primal   = project(solution + dual)              signs with a rank-one magnitude
     dual     = dual + solution − primal
 
-where rho grows as (t / (T − 3))³ in the first of the inner iterations and is 1 in the others. A matrix with N
-≥ K is factored transposed, so that the factor on the short side is updated first.
+In outer iteration t of T, rho is (t / (T − 3))³ in the first inner iteration and 1 in the others. A matrix
+with N ≥ K is factored transposed, so that the factor on the short side is updated first.
 
 Differs from the notebooks:
-* the power iteration starts from ones (see ``projection``), so the only random numbers are the start of
-``right``;
-  the start of ``left`` is never read, for rho is 0 when it would be;
-* one scalar is fitted at the end, which undoes what the ridge shrinks and keeps the error from exceeding that
-of zeros;
-* scales are spread evenly over the three vectors and rounded to float16.
+
+* The power iteration starts from ones (see ``projection``). The only random numbers are the start of
+  ``right``: that of ``left`` is never read, for rho is 0 when it would be.
+* One scalar is fitted at the end. It undoes what the ridge shrinks and bounds the error by that of zeros.
+* The size of the weight is spread evenly over the three scales, which are rounded to float16.
 
 Known to be missing: size annealing (later version of the paper), full curvature in place of its diagonal,
 refinement of single signs.
@@ -178,14 +177,18 @@ class _Factor(NamedTuple):
     columns: Tensor
 
     def basis(self) -> Tensor:
-        """Return ``primal`` with its rows scaled to norm 1; their norms are ``rows``, since ``columns`` has norm 1."""
+        """Return ``primal`` with its rows scaled to norm 1."""
+        # The norms of the rows are ``rows``, since ``columns`` has norm 1.
         return self.primal / (self.rows[:, None] + _TINY)
 
 
 def _alternate(
     matrix: Tensor, mid_features: int, config: FactorizerConfig
 ) -> tuple[_Factor, Tensor, _Factor]:
-    """Return left, middle and right: ``matrix [P, Q] ≈ (signs ⊙ columns)_leftᵀ · diag(middle) · (signs ⊙ columns)_right``."""
+    """Return left [R, P], middle [R] and right [R, Q] of ``matrix [P, Q]``.
+
+    ``matrix ≈ (signs_left ⊙ columns_left)ᵀ · diag(middle) · (signs_right ⊙ columns_right)``
+    """
     left, right = (_start(mid_features, size, config.seed, matrix.device) for size in matrix.shape)
     if not bool(matrix.any()):
         return left, torch.zeros_like(left.rows), right
@@ -231,11 +234,11 @@ def _inverse(normal: Tensor, rho: float) -> Tensor:
     """
     shifted = normal.clone()
     shifted.diagonal().add_(rho)
-    try:
-        return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
-    except torch.linalg.LinAlgError as error:
+    factor, failed = torch.linalg.cholesky_ex(shifted)
+    if bool(failed):
         raise WeightError(
-            f"normal equations that are not positive definite ({error})",
+            "normal equations that are not positive definite",
             "float32 products of full precision",
             "turn TF32 off while factoring, or raise ridge",
-        ) from error
+        )
+    return torch.cholesky_inverse(factor)

@@ -26,7 +26,7 @@ Loss = Callable[[Any, Any], Tensor]
 
 
 def output_loss(output: Any, batch: Any) -> Tensor:
-    """Return the loss that the model computed itself: ``output.loss``, as models of transformers do given labels."""
+    """Return ``output.loss``, which models of transformers compute themselves when given labels."""
     loss = getattr(output, "loss", None)
     if not isinstance(loss, Tensor):
         raise ConversionError(
@@ -79,7 +79,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, loss: Loss | None = N
 
 @dataclass
 class _Moment:
-    """A running second moment over the last dimension: sum of squares in float64, and how many were summed."""
+    """A running second moment per feature: the sum of squares in float64, and how many were summed."""
 
     total: Tensor | None = None
     positions: int = 0
@@ -139,7 +139,7 @@ def _forward_hook(meter: _Meter, anchor: Tensor | None) -> Callable[..., Tensor 
         if anchor is None or not torch.is_grad_enabled():
             return None
         anchored = output + anchor
-        anchored.register_hook(meter.output_grads.add)
+        anchored.register_hook(meter.output_grads.add)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return anchored
 
     return hook

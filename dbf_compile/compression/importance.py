@@ -143,8 +143,9 @@ class WeightedWeight:
                 not fit.
         """
         _check_weight(weight)
-        rows, columns = (importance or Importance()).feature_weights(weight.shape[0], weight.shape[1],
-        weight.device)
+        rows, columns = (importance or Importance()).feature_weights(
+            weight.shape[0], weight.shape[1], weight.device
+        )
         # Entries near the ends of float32 would overflow or vanish when squared: bring the largest to 1
         # first.
         exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))

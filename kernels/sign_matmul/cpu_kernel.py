@@ -17,10 +17,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @cache
 def available() -> bool:
-    """Build and load the kernel; return False, with one warning, where this machine cannot build it."""
+    """Build and load the kernel; return False, with one warning, where this machine cannot build or load it."""
     try:
         torch.ops.load_library(build(Path(__file__).with_suffix(".cpp")))
-    except BuildError as error:
+    except (BuildError, OSError) as error:  # OSError: built, but the loader refuses it
         warnings.warn(f"dbf_compile falls back to its slow reference kernel: {error}", stacklevel=2)
         return False
     return True

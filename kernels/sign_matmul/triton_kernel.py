@@ -75,7 +75,7 @@ def sign_matmul_kernel(  # type: ignore[no-untyped-def]
         words = tl.load(
             signs_ptr + n[:, None] * W + w[None, :], mask=(n[:, None] < N) & (w[None, :] < W), other=0
         )
-        # Negate each x once and flip it back where the bit is 1: inverting words instead costs one operation a sign.
+        # Negate each x once, flip it back where the bit is 1: inverting the words costs an operation a sign.
         minus_x = x.to(tl.float32).to(tl.int32, bitcast=True) ^ SIGN_BIT
         flips = (words[:, :, None] << to_sign_bit[None, None, :]) & SIGN_BIT
         sums += (minus_x[:, None, :, :] ^ flips[None, :, :, :]).to(tl.float32, bitcast=True)
@@ -138,7 +138,7 @@ def sign_matmul_triton(x: Tensor, signs: Tensor) -> Tensor:
     if y.numel() == 0:
         return y
     blocks = block_sizes(M, N, K)
-    # Triton launches on the current device, which need not be the one of x; -1, a CPU under the interpreter, is none.
+    # Triton launches on the current device, not on that of x; the -1 of a CPU tensor changes nothing.
     with torch.cuda.device(x.get_device()):
         sign_matmul_kernel[grid(M, N, blocks)](
             x.contiguous(), signs.contiguous(), y, M, N, K, **blocks, enable_fp_fusion=False

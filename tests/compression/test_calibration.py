@@ -65,7 +65,7 @@ def test_gradient_moments_match_autograd_up_to_a_factor(batches):
     hidden = model.first(positions)
     output = model.second(hidden.relu())
     for name, wanted in zip(
-        ("first", "second"), torch.autograd.grad(output.square().sum(), [hidden, output])
+        ("first", "second"), torch.autograd.grad(output.square().sum(), [hidden, output]), strict=True
     ):
         moment = wanted.square().mean(0)
         # float32 products in another order.

@@ -18,7 +18,7 @@ def multiplying_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """Multiply by a sign matrix, one row of it and one row of x in every program; arguments as in the real kernel."""
+    """Multiply one row of x by one sign row in every program; arguments as in the real kernel."""
     m = tl.program_id(0) // N
     n = tl.program_id(0) % N
     bit = tl.arange(0, 32)

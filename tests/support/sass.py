@@ -1,4 +1,4 @@
-"""What a Triton kernel becomes in NVIDIA's machine code: compile for a target without a GPU, disassemble, find the loops.
+"""What a Triton kernel becomes in NVIDIA's machine code: compile without a GPU, disassemble, find the loops.
 
 Known limits: made for sm_80 to sm_90; integer multiply-adds (IMAD) count as address arithmetic.
 """
@@ -37,7 +37,7 @@ class Instruction:
         return self.opcode.partition(".")[0]
 
     def is_constant(self) -> bool:
-        """Return whether this is ``HFMA2 R, -RZ, RZ, …``, by which ptxas loads constants: zero times zero, plus it."""
+        """Return whether this is ``HFMA2 R, -RZ, RZ, …``: zero times zero plus a constant, to load it."""
         _, *factors = (operand.strip(" -|") for operand in self.operands.split(",")[:3])
         return self.name == "HFMA2" and factors == ["RZ", "RZ"]
 
@@ -62,7 +62,7 @@ class Loop:
 
 
 def compile_kernel(kernel: Any, capability: int, dtype: str, M: int, blocks: Mapping[str, int]) -> bytes:
-    """Compile a sign product as a launch with these arguments would, for aligned tensors and N, K divisible by 16.
+    """Compile a sign product as a launch would, for aligned tensors and N, K divisible by 16.
 
     Args:
         kernel: a ``triton.jit`` function with the arguments of ``sign_matmul_kernel``.
@@ -101,7 +101,7 @@ def missing_tools() -> str | None:
     try:
         from triton import knobs
 
-        knobs.nvidia.ptxas.path, knobs.nvidia.nvdisasm.path
+        _ = knobs.nvidia.ptxas.path, knobs.nvidia.nvdisasm.path  # raises where one is missing
     except (ImportError, RuntimeError) as error:
         return str(error)
     return None

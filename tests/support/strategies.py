@@ -6,11 +6,12 @@ Contents come from a drawn seed, not entry by entry: sizes shrink to the smalles
 from __future__ import annotations
 
 import torch
-from dbf_compile.factors import SCALE_DTYPES, DoubleBinaryFactors
-from dbf_compile.signs import pack_signs
 from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from dbf_compile.factors import SCALE_DTYPES, DoubleBinaryFactors
+from dbf_compile.signs import pack_signs
 
 # The first call of an operator may build a kernel: no example has a deadline.
 settings.register_profile("dbf", deadline=None)
@@ -21,6 +22,8 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # 1, primes, and both neighbours of multiples of the word size.
 sizes = st.sampled_from((1, 2, 3, 5, 7, 13, 31, 32, 33, 37, 63, 64, 65, 95, 97, 127, 128, 129))
 seeds = st.integers(0, 2**32 - 1)
+float_dtypes = st.sampled_from(FLOAT_DTYPES)
+scale_dtypes = st.sampled_from(SCALE_DTYPES)
 
 
 def random_signs(rows: int, cols: int, seed: int) -> Tensor:
@@ -58,7 +61,7 @@ def double_binary_factors(
     in_features: st.SearchStrategy[int] = sizes,
     mid_features: st.SearchStrategy[int] = sizes,
     out_features: st.SearchStrategy[int] = sizes,
-    dtypes: st.SearchStrategy[torch.dtype] = st.sampled_from(SCALE_DTYPES),
+    dtypes: st.SearchStrategy[torch.dtype] = scale_dtypes,
 ) -> st.SearchStrategy[DoubleBinaryFactors]:
     """Draw factors of odd sizes, with scales of every dtype allowed."""
     return st.builds(random_factors, in_features, mid_features, out_features, seeds, dtypes)
@@ -68,7 +71,7 @@ def double_binary_factors(
 def activations(
     draw: st.DrawFn,
     features: int,
-    dtypes: st.SearchStrategy[torch.dtype] = st.sampled_from(FLOAT_DTYPES),
+    dtypes: st.SearchStrategy[torch.dtype] = float_dtypes,
 ) -> Tensor:
     """Draw activations [..., features] with none to three leading dimensions, some of them empty."""
     leading = draw(st.lists(st.integers(0, 5), max_size=3))

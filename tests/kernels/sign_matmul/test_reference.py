@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from dbf_compile.kernels.sign_matmul.reference import accumulator_dtype, sign_matmul, sign_matmul_transposed
-from dbf_compile.signs import pack_signs
-from dbf_compile.testing import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
 from support.strategies import FLOAT_DTYPES, activations, random_signs, seeds, sizes
+
+from dbf_compile.kernels.sign_matmul.reference import accumulator_dtype, sign_matmul, sign_matmul_transposed
+from dbf_compile.signs import pack_signs
+from dbf_compile.testing import assert_close
 
 dtypes = st.sampled_from((*FLOAT_DTYPES, torch.float64))
 

@@ -1,4 +1,4 @@
-"""The claim "additions only", read from the machine code of the Triton kernel; no GPU is needed to compile."""
+"""The claim "additions only", read from the machine code of the Triton kernel; no GPU is needed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import os
 
 import pytest
-import sass
+from support import sass
 
 pytestmark = [
     pytest.mark.skipif(
@@ -28,9 +28,8 @@ def test_the_loop_adds_once_for_every_sign_and_never_multiplies(capability: int,
     from dbf_compile.kernels.sign_matmul.triton_kernel import block_sizes, sign_matmul_kernel
 
     blocks = block_sizes(M, 4096, 4096)
-    (loop,) = sass.innermost_loops(
-        sass.disassemble(sass.compile_kernel(sign_matmul_kernel, capability, dtype, M, blocks))
-    )
+    cubin = sass.compile_kernel(sign_matmul_kernel, capability, dtype, M, blocks)
+    (loop,) = sass.innermost_loops(sass.disassemble(cubin))
     assert not loop.multiplications()
     assert len(loop.additions()) == math.prod(blocks.values()) * 32 // THREADS
     assert not loop.spills()
@@ -38,12 +37,11 @@ def test_the_loop_adds_once_for_every_sign_and_never_multiplies(capability: int,
 
 @pytest.mark.parametrize("capability", sass.TARGETS)
 def test_a_kernel_that_multiplies_is_seen(capability: int) -> None:
-    from multiplying_kernel import multiplying_kernel
+    from support.multiplying_kernel import multiplying_kernel
 
     blocks = {"BLOCK_M": 1, "BLOCK_N": 1, "BLOCK_W": 4}
-    loops = sass.innermost_loops(
-        sass.disassemble(sass.compile_kernel(multiplying_kernel, capability, "bf16", 64, blocks))
-    )
+    cubin = sass.compile_kernel(multiplying_kernel, capability, "bf16", 64, blocks)
+    loops = sass.innermost_loops(sass.disassemble(cubin))
     assert any(loop.multiplications() for loop in loops)
 
 

@@ -1,0 +1,246 @@
+"""The C++ kernel against a float64 reference, and the promises it makes about threads and batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from support.strategies import FLOAT_DTYPES, activations, float_dtypes, random_signs, seeds, sizes
+from torch import Tensor
+
+from dbf_compile.errors import BuildError
+from dbf_compile.kernels import cpp_build
+from dbf_compile.kernels.sign_matmul import cpu_kernel
+from dbf_compile.kernels.sign_matmul.reference import sign_matmul
+from dbf_compile.signs import pack_signs
+from dbf_compile.testing import assert_close
+
+pytestmark = pytest.mark.skipif(cpp_build.compiler() is None, reason="this machine has no C++ compiler")
+
+INT = torch.int32
+
+
+@pytest.fixture(autouse=True)
+def loaded() -> None:
+    assert cpu_kernel.available()
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restore the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def poisoned(x: Tensor, words: Tensor) -> Tensor:
+    """Run the kernel into memory full of NaN, so that an entry it forgets shows."""
+    out = torch.full((*x.shape[:-1], words.shape[0]), torch.nan)
+    result = torch.ops.dbf_native.sign_matmul.out(x, words, out=out)
+    assert result is out
+    return out
+
+
+def assert_right(y: Tensor, x: Tensor, words: Tensor) -> None:
+    # The error bound of a sum: each term passes through 2 additions in its table and at most ceil(K / 4) behind it,
+    # each of which rounds by 2^-24. 16-bit activations are exact in float32.
+    rounding = (-(-x.shape[-1] // 4) + 2) * 2.0**-24
+    terms = x.double().abs().sum(-1, keepdim=True)
+    assert y.dtype == torch.float32
+    assert_close(y, sign_matmul(x.double(), words), bound=rounding / (1 - rounding) * terms)
+
+
+@given(sizes, sizes, seeds, st.data())
+def test_odd_shapes_and_all_dtypes(rows: int, cols: int, seed: int, data: st.DataObject) -> None:
+    words, x = pack_signs(random_signs(rows, cols, seed)), data.draw(activations(cols))
+    assert_right(poisoned(x, words), x, words)
+
+
+@pytest.mark.parametrize("tokens", range(34))
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_every_number_of_tokens(tokens: int, dtype: torch.dtype) -> None:
+    words = pack_signs(random_signs(37, 65, tokens))
+    x = torch.randn(tokens, 65, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+    assert_right(poisoned(x, words), x, words)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(1, 4097), (259, 2049), (513, 260), (3, 100_003)])
+@pytest.mark.parametrize("tokens", [1, 18])
+def test_sizes_beyond_one_block_of_rows_or_tables(rows: int, cols: int, tokens: int) -> None:
+    words = pack_signs(random_signs(rows, cols, 0))
+    x = torch.randn(tokens, cols, generator=torch.Generator().manual_seed(0))
+    assert_right(poisoned(x, words), x, words)
+
+
+@given(sizes, st.integers(1, 40), seeds, float_dtypes)
+@example(cols=1, tokens=1, seed=0, dtype=torch.float16)
+def test_small_whole_numbers_come_out_exactly(cols: int, tokens: int, seed: int, dtype: torch.dtype) -> None:
+    # Sums of small integers need no rounding: every column must count, with its own sign, exactly once.
+    words = pack_signs(random_signs(13, cols, seed))
+    x = torch.randint(-8, 9, (tokens, cols), generator=torch.Generator().manual_seed(seed)).to(dtype)
+    assert torch.equal(poisoned(x, words), sign_matmul(x, words))
+
+
+@given(sizes, sizes, seeds, float_dtypes)
+def test_a_token_does_not_depend_on_its_batch(rows: int, cols: int, seed: int, dtype: torch.dtype) -> None:
+    words = pack_signs(random_signs(rows, cols, seed))
+    x = torch.randn(33, cols, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    whole = poisoned(x, words)
+    for tokens in (1, 2, 3, 7, 15, 16, 17, 31):
+        assert torch.equal(poisoned(x[:tokens], words), whole[:tokens])
+        assert torch.equal(poisoned(x[-tokens:], words), whole[-tokens:])
+
+
+@given(sizes, seeds, st.sampled_from([1, 2, 5, 16, 33]))
+def test_a_row_does_not_depend_on_the_rows_around_it(cols: int, seed: int, tokens: int) -> None:
+    words = pack_signs(random_signs(300, cols, seed))
+    x = torch.randn(tokens, cols, generator=torch.Generator().manual_seed(seed))
+    whole = poisoned(x, words)
+    for rows in (slice(0, 1), slice(3, 10), slice(250, 300)):
+        assert torch.equal(poisoned(x, words[rows].contiguous()), whole[:, rows].contiguous())
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("tokens", [1, 2, 7, 16, 33])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_the_number_of_threads_changes_no_bit(tokens: int, dtype: torch.dtype) -> None:
+    words = pack_signs(random_signs(517, 131, 0))
+    x = torch.randn(tokens, 131, generator=torch.Generator().manual_seed(0)).to(dtype)
+    torch.set_num_threads(1)
+    alone = poisoned(x, words)
+    for count in (2, 3, 8):
+        torch.set_num_threads(count)
+        assert torch.equal(poisoned(x, words), alone)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_with_its_token(value: float) -> None:
+    words = pack_signs(random_signs(37, 65, 0))
+    x = torch.randn(18, 65, generator=torch.Generator().manual_seed(0))
+    clean = poisoned(x, words)
+    x[3, 64] = value
+    y = poisoned(x, words)
+    assert torch.equal(torch.cat((y[:3], y[4:])), torch.cat((clean[:3], clean[4:])))
+    assert torch.equal(y[3].isnan(), sign_matmul(x, words)[3].isnan())
+    assert not y[3].isfinite().any()
+
+
+@given(sizes, sizes, seeds)
+def test_negated_activations_give_the_negated_result(rows: int, cols: int, seed: int) -> None:
+    # Rounding is symmetric: bit for bit, but for the sign of zero, which == does not see.
+    words = pack_signs(random_signs(rows, cols, seed))
+    x = torch.randn(3, cols, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(poisoned(-x, words), -poisoned(x, words))
+
+
+@pytest.mark.parametrize("shape", [(0, 40), (3, 0, 40), (40,), (2, 3, 5, 40)])
+def test_any_leading_dimensions(shape: tuple[int, ...]) -> None:
+    words = pack_signs(random_signs(5, 40, 0))
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    y = cpu_kernel.sign_matmul_cpu(x, words)
+    assert y.shape == (*shape[:-1], 5)
+    assert_right(y, x, words)
+
+
+def test_no_rows_and_no_columns() -> None:
+    assert poisoned(torch.ones(3, 40), torch.zeros(0, 2, dtype=INT)).shape == (3, 0)
+    assert torch.equal(poisoned(torch.ones(3, 0), torch.zeros(5, 0, dtype=INT)), torch.zeros(3, 5))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_strides_do_not_matter(dtype: torch.dtype) -> None:
+    words = pack_signs(random_signs(37, 65, 0))
+    x = torch.randn(6, 65, generator=torch.Generator().manual_seed(0)).to(dtype)
+    strided_words = torch.stack((words, ~words), -1)[..., 0]
+    plain = cpu_kernel.sign_matmul_cpu(x, words)
+    for view in (x.T.contiguous().T, torch.stack((x, x + 1), -1)[..., 0], torch.cat((x, x), 1)[:, 65:]):
+        assert not view.is_contiguous()
+        assert torch.equal(cpu_kernel.sign_matmul_cpu(view, strided_words), plain)
+
+
+def test_padding_bits_mean_nothing() -> None:
+    words = pack_signs(random_signs(37, 65, 0))
+    spoilt = words.clone()
+    spoilt[:, -1] |= -2  # all but the last column's bit
+    x = torch.randn(18, 65, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(poisoned(x, spoilt), poisoned(x, words))
+
+
+def test_a_view_into_a_larger_tensor_is_written_alone() -> None:
+    words = pack_signs(random_signs(37, 65, 0))
+    memory = torch.full((18 * 37 + 64,), torch.nan)
+    x = torch.randn(18, 65, generator=torch.Generator().manual_seed(0))
+    torch.ops.dbf_native.sign_matmul.out(x, words, out=memory[32:-32].view(18, 37))
+    assert memory[:32].isnan().all() and memory[-32:].isnan().all()
+    assert torch.equal(memory[32:-32].view(18, 37), poisoned(x, words))
+
+
+@pytest.mark.parametrize(
+    ("x", "words", "out", "message"),
+    [
+        (
+            torch.ones(2, 33, dtype=torch.float64),
+            torch.zeros(3, 2, dtype=INT),
+            torch.ones(2, 3),
+            "takes float32",
+        ),
+        (torch.ones(2, 33).int(), torch.zeros(3, 2, dtype=INT), torch.ones(2, 3), "takes float32"),
+        (torch.ones(2, 33), torch.zeros(3, 2).long(), torch.ones(2, 3), "needs int32 signs"),
+        (torch.ones(2, 33), torch.zeros(3, 2, dtype=INT), torch.ones(2, 3).half(), "float32 out"),
+        (torch.ones(33, 2).T, torch.zeros(3, 2, dtype=INT), torch.ones(2, 3), "contiguous"),
+        (torch.ones(2, 33), torch.zeros(2, 3, dtype=INT).T, torch.ones(2, 3), "contiguous"),
+        (torch.ones(2, 33), torch.zeros(3, 2, dtype=INT), torch.ones(3, 2).T, "contiguous"),
+        (torch.ones(2, 32), torch.zeros(3, 2, dtype=INT), torch.ones(2, 3), "sizes"),
+        (torch.ones(2, 65), torch.zeros(3, 2, dtype=INT), torch.ones(2, 3), "sizes"),
+        (torch.ones(2, 33), torch.zeros(3, 2, dtype=INT), torch.ones(2, 4), "sizes"),
+        (torch.ones(2, 33), torch.zeros(3, 2, dtype=INT), torch.ones(3, 3), "sizes"),
+        (torch.ones(2, 33), torch.zeros(3, 2, dtype=INT), torch.ones(6), "sizes"),
+        (torch.ones(2, 33), torch.zeros(6, dtype=INT), torch.ones(2, 3), "sizes"),
+        (torch.ones(()), torch.zeros(3, 1, dtype=INT), torch.ones(3), "sizes"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(x: Tensor, words: Tensor, out: Tensor, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.dbf_native.sign_matmul.out(x, words, out=out)
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """Forget whether the kernel is available, before the test and after it."""
+    cpu_kernel.available.cache_clear()
+    yield
+    cpu_kernel.available.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh")
+def test_without_a_compiler_there_is_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpp_build, "compiler", lambda: None)
+    with pytest.warns(UserWarning, match=r"slow reference kernel: no C\+\+ compiler") as caught:
+        assert not cpu_kernel.available()
+        assert not cpu_kernel.available()
+    assert len(caught) == 1
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_library_that_cannot_be_loaded_counts_as_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"\x7fELF and nothing more")
+    monkeypatch.setattr(cpu_kernel, "build", lambda source: broken)
+    with pytest.warns(UserWarning, match="slow reference kernel"):
+        assert not cpu_kernel.available()
+
+
+@pytest.mark.usefixtures("fresh")
+def test_errors_of_the_build_are_part_of_the_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(source: Path) -> Path:
+        raise BuildError("broken compiler", "a good one", "install it")
+
+    monkeypatch.setattr(cpu_kernel, "build", fail)
+    with pytest.warns(UserWarning, match="broken compiler; allowed: a good one"):
+        assert not cpu_kernel.available()

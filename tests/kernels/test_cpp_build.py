@@ -1,0 +1,177 @@
+"""Building C++: once per content, whole or not at all, and errors that show what the compiler said."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from dbf_compile.errors import BuildError
+from dbf_compile.kernels import cpp_build
+from dbf_compile.kernels.cpp_build import build, compiler
+
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="this machine has no C++ compiler")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder of the test's own."""
+    monkeypatch.setenv("DBF_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A C++ file with one function."""
+    path = tmp_path / "answer.cpp"
+    path.write_text('extern "C" int answer() { return 42; }\n')
+    return path
+
+
+def script(path: Path, lines: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{lines}\n")
+    path.chmod(0o755)
+    return path
+
+
+# Copies its source to the place behind -o and counts its calls.
+PRETENDER = """
+echo called >> "$(dirname "$0")/calls"
+while [ "$1" != "-o" ]; do case "$1" in *.cpp) input="$1";; esac; shift; done
+cp "$input" "$2"
+"""
+
+
+@pytest.fixture
+def pretender(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The log of a script that stands for the compiler; one line per call."""
+    monkeypatch.setenv("CXX", str(script(tmp_path / "pretender", PRETENDER)))
+    return tmp_path / "calls"
+
+
+@needs_compiler
+def test_what_is_built_runs(cache: Path, source: Path) -> None:
+    library = build(source)
+    assert library.parent == cache / "native" and library.name.startswith("answer-")
+    assert ctypes.CDLL(str(library)).answer() == 42
+
+
+@pytest.mark.usefixtures("cache")
+def test_nothing_is_built_twice(source: Path, pretender: Path) -> None:
+    assert build(source) == build(source)
+    assert pretender.read_text().count("called") == 1
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_changed_source_is_another_library(source: Path, pretender: Path) -> None:
+    before = build(source)
+    source.write_text('extern "C" int answer() { return 43; }\n')
+    after = build(source)
+    assert before != after
+    assert "42" in before.read_text() and "43" in after.read_text()
+
+
+@pytest.mark.usefixtures("cache", "pretender")
+@pytest.mark.parametrize("what", ["compiler", "torch", "processor", "flags"])
+def test_the_machine_is_part_of_the_name(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    before = build(source)
+    if what == "compiler":
+        monkeypatch.setenv("CXX", str(script(tmp_path / "other", PRETENDER)))
+    elif what == "torch":
+        monkeypatch.setattr(cpp_build.torch, "__version__", "0.0.0")
+    elif what == "processor":
+        monkeypatch.setattr(cpp_build, "_processor", lambda: b"flags: abacus")
+    else:
+        monkeypatch.setattr(cpp_build, "FLAGS", ("-O0",))
+    assert build(source) != before
+
+
+@pytest.mark.usefixtures("cache")
+def test_the_folder_of_the_source_is_no_part_of_the_name(
+    source: Path, tmp_path: Path, pretender: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    assert build(Path(shutil.copy(source, tmp_path / "elsewhere"))) == build(source)
+
+
+def test_no_compiler(cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    assert compiler() is None
+    with pytest.raises(BuildError, match=r"no C\+\+ compiler \(CXX=None\)"):
+        build(source)
+    assert not cache.exists()
+
+
+def test_a_compiler_that_is_wanted_but_absent_is_not_replaced(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(BuildError, match="CXX='no-such-compiler'"):
+        build(source)
+
+
+@needs_compiler
+def test_errors_of_the_compiler_are_shown(cache: Path, source: Path) -> None:
+    source.write_text("int answer() { return fortytwo; }\n")
+    with pytest.raises(BuildError, match=r"failed on answer\.cpp:\n(.|\n)*fortytwo"):
+        build(source)
+    assert not list((cache / "native").iterdir())
+
+
+def test_a_compiler_that_dies_leaves_nothing_behind(
+    cache: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = 'while [ "$1" != "-o" ]; do shift; done; echo half > "$2"; echo "out of memory" >&2; exit 1'
+    monkeypatch.setenv("CXX", str(script(tmp_path / "dying", half)))
+    with pytest.raises(BuildError, match="out of memory"):
+        build(source)
+    assert not list((cache / "native").iterdir())
+
+
+def test_only_the_end_of_a_long_output_is_shown(
+    cache: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chatter = "i=0; while [ $i -lt 2000 ]; do echo note $i >&2; i=$((i+1)); done; echo the end >&2; exit 1"
+    monkeypatch.setenv("CXX", str(script(tmp_path / "chatty", chatter)))
+    with pytest.raises(BuildError, match="the end") as caught:
+        build(source)
+    assert len(str(caught.value)) < 5000
+
+
+@pytest.mark.usefixtures("pretender")
+def test_a_cache_that_cannot_be_written_is_an_error_of_the_build(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "occupied").write_text("a file where a folder should be")
+    monkeypatch.setenv("DBF_CACHE_DIR", str(tmp_path / "occupied"))
+    with pytest.raises(BuildError, match=r"occupied.*DBF_CACHE_DIR"):
+        build(source)
+
+
+def test_many_builds_at_once_agree(cache: Path, source: Path, pretender: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        libraries = set(pool.map(build, [source] * 16))
+    (library,) = libraries
+    assert library.read_text() == source.read_text()
+    assert list((cache / "native").iterdir()) == [library]
+
+
+def test_the_library_appears_whole(
+    cache: Path, source: Path, pretender: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = Path.replace
+
+    def watched(partial: Path, library: Path) -> None:
+        assert not library.exists()
+        assert partial.read_text() == source.read_text()
+        assert partial.stat().st_dev == library.parent.stat().st_dev
+        replace(partial, library)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    assert build(source).exists()
