@@ -1,6 +1,6 @@
 """Double Binary Factorization as a compiler backend: ``torch.compile(model, backend="dbf")``.
 
-    W  ≈  diag(scale_out) · signs_out · diag(scale_mid) · signs_in · diag(scale_in)
+W  ≈  diag(scale_out) · signs_out · diag(scale_mid) · signs_in · diag(scale_in)
 """
 
 from __future__ import annotations

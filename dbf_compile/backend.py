@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -170,7 +169,7 @@ class _GraphWeights:
         self._positions = {
             node: position
             for position, (node, value) in enumerate(zip(placeholders, inputs, strict=True))
-            if inductor.is_static_input(node) and isinstance(value, Tensor) and not isinstance(value, FakeTensor)
+            if inductor.is_static_input(node) and inductor.is_real(value)
         }
         self._trained = {
             node
@@ -224,7 +223,9 @@ class _GraphWeights:
 class _CheckedCall:
     """Calls the compiled graph with the factors of the very weights that it is called with."""
 
-    def __init__(self, compiled: Callable[..., Any], weights: _GraphWeights, factorizer: LayerFactorizer) -> None:
+    def __init__(
+        self, compiled: Callable[..., Any], weights: _GraphWeights, factorizer: LayerFactorizer
+    ) -> None:
         self._compiled, self._factorizer = compiled, factorizer
         self._stacks, self._extra = weights.stacks, weights.extra
         # Dynamo guards grad mode, not the requires_grad of parameters.

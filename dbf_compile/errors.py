@@ -1,16 +1,16 @@
 """Every exception of dbf_compile: what was got, what is allowed, what to do.
 
-    DBFError
-    ├── SignsError              a sign matrix or its packed words are not what they should be
-    ├── FactorsError            the five tensors of a double binary factorization do not fit together
-    ├── WeightError             a dense weight or its importance cannot be factored
-    ├── CheckpointError         a file is not a readable checkpoint of this library
-    ├── OptionError             an option is unknown, or its value is of the wrong type or range
-    ├── ConversionError         a model cannot be converted as asked
-    ├── TrainingError           a gradient is wanted for a weight that exists only in factored form
-    ├── GraphInvariantError     a pass produced, or was given, an illegal graph
-    ├── KernelInputError        an operator was called with tensors it cannot take
-    └── BuildError              the C++ kernels could not be built
+DBFError
+├── SignsError              a sign matrix or its packed words are not what they should be
+├── FactorsError            the five tensors of a double binary factorization do not fit together
+├── WeightError             a dense weight or its importance cannot be factored
+├── CheckpointError         a file is not a readable checkpoint of this library
+├── OptionError             an option is unknown, or its value is of the wrong type or range
+├── ConversionError         a model cannot be converted as asked
+├── TrainingError           a gradient is wanted for a weight that exists only in factored form
+├── GraphInvariantError     a pass produced, or was given, an illegal graph
+├── KernelInputError        an operator was called with tensors it cannot take
+└── BuildError              the C++ kernels could not be built
 """
 
 from __future__ import annotations

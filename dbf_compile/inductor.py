@@ -13,13 +13,17 @@ import torch
 from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend as _lookup_backend
 from torch._guards import TracingContext
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._inductor import config, ir, list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._inductor.lowering import fallback_handler, register_lowering as _register_lowering
+from torch._inductor.lowering import empty_strided, fallback_handler
+from torch._inductor.lowering import register_lowering as _register_lowering
+from torch._inductor.utils import sympy_product
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._sympy.functions import CeilDiv
 
 from dbf_compile.errors import OptionError
 
@@ -37,9 +41,10 @@ def copy_graph(gm: GraphModule) -> GraphModule:
     copy.graph.output(copy.graph.graph_copy(gm.graph, copied))
     for old, new in copied.items():
         if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+            new._dynamo_source = old._dynamo_source
     if hasattr(gm, "_param_name_to_source"):
-        copy._param_name_to_source = dict(gm._param_name_to_source)  # type: ignore[arg-type,operator]
+        sources: Any = gm._param_name_to_source
+        object.__setattr__(copy, "_param_name_to_source", dict(sources))
     return copy
 
 
@@ -47,6 +52,11 @@ def is_static_input(node: Node) -> bool:
     """Return whether a placeholder is a parameter or buffer of a module, not an argument of the call."""
     tensor_dict = node.meta.get("tensor_dict") or {}
     return node.op == "placeholder" and tensor_dict.get("_dynamo_static_input_type") is not None
+
+
+def is_real(value: object) -> bool:
+    """Return whether ``value`` is a tensor with memory behind it."""
+    return isinstance(value, Tensor) and not isinstance(value, FakeTensor) and value.device.type != "meta"
 
 
 def qualified_name(node: Node) -> str:
@@ -66,10 +76,12 @@ def add_static_input(graph: Graph, name: str, tensor: Tensor) -> tuple[Node, Ten
     placeholders = graph.find_nodes(op="placeholder")
     with graph.inserting_after(placeholders[-1]):
         node = graph.placeholder(name)
-    node._dynamo_source = None  # type: ignore[attr-defined]
+    node._dynamo_source = None
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     # Dynamo traced under one fake mode and compiles under another: nodes live in the first, inputs in the second.
-    traced = next(value for item in placeholders if isinstance(value := item.meta.get("example_value"), FakeTensor))
+    traced = next(
+        value for item in placeholders if isinstance(value := item.meta.get("example_value"), FakeTensor)
+    )
     node.meta["example_value"] = traced.fake_mode.from_tensor(tensor, static_shapes=True)
     fake_mode = TracingContext.get().fake_mode
     assert fake_mode is not None
@@ -92,7 +104,8 @@ def compile_graph(
     """
     users_pass = settings.get(_CACHE_KEY_HOOK, getattr(config, _CACHE_KEY_HOOK))
     patches = {**settings, _CACHE_KEY_HOOK: _Fingerprint(fingerprint, users_pass)}
-    return compile_fx(gm, list(inputs), config_patches=patches)  # type: ignore[no-any-return]
+    compiled: Any = compile_fx(gm, list(inputs), config_patches=patches)
+    return compiled  # type: ignore[no-any-return]
 
 
 def mode_settings(mode: str | None) -> dict[str, Any]:
@@ -163,7 +176,14 @@ def emits_cpp_wrapper() -> bool:
     return bool(V.graph.cpp_wrapper)
 
 
-def lower_to_out_call(op: torch._ops.OpOverload, inputs: Sequence[Any], size: Sequence[Any], dtype: torch.dtype) -> Any:
+def contiguous(*inputs: Any) -> list[Any]:
+    """Return the inputs in memory, row after row."""
+    return [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(item)) for item in inputs]
+
+
+def lower_to_out_call(
+    op: torch._ops.OpOverload, inputs: Sequence[Any], size: Sequence[Any], dtype: torch.dtype
+) -> Any:
     """Lower to ``op(*inputs, out=buffer)``, with contiguous inputs and a contiguous buffer that Inductor plans.
 
     Args:
@@ -172,7 +192,7 @@ def lower_to_out_call(op: torch._ops.OpOverload, inputs: Sequence[Any], size: Se
         size: of the buffer; may be symbolic.
         dtype: of the buffer.
     """
-    realized = [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(item)) for item in inputs]
+    realized = contiguous(*inputs)
     layout = ir.FixedLayout(realized[0].get_device(), dtype, list(size))
     call = ir.ExternKernelOut(
         layout,
@@ -181,3 +201,45 @@ def lower_to_out_call(op: torch._ops.OpOverload, inputs: Sequence[Any], size: Se
         op_overload=op,
     )
     return ir.TensorBox.create(call)
+
+
+def lower_to_triton_call(
+    kernel: Any,
+    grid: tuple[Any, Any, Any],
+    arguments: Mapping[str, Any],
+    output: str,
+    size: Sequence[Any],
+    dtype: torch.dtype,
+) -> Any:
+    """Lower to a launch of a ``@triton.jit`` kernel that fills one tensor.
+
+    Args:
+        kernel: the kernel.
+        grid: numbers of programs; may be symbolic.
+        arguments: all its arguments by name, ``output`` excepted.
+        output: name of the argument that is written.
+        size: of the output; may be symbolic.
+        dtype: of the output.
+    """
+    device = next(item for item in arguments.values() if isinstance(item, ir.IRNode)).get_device()
+    written = empty_strided(list(size), None, dtype=dtype, device=device)
+    if not V.graph.sizevars.statically_known_equals(sympy_product(size), 0):
+        ir.UserDefinedTritonKernel(
+            kernel_idx=kernel_side_table.add_kernel(kernel),
+            grid=[grid],
+            tma_descriptor_metadata={},
+            kernel_args={**arguments, output: written},
+        )
+    return written
+
+
+def size_guess(size: Any) -> int:
+    """Return the number a symbolic size had when it was traced; good for choices, never for correctness."""
+    sizevars: Any = V.graph.sizevars
+    guess = getattr(sizevars, "optimization_hint", None) or sizevars.size_hint  # renamed after torch 2.11
+    return int(guess(size))
+
+
+def ceil_div(size: Any, by: int) -> Any:
+    """Return ``ceil(size / by)`` of a symbolic size."""
+    return CeilDiv(size, by)

@@ -93,7 +93,11 @@ def dense_linears(model: nn.Module) -> dict[str, nn.Module]:
     Subclasses of ``nn.Linear`` are left out, since they may compute something else; so are parametrized layers.
     A layer that is reachable under several names is listed once, under the first.
     """
-    return {name: module for name, module in model.named_modules() if type(module) is nn.Linear or is_conv1d(module)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear or is_conv1d(module)
+    }
 
 
 def dense_weight(module: nn.Module) -> Tensor:

@@ -49,7 +49,9 @@ def _check(x: Tensor, signs: Tensor) -> None:
         )
     if x.device != signs.device:
         raise KernelInputError(
-            f"activations on {x.device} and signs on {signs.device}", "one device", "move the model or its input"
+            f"activations on {x.device} and signs on {signs.device}",
+            "one device",
+            "move the model or its input",
         )
 
 
@@ -111,9 +113,7 @@ _library.impl("sign_matmul", _cuda, "CUDA")
 _library.impl("sign_matmul_transposed", sign_matmul_transposed_reference, "CompositeExplicitAutograd")
 torch.library.register_fake("dbf::sign_matmul", _fake, lib=_library)
 torch.library.register_fake("dbf::sign_matmul_transposed", _transposed_fake, lib=_library)
-torch.library.register_autograd(
-    "dbf::sign_matmul", _backward, setup_context=_save_for_backward, lib=_library
-)
+torch.library.register_autograd("dbf::sign_matmul", _backward, setup_context=_save_for_backward, lib=_library)
 torch.library.register_autograd(
     "dbf::sign_matmul_transposed", _transposed_backward, setup_context=_save_for_transposed, lib=_library
 )
@@ -159,4 +159,5 @@ def double_binary_linear(
     wide = accumulator_dtype(x.dtype)
     h = torch.ops.dbf.sign_matmul(x.to(wide) * scale_in.to(wide), signs_in)
     y = torch.ops.dbf.sign_matmul(h * scale_mid.to(wide), signs_out) * scale_out.to(wide)
-    return (y if bias is None else y + bias.to(wide)).to(dtype)
+    result: Tensor = (y if bias is None else y + bias.to(wide)).to(dtype)
+    return result

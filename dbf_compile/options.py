@@ -58,7 +58,8 @@ class CompressionConfig:
     def bits_for(self, name: str) -> float:
         """Return the bits per weight wanted for the layer ``name``."""
         return next(
-            (bits for pattern, bits in self.overrides.items() if fnmatchcase(name, pattern)), self.bits_per_weight
+            (bits for pattern, bits in self.overrides.items() if fnmatchcase(name, pattern)),
+            self.bits_per_weight,
         )
 
     def skips(self, name: str) -> bool:
@@ -96,8 +97,10 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "Mapping[str, float]": (
         "a dictionary from name pattern to number",
-        lambda v: isinstance(v, Mapping)
-        and all(isinstance(k, str) and _CHECKS["float"][1](n) for k, n in v.items()),
+        lambda v: (
+            isinstance(v, Mapping)
+            and all(isinstance(k, str) and _CHECKS["float"][1](n) for k, n in v.items())
+        ),
     ),
     "Mapping[str, Any]": (
         "a dictionary with string keys",

@@ -111,4 +111,6 @@ def _processor() -> bytes:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return (platform.machine() + platform.processor()).encode()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine()).encode()
+    return next(
+        (line for line in lines if line.startswith(("flags", "Features"))), platform.machine()
+    ).encode()

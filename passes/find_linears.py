@@ -31,7 +31,6 @@ from dbf_compile.passes.graph import (
 )
 
 
-
 class _Form(NamedTuple):
     """A spelling of a product: names of its positional arguments, and which of them is what."""
 
@@ -116,7 +115,11 @@ def _read(node: Node) -> _Product | None:
     if not (bias is None or isinstance(bias, Node)) or not is_tensor(x) or not is_tensor(weight, 2):
         return None
     stored = transposed_operand(weight)
-    return _Product(x, weight, form.transposed, bias) if stored is None else _Product(x, stored, not form.transposed, bias)
+    return (
+        _Product(x, weight, form.transposed, bias)
+        if stored is None
+        else _Product(x, stored, not form.transposed, bias)
+    )
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:

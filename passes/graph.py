@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, Node
+from torch.fx import Node
+from torch.fx.node import map_aggregate, map_arg
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
 from dbf_compile import ops as _ops  # noqa: F401  # defines the dbf:: operators
 from dbf_compile.errors import GraphInvariantError
@@ -24,6 +24,8 @@ from dbf_compile.errors import GraphInvariantError
 # What a new node takes over from the node that it replaces: where it came from.
 PROVENANCE = ("nn_module_stack", "source_fn_stack", "stack_trace", "from_node", "custom")
 
+
+OpOverload = type(torch.ops.aten.add.Tensor)
 
 # The product with signs, as modules call it and as the passes emit it.
 SIGN_MATMUL = (torch.ops.dbf.sign_matmul, torch.ops.dbf.sign_matmul.default)
@@ -108,7 +110,9 @@ def weights_of(node: object, source: WeightSource) -> tuple[Weight, ...] | None:
         return None
     if is_cat(node):
         parts = [weights_of(part, source) for part in node.args[0]]  # type: ignore[union-attr]
-        return None if any(part is None for part in parts) else tuple(w for part in parts if part for w in part)
+        return (
+            None if any(part is None for part in parts) else tuple(w for part in parts if part for w in part)
+        )
     inner = transposed_operand(node)
     if inner is not None:
         return (Weight(inner, True),) if source.is_constant(inner) and is_tensor(inner, 2) else None
@@ -130,34 +134,45 @@ def only_linears_read(weight: Node) -> bool:
 
 def is_cat(node: Node) -> bool:
     """Return whether ``node`` stacks matrices along their rows."""
-    return node.op == "call_function" and node.target is torch.cat and node.args[1:] == (0,) and not node.kwargs
+    return (
+        node.op == "call_function" and node.target is torch.cat and node.args[1:] == (0,) and not node.kwargs
+    )
 
 
 def transposed_operand(node: Node) -> Node | None:
     """Return x where ``node`` is the transpose of the matrix x in any spelling, else None."""
     if node.kwargs or not node.args or not is_tensor(node.args[0], 2):
         return None
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    rest = node.args[1:]
+    name, rest = _called_name(node), node.args[1:]
     if name == "getattr":
-        name, rest = rest[0], ()
-    if isinstance(node.target, torch._ops.OpOverload):
-        name = node.target.overloadpacket.__name__
-    dims = tuple(rest[0]) if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else rest
-    swapped = len(dims) == 2 and all(isinstance(d, int) for d in dims) and {d % 2 for d in dims} == {0, 1}  # type: ignore[operator]
-    # permute(0, 1) changes nothing; transpose(0, 1) and transpose(1, 0) both swap.
-    is_swap = {"permute": swapped and dims[0] % 2 == 1, "transpose": swapped, "swapaxes": swapped}  # type: ignore[operator]
-    if name in ("t", "T", "mT", "numpy_T") and not dims or (isinstance(name, str) and is_swap.get(name, False)):
-        operand = node.args[0]
-        return operand if isinstance(operand, Node) else None
-    return None
+        name, rest = str(rest[0]), ()
+    dims = rest[0] if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else rest
+    if name in ("t", "T", "mT", "numpy_T"):
+        swaps = not dims
+    elif name in ("transpose", "swapaxes", "permute"):
+        # transpose(0, 1) and transpose(1, 0) both swap; permute(0, 1) changes nothing.
+        order = tuple(dim % 2 for dim in dims if isinstance(dim, int))
+        swaps = order == (1, 0) or (order == (0, 1) and name != "permute")
+    else:
+        swaps = False
+    operand = node.args[0]
+    return operand if swaps and isinstance(operand, Node) else None
+
+
+def _called_name(node: Node) -> str:
+    """Return the name of the function or method that ``node`` calls; of an aten overload, that of the operator."""
+    if isinstance(node.target, str):
+        return node.target
+    if isinstance(node.target, OpOverload):
+        return str(node.target.overloadpacket.__name__)
+    return getattr(node.target, "__name__", "")
 
 
 def mutated_by(node: Node) -> tuple[Node, ...]:
     """Return the nodes whose memory ``node`` may write to."""
-    hit: list[object] = []
+    hit: list[Any] = []
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         for argument, given in zip(target._schema.arguments, node.args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 hit.append(given)
@@ -167,20 +182,38 @@ def mutated_by(node: Node) -> tuple[Node, ...]:
             if info is not None and info.is_write:
                 hit.append(given)
     elif node.op in ("call_method", "call_function") and node.args:
-        name = target if isinstance(target, str) else getattr(target, "__name__", "")
+        name = _called_name(node)
         in_place = name.endswith("_") and not name.endswith("__")
-        if in_place or target is operator.setitem or name in _IN_PLACE_OPERATORS or node.kwargs.get("inplace"):
+        if (
+            in_place
+            or target is operator.setitem
+            or name in _IN_PLACE_OPERATORS
+            or node.kwargs.get("inplace")
+        ):
             hit.append(node.args[0])
     if "out" in node.kwargs:
         hit.append(node.kwargs["out"])
     found: list[Node] = []
-    tree_map_only(Node, found.append, hit)
+    map_arg(hit, found.append)
     return tuple(found)
 
 
-_IN_PLACE_OPERATORS = tuple(
-    getattr(operator, name).__name__
-    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul")
+_IN_PLACE_OPERATORS = frozenset(
+    [
+        "iadd",
+        "isub",
+        "imul",
+        "itruediv",
+        "ifloordiv",
+        "imod",
+        "ipow",
+        "iand",
+        "ior",
+        "ixor",
+        "ilshift",
+        "irshift",
+        "imatmul",
+    ]
 )
 
 
@@ -188,7 +221,8 @@ def storage_of(node: Node) -> Hashable:
     """Return a key of the memory that a tensor node lives in; views of one tensor have equal keys."""
     value = node.meta.get("example_value", node.meta.get("val"))
     if isinstance(value, Tensor) and value.layout == torch.strided:
-        return StorageWeakRef(value.untyped_storage()).cdata
+        key: int = StorageWeakRef(value.untyped_storage()).cdata
+        return key
     return node
 
 
@@ -210,7 +244,7 @@ def emit(node: Node, function: Callable[..., Tensor], *args: Any) -> Node:
     """
     recorder = _Recorder(node)
     with _autocast_of(node), recorder:
-        result = function(*tree_map_only(Node, recorder.value_of, args))
+        result = function(*map_arg(args, recorder.value_of))
     return recorder.node_of(result)
 
 
@@ -240,11 +274,15 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if not isinstance(result, Tensor) or id(result) in self._nodes:  # sizes, dtypes, a cast to the same dtype
+        if (
+            not isinstance(result, Tensor) or id(result) in self._nodes
+        ):  # sizes, dtypes, a cast to the same dtype
             return result
         is_method = isinstance(func, type(Tensor.mul))
         graph = self._anchor.graph
-        node_args, node_kwargs = tree_map_only(Tensor, self.node_of, (args, kwargs))
+        node_args, node_kwargs = map_aggregate(
+            (args, kwargs), lambda item: self.node_of(item) if isinstance(item, Tensor) else item
+        )
         with graph.inserting_before(self._anchor):
             node = graph.create_node(
                 "call_method" if is_method else "call_function",

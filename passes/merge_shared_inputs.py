@@ -21,7 +21,6 @@ from dbf_compile.passes.graph import (
     example_value,
     is_cat,
     is_linear,
-    mutated_by,
     mutated_storages,
     only_linears_read,
     replace,

@@ -1,6 +1,6 @@
 """Replace linear layers by their double binary form.
 
-    linear(x, weight, bias)  ->  scale_out ⊙ (signs_out · (scale_mid ⊙ (signs_in · (scale_in ⊙ x)))) + bias
+linear(x, weight, bias)  ->  scale_out ⊙ (signs_out · (scale_mid ⊙ (signs_in · (scale_in ⊙ x)))) + bias
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from dbf_compile.errors import GraphInvariantError
 from dbf_compile.passes.graph import SIGN_MATMUL, WeightSource, example_value, mutated_by, storage_of
 from dbf_compile.signs import words_per_row
 
+
 def verify(graph: Graph, source: WeightSource) -> int:
     """Raise unless the graph is well formed and every product with signs is given what it needs.
 
@@ -27,7 +28,9 @@ def verify(graph: Graph, source: WeightSource) -> int:
     try:
         graph.lint()
     except (RuntimeError, ValueError) as error:
-        raise GraphInvariantError(f"a malformed graph: {error}", "a graph that passes lint()", _REPORT) from error
+        raise GraphInvariantError(
+            f"a malformed graph: {error}", "a graph that passes lint()", _REPORT
+        ) from error
     signs: set[object] = set()
     for node in graph.nodes:
         if node.target in SIGN_MATMUL:
@@ -37,7 +40,9 @@ def verify(graph: Graph, source: WeightSource) -> int:
         for target in mutated_by(node):
             if storage_of(target) in signs:
                 raise GraphInvariantError(
-                    f"{node.format_node()} writes to signs", "signs that are only read", "remove the write from the model"
+                    f"{node.format_node()} writes to signs",
+                    "signs that are only read",
+                    "remove the write from the model",
                 )
     return 0
 

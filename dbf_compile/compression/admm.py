@@ -7,7 +7,8 @@ Source: Boža and Macko, "Addition is almost all you need: Compressing neural ne
 factorization" (arXiv 2505.11076); constants and order of updates as in the authors' notebooks.
 
 The weighted matrix [N, K] is approximated by ``leftᵀ · right`` with left [R, N] and right [R, K], in turns.
-Each turn fixes one factor, its rows scaled to norm 1, as ``basis``, and improves the other by inner iterations:
+Each turn fixes one factor, its rows scaled to norm 1, as ``basis``, and improves the other by these
+inner iterations:
 
     solution = (basis · basisᵀ + (ridge + rho) I)⁻¹ (basis · target + rho (primal − dual))
     primal   = project(solution + dual)              signs with a rank-one magnitude

@@ -139,7 +139,7 @@ def _forward_hook(meter: _Meter, anchor: Tensor | None) -> Callable[..., Tensor 
         if anchor is None or not torch.is_grad_enabled():
             return None
         anchored = output + anchor
-        anchored.register_hook(meter.output_grads.add)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        anchored.register_hook(meter.output_grads.add)
         return anchored
 
     return hook

@@ -86,7 +86,11 @@ class LayerFactorizer:
 
     def identity(self, names: Sequence[str]) -> str:
         """Return a hash of all that decides on the factors of these layers, except their weights."""
-        source = self._ready_identity if self.is_ready(names) else (self._config.bits_for(names[0]), self._settings)
+        source = (
+            self._ready_identity
+            if self.is_ready(names)
+            else (self._config.bits_for(names[0]), self._settings)
+        )
         digest = hashlib.sha256(repr((names, source)).encode())
         for name in names:
             digest.update(importance_hash(self._importance.get(name)))

@@ -117,8 +117,8 @@ def test_permuting_the_short_side_permutes_the_factors():
         weight = gaussian(48, 96, seed)
         moved = weight[torch.randperm(48, generator=torch.Generator().manual_seed(seed))]
         pairs.append([weighted_error(w, factorize(w, 48, None, QUICK)) for w in (weight, moved)])
-    # Sums in another order differ in the last bit. In about one case of six that tips a sign, others follow, and
-    # the error moves by a few percent; in the others it is equal up to rounding.
+    # Sums in another order differ in the last bit. In about one case of six that tips a sign, others follow,
+    # and the error moves by a few percent; in the others it is equal up to rounding.
     assert median_difference(pairs) < 1e-5
 
 
@@ -222,8 +222,8 @@ def test_a_weight_that_is_double_binary_of_rank_one_is_found():
     assert weighted_error(weight, factorize(weight, 1)) < 1e-6
 
 
-# The figures of the authors' constants; this code may be better, but not worse by more than the seeds' spread of
-# under 1 %. A figure more than 3 % lower would mean that something else is measured.
+# The figures of the authors' constants; this code may be better, but not worse by more than the spread
+# between seeds, which is under 1 %. A figure more than 3 % lower would mean that something else is measured.
 
 
 def assert_reaches(error, official):
@@ -339,7 +339,8 @@ def test_unimportant_features_keep_sensible_scales():
     weight, importance = gaussian(32, 24), random_importance(32, 24)
     importance.input_second_moment[:4] = 0
     dense = factorize(weight, 24, importance, QUICK).dense()
-    # A floored column has the size it would have anyway, neither lost nor blown up; 3 is far outside the scatter.
+    # A floored column has the size it would have anyway, neither lost nor blown up; 3 is far outside the
+    # scatter.
     assert 1 / 3 < rms(dense[:, :4]) / rms(weight[:, :4]) < 3
 
 

@@ -75,7 +75,9 @@ def _returning(hand, node):
 )
 def test_what_is_no_transpose_is_not_read_as_one(target, rest):
     hand, _, w = weight_graph()
-    node = hand.graph.create_node("call_method" if isinstance(target, str) else "call_function", target, (w, *rest))
+    node = hand.graph.create_node(
+        "call_method" if isinstance(target, str) else "call_function", target, (w, *rest)
+    )
     assert transposed_operand(node) is None
     assert weights_of(node, hand) is None
 
@@ -113,7 +115,9 @@ def test_weights_of_wants_matrices():
 )
 def test_mutated_by(target, args, kwargs, which):
     hand, x, _ = weight_graph()
-    node = hand.graph.create_node("call_method" if isinstance(target, str) else "call_function", target, (x, *args), kwargs)
+    node = hand.graph.create_node(
+        "call_method" if isinstance(target, str) else "call_function", target, (x, *args), kwargs
+    )
     assert mutated_by(node) == tuple([x][i] for i in which)
 
 
@@ -199,7 +203,7 @@ def test_a_node_without_example_value_is_an_error_that_names_it():
 
 
 def test_exported_graphs_keep_their_values_under_val():
-    hand, x, _ = weight_graph()
+    _, x, _ = weight_graph()
     value = x.meta.pop("example_value")
     x.meta["val"] = value
     assert example_value(x) is value and is_tensor(x, 2)

@@ -40,9 +40,7 @@ def must_not_fire(hand):
     assert targets(hand.graph) == before
 
 
-@given(
-    rows=st.lists(sizes, min_size=2, max_size=4), data=st.data(), K=sizes, M=st.integers(0, 4), seed=seeds
-)
+@given(rows=st.lists(sizes, min_size=2, max_size=4), data=st.data(), K=sizes, M=st.integers(0, 4), seed=seeds)
 def test_siblings_become_one_layer_of_equal_values(rows, data, K, M, seed):
     biases = data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows)))
     transposed = data.draw(st.sets(st.integers(0, len(rows) - 1)))

@@ -17,7 +17,9 @@ def randn(*shape, seed=0, dtype=torch.float64):
 
 def layer(M=3, K=5, N=7, bias=True, transposed=False, seed=0, dtype=torch.float64, group=None, dynamic=()):
     hand = HandGraph(group)
-    x = hand.input(randn(*((M, K) if isinstance(M, int) else (*M, K)), seed=seed, dtype=dtype), dynamic=dynamic)
+    x = hand.input(
+        randn(*((M, K) if isinstance(M, int) else (*M, K)), seed=seed, dtype=dtype), dynamic=dynamic
+    )
     stored = hand.constant(randn(*((K, N) if transposed else (N, K)), seed=seed + 1, dtype=dtype))
     w = hand.call("t", stored) if transposed else stored
     b = hand.constant(randn(N, seed=seed + 2, dtype=dtype)) if bias else None

@@ -8,7 +8,9 @@ from support.strategies import random_factors, seeds, sizes
 from dbf_compile.passes.share_first_stages import share_first_stages
 
 
-def factored_siblings(rows, K=37, seed=0, shared=True, operator=torch.ops.dbf.sign_matmul, dtype=torch.float64):
+def factored_siblings(
+    rows, K=37, seed=0, shared=True, operator=torch.ops.dbf.sign_matmul, dtype=torch.float64
+):
     """Return a graph of factored layers on one input, as their modules compute them."""
     hand = HandGraph()
     x = hand.input(torch.randn(3, K, dtype=dtype, generator=torch.Generator().manual_seed(seed)))
@@ -21,7 +23,11 @@ def factored_siblings(rows, K=37, seed=0, shared=True, operator=torch.ops.dbf.si
         signs_out = hand.constant(part.signs_out)
         z = hand.call("mul", x, hand.call("to", own["scale_in"], torch.float64))
         h = hand.call(operator, z, own["signs_in"])
-        outputs.append(hand.call(operator, hand.call("mul", h, hand.call("to", own["scale_mid"], torch.float64)), signs_out))
+        outputs.append(
+            hand.call(
+                operator, hand.call("mul", h, hand.call("to", own["scale_mid"], torch.float64)), signs_out
+            )
+        )
     return hand, x, outputs
 
 

@@ -61,7 +61,11 @@ class HandGraph:
         node = make(target, args, kwargs)
         values, named = tree_map_only(Node, lambda item: item.meta["example_value"], (args, kwargs))
         with torch.no_grad():
-            value = getattr(values[0], target)(*values[1:], **named) if isinstance(target, str) else target(*values, **named)
+            value = (
+                getattr(values[0], target)(*values[1:], **named)
+                if isinstance(target, str)
+                else target(*values, **named)
+            )
         node.meta["example_value"] = value
         return node
 
