@@ -97,7 +97,12 @@ def test_one_layer_under_two_names(tmp_path: Path) -> None:
 def test_strides_are_not_stored(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     tensors = random_factors(33, 5, 3).tensors()
-    strided = DoubleBinaryFactors(**{n: torch.stack((t, t), -1)[..., 0] for n, t in tensors.items()})
+    strided = DoubleBinaryFactors(
+        **{
+            n: t.T.contiguous().T if t.dim() == 2 else torch.stack((t, t), -1)[..., 0]
+            for n, t in tensors.items()
+        }
+    )
     assert not strided.signs_in.is_contiguous()
     checkpoint.save({"layer": strided}, path)
     assert same_content(checkpoint.load(path)["layer"], strided)
@@ -246,6 +251,19 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "absent")
     with pytest.raises(CheckpointError, match=f"{tmp_path}: a folder"):
         checkpoint.load(tmp_path)
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").write_bytes(b"secret")
+
+    def deny(*args: Any, **options: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    # The user root may read everything, so permissions alone would not do.
+    monkeypatch.setattr(checkpoint, "safe_open", deny)
+    monkeypatch.setattr(Path, "open", deny)
+    with pytest.raises(CheckpointError, match=r"no safetensors file \(.*Permission denied"):
+        checkpoint.load(tmp_path / "model")
 
 
 def test_safetensors_of_another_kind_are_refused(tmp_path: Path) -> None:

@@ -182,14 +182,11 @@ def test_the_layer_is_the_dense_layer(
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
 @pytest.mark.parametrize("wanted", ALL_DTYPES)
 def test_the_result_has_the_dtype_asked_for(dtype: torch.dtype, wanted: torch.dtype) -> None:
-    factors = random_factors(33, 5, 3)
-    x = randn(2, 33, dtype=dtype)
-    y = double_binary_linear(x, **factors.tensors(), bias=None, dtype=wanted)
-    wide = double_binary_linear(
-        x, **factors.tensors(), bias=None, dtype=torch.float64 if dtype == torch.float64 else torch.float32
-    )
+    factors, x, bias = random_factors(33, 5, 37), randn(8, 33, dtype=dtype), randn(37)
+    wide = double_binary_linear(x, **factors.tensors(), bias=bias, dtype=reference.accumulator_dtype(dtype))
+    y = double_binary_linear(x, **factors.tensors(), bias=bias, dtype=wanted)
     assert y.dtype == wanted
-    assert torch.equal(y, wide.to(wanted))  # rounded once, at the end
+    assert torch.equal(y, wide.to(wanted))  # rounded once, behind the bias
 
 
 @pytest.mark.parametrize("features", [1, 5, 32, 34])

@@ -40,6 +40,11 @@ def test_the_tolerance_is_relative_to_the_largest_entry() -> None:
         assert_close(torch.tensor([100.0, 0.5]), reference, rtol=0.004)
 
 
+def test_the_worst_entry_is_the_one_furthest_beyond_its_bound() -> None:
+    with pytest.raises(AssertionError, match=r"2 of 2 entries(.|\n)*worst      at \[1\]"):
+        assert_close(torch.tensor([1.0, 0.5]), torch.zeros(2), bound=torch.tensor([0.9, 0.0]))
+
+
 def test_a_bound_may_differ_by_entry() -> None:
     assert_close(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.5, 2.0]]), bound=torch.tensor([0.5, 0.0]))
     with pytest.raises(AssertionError, match=r"worst      at \[0, 1\]"):
