@@ -1,0 +1,62 @@
+"""A tiny pretrained Llama on real text, where the data is at hand."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from support.models import error_of
+
+import dbf_compile
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+MODEL, TEXT = DATA / "models" / "stories260K", DATA / "text" / "tinystories-valid-a.txt"
+WINDOW, WINDOWS = 512, 24
+
+pytestmark = pytest.mark.skipif(not MODEL.exists() or not TEXT.exists(), reason=f"needs {DATA}")
+
+
+@pytest.fixture(scope="module")
+def windows():
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokens = tokenizer(TEXT.read_text()[:60_000], return_tensors="pt").input_ids[0]
+    return tokens[: WINDOW * WINDOWS].view(-1, WINDOW)
+
+
+def load():
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(MODEL).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def perplexity(run, windows):
+    losses = []
+    for batch in windows.split(8):
+        logits = run(batch).logits[:, :-1].float()
+        losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()))
+    return math.exp(torch.stack(losses).mean())
+
+
+def language_loss(output, batch):
+    return torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+
+
+def test_perplexity_at_four_and_two_bits(windows, record_property):
+    dense = perplexity(load(), windows)
+    importance = dbf_compile.calibrate(load(), windows[:4].split(1), loss=language_loss)
+    found = {}
+    for bits in (4.0, 2.0):
+        model = load()
+        options = {"bits_per_weight": bits, "importance": importance, "progress": False}
+        run = torch.compile(model, backend="dbf", fullgraph=True, options=options)
+        found[bits] = perplexity(run, windows)
+        eager = dbf_compile.convert_(load(), **options)
+        # Five layers of float32 sums of at most 172 products behind norms and softmax, in another order.
+        assert error_of(run(windows[:8]).logits, eager(windows[:8]).logits) < 1e-3
+    for name, value in {"dense": dense, **found}.items():
+        record_property(f"perplexity, {name}", round(value, 3))
+    print(f"\nperplexity: dense {dense:.3f}, 4 bits {found[4.0]:.3f}, 2 bits {found[2.0]:.3f}")
+    assert dense < found[4.0] < found[2.0] < 512  # 512 tokens: a model that knows nothing
