@@ -17,7 +17,7 @@ from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._inductor import config, ir, list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._inductor.lowering import empty_strided, fallback_handler
+from torch._inductor.lowering import empty_strided, fallback_handler, lowerings, to_dtype
 from torch._inductor.lowering import register_lowering as _register_lowering
 from torch._inductor.utils import sympy_product
 from torch._inductor.virtualized import V
@@ -169,6 +169,21 @@ def register_lowering(op: torch._ops.OpOverload, lowering: Callable[..., Any]) -
 def lower_to_operator(op: torch._ops.OpOverload, *args: Any) -> Any:
     """Lower to a call of the operator itself, whatever device it runs on."""
     return fallback_handler(op, add_to_fallback_set=False)(*args)
+
+
+def multiply(a: Any, b: Any) -> Any:
+    """Return ``a · b`` for Inductor to fuse."""
+    return lowerings[torch.ops.aten.mul.Tensor](a, b)
+
+
+def add(a: Any, b: Any) -> Any:
+    """Return ``a + b`` for Inductor to fuse."""
+    return lowerings[torch.ops.aten.add.Tensor](a, b)
+
+
+def cast(x: Any, dtype: torch.dtype) -> Any:
+    """Return ``x`` in ``dtype`` for Inductor to fuse."""
+    return to_dtype(x, dtype)
 
 
 def emits_cpp_wrapper() -> bool:

@@ -19,39 +19,71 @@ def register() -> None:
     inductor.register_lowering(torch.ops.dbf.sign_matmul.default, sign_matmul)
 
 
-def sign_matmul(x: Any, signs: Any) -> Any:
-    """Lower ``dbf::sign_matmul``: to the table look-up kernel on the CPU, to the Triton kernel on a GPU."""
-    device, dtype = x.get_device().type, x.get_dtype()
-    if dtype != torch.float64 and device == "cuda":
-        return _to_triton(x, signs)
-    if (
-        dtype in cpu_kernel.DTYPES
-        and device == "cpu"
+def sign_matmul(
+    x: Any,
+    signs: Any,
+    in_scale: Any = None,
+    out_scale: Any = None,
+    bias: Any = None,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """Lower ``dbf::sign_matmul``: to the table look-up kernel on the CPU, to the Triton kernel on a GPU.
+
+    The C++ kernel takes scales and bias along, on values that it has in registers anyway: as kernels of their own they
+    would double the number of C++ kernels to compile. Around the Triton kernel they are Inductor's to fuse.
+    """
+    wide = accumulator_dtype(x.get_dtype())
+    device, result = x.get_device().type, dtype or wide
+    vectors = [in_scale, out_scale, bias]
+    if device == "cpu" and _cpu_kernel_takes(x, result, vectors):
+        while vectors and vectors[-1] is None:
+            vectors.pop()
+        size = [*x.get_size()[:-1], signs.get_size()[0]]
+        return inductor.lower_to_out_call(
+            torch.ops.dbf_native.sign_matmul.out, (x, signs, *vectors), size, result
+        )
+    z = (
+        inductor.cast(x, wide)
+        if in_scale is None
+        else inductor.multiply(inductor.cast(x, wide), inductor.cast(in_scale, wide))
+    )
+    y = _to_triton(z, signs) if device == "cuda" and wide == torch.float32 else _to_operator(z, signs)
+    if out_scale is not None:
+        y = inductor.multiply(y, inductor.cast(out_scale, wide))
+    if bias is not None:
+        y = inductor.add(y, inductor.cast(bias, wide))
+    return inductor.cast(y, result)
+
+
+def _cpu_kernel_takes(x: Any, result: torch.dtype, vectors: list[Any]) -> bool:
+    in_scale, out_scale, bias = vectors
+    dtypes = [vector.get_dtype() for vector in vectors if vector is not None]
+    return (
+        all(dtype in cpu_kernel.DTYPES for dtype in (x.get_dtype(), result, *dtypes))
+        # Arguments are given by position: none may be missing in the middle.
+        and not (in_scale is None and (out_scale is not None or bias is not None))
+        and not (out_scale is None and bias is not None)
         and not inductor.emits_cpp_wrapper()
         and cpu_kernel.available()
-    ):
-        return inductor.lower_to_out_call(
-            torch.ops.dbf_native.sign_matmul.out, (x, signs), _output_size(x, signs), accumulator_dtype(dtype)
-        )
+    )
+
+
+def _to_operator(x: Any, signs: Any) -> Any:
     return inductor.lower_to_operator(torch.ops.dbf.sign_matmul.default, x, signs)
-
-
-def _output_size(x: Any, signs: Any) -> list[Any]:
-    return [*x.get_size()[:-1], signs.get_size()[0]]
 
 
 def _to_triton(x: Any, signs: Any) -> Any:
     from dbf_compile.kernels.sign_matmul import triton_kernel
 
     x, signs = inductor.contiguous(x, signs)
-    *leading, K = x.get_size()
-    M, N, K = math.prod(leading), int(signs.get_size()[0]), int(K)
+    *leading, columns = x.get_size()
+    M, N, K = math.prod(leading), int(signs.get_size()[0]), int(columns)
     blocks = triton_kernel.block_sizes(inductor.size_guess(M), N, K)
     return inductor.lower_to_triton_call(
         triton_kernel.sign_matmul_kernel,
         triton_kernel.grid(M, N, blocks, inductor.ceil_div),
         {"x_ptr": x, "signs_ptr": signs, "M": M, "N": N, "K": K, **blocks},
         output="y_ptr",
-        size=_output_size(x, signs),
+        size=[*leading, N],
         dtype=torch.float32,
     )

@@ -1,10 +1,11 @@
 """The operators: schemas, fake implementations, autograd, devices.
 
-    dbf::sign_matmul(x, signs)                    y[..., n] = Σ_k signs[n, k] · x[..., k]
-    dbf::sign_matmul_transposed(g, signs, cols)   g_x[..., k] = Σ_n signs[n, k] · g[..., n]
+    dbf::sign_matmul(x, signs, in_scale?, out_scale?, bias?, dtype?)
+        y[..., n] = out_scale[n] · Σ_k signs[n, k] · (in_scale[k] · x[..., k]) + bias[n]
+    dbf::sign_matmul_transposed(g, signs, cols)
+        g_x[..., k] = Σ_n signs[n, k] · g[..., n]
 
-Sums come out in float32 (float64 for float64), whatever the dtype of x: scales, bias and the cast back are
-ordinary aten operators around the product, for Inductor to fuse with their neighbours.
+Sums are float32 (float64 for float64), whatever the dtype of x. Scales and bias multiply and shift activations only.
 """
 
 from __future__ import annotations
@@ -16,84 +17,164 @@ from torch import Tensor
 
 from dbf_compile.errors import KernelInputError
 from dbf_compile.kernels.sign_matmul import cpu_kernel
-from dbf_compile.kernels.sign_matmul.reference import (
-    accumulator_dtype,
-)
-from dbf_compile.kernels.sign_matmul.reference import (
-    sign_matmul as sign_matmul_reference,
-)
+from dbf_compile.kernels.sign_matmul.reference import accumulator_dtype
+from dbf_compile.kernels.sign_matmul.reference import sign_matmul as sign_matmul_reference
 from dbf_compile.kernels.sign_matmul.reference import (
     sign_matmul_transposed as sign_matmul_transposed_reference,
 )
 from dbf_compile.signs import words_per_row
 
 _library = torch.library.Library("dbf", "DEF")
-_library.define("sign_matmul(Tensor x, Tensor signs) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    "sign_matmul(Tensor x, Tensor signs, Tensor? in_scale=None, Tensor? out_scale=None, Tensor? bias=None, "
+    "ScalarType? dtype=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 _library.define(
     "sign_matmul_transposed(Tensor g, Tensor signs, int cols) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
 )
 
+_Vector = Tensor | None
 
-def _check(x: Tensor, signs: Tensor) -> None:
+
+def _check(x: Tensor, signs: Tensor, in_scale: _Vector, out_scale: _Vector, bias: _Vector) -> None:
     if not x.is_floating_point() or x.dim() == 0:
         raise KernelInputError(
             f"activations of dtype {x.dtype} and shape {tuple(x.shape)}",
             "floating point [..., K]",
             "cast the input of the layer",
         )
-    if signs.dtype != torch.int32 or signs.dim() != 2 or signs.shape[1] != words_per_row(x.shape[-1]):
+    columns = x.shape[-1]
+    if in_scale is not None and in_scale.shape != (columns,):
         raise KernelInputError(
-            f"signs of dtype {signs.dtype} and shape {tuple(signs.shape)} for activations of shape {tuple(x.shape)}",
-            f"int32 [N, {words_per_row(x.shape[-1])}]",
+            f"activations of shape {tuple(x.shape)} for in_features={in_scale.numel()}",
+            f"[..., {in_scale.numel()}]",
+            "check what feeds the layer",
+        )
+    if signs.dtype != torch.int32 or signs.dim() != 2 or signs.shape[1] != words_per_row(columns):
+        raise KernelInputError(
+            f"signs of dtype {signs.dtype} and shape {tuple(signs.shape)} "
+            f"for activations of shape {tuple(x.shape)}",
+            f"int32 [N, {words_per_row(columns)}]",
             "check that the input has in_features columns",
         )
-    if x.device != signs.device:
+    for name, vector in (("out_scale", out_scale), ("bias", bias)):
+        if vector is not None and vector.shape != (signs.shape[0],):
+            raise KernelInputError(
+                f"{name} of shape {tuple(vector.shape)} for {signs.shape[0]} rows of signs",
+                f"[{signs.shape[0]}]",
+                "take scales and signs from one factorization",
+            )
+    devices = {tensor.device for tensor in (x, signs, in_scale, out_scale, bias) if tensor is not None}
+    if len(devices) > 1:
         raise KernelInputError(
-            f"activations on {x.device} and signs on {signs.device}",
+            f"activations on {x.device} and factors on {signs.device}",
             "one device",
             "move the model or its input",
         )
 
 
-def _default(x: Tensor, signs: Tensor) -> Tensor:
-    _check(x, signs)
-    return sign_matmul_reference(x, signs)
+def _default(
+    x: Tensor,
+    signs: Tensor,
+    in_scale: _Vector = None,
+    out_scale: _Vector = None,
+    bias: _Vector = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    _check(x, signs, in_scale, out_scale, bias)
+    return sign_matmul_reference(x, signs, in_scale, out_scale, bias, dtype)
 
 
-def _cpu(x: Tensor, signs: Tensor) -> Tensor:
-    _check(x, signs)
-    if x.dtype in cpu_kernel.DTYPES and cpu_kernel.available():
-        return cpu_kernel.sign_matmul_cpu(x, signs)
-    return sign_matmul_reference(x, signs)
+def _cpu(
+    x: Tensor,
+    signs: Tensor,
+    in_scale: _Vector = None,
+    out_scale: _Vector = None,
+    bias: _Vector = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    _check(x, signs, in_scale, out_scale, bias)
+    if cpu_kernel.takes(x, in_scale, out_scale, bias) and cpu_kernel.available():
+        result = dtype if dtype in cpu_kernel.DTYPES else torch.float32
+        y = cpu_kernel.sign_matmul_cpu(x, signs, in_scale, out_scale, bias, result)
+        return y if dtype is None else y.to(dtype)
+    return sign_matmul_reference(x, signs, in_scale, out_scale, bias, dtype)
 
 
-def _cuda(x: Tensor, signs: Tensor) -> Tensor:
-    _check(x, signs)
+def _cuda(
+    x: Tensor,
+    signs: Tensor,
+    in_scale: _Vector = None,
+    out_scale: _Vector = None,
+    bias: _Vector = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    _check(x, signs, in_scale, out_scale, bias)
     if x.dtype == torch.float64:
-        return sign_matmul_reference(x, signs)
+        return sign_matmul_reference(x, signs, in_scale, out_scale, bias, dtype)
     from dbf_compile.kernels.sign_matmul.triton_kernel import sign_matmul_triton
 
-    return sign_matmul_triton(x, signs)
+    y = sign_matmul_triton(x if in_scale is None else x.float() * in_scale.float(), signs)
+    if out_scale is not None:
+        y = y * out_scale.float()
+    if bias is not None:
+        y = y + bias.float()
+    return y if dtype is None else y.to(dtype)
 
 
-def _fake(x: Tensor, signs: Tensor) -> Tensor:
-    _check(x, signs)
-    return x.new_empty((*x.shape[:-1], signs.shape[0]), dtype=accumulator_dtype(x.dtype))
+def _fake(
+    x: Tensor,
+    signs: Tensor,
+    in_scale: _Vector = None,
+    out_scale: _Vector = None,
+    bias: _Vector = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    _check(x, signs, in_scale, out_scale, bias)
+    return x.new_empty((*x.shape[:-1], signs.shape[0]), dtype=dtype or accumulator_dtype(x.dtype))
 
 
 def _transposed_fake(g: Tensor, signs: Tensor, cols: int) -> Tensor:
     return g.new_empty((*g.shape[:-1], cols), dtype=accumulator_dtype(g.dtype))
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    x, signs = inputs
-    ctx.save_for_backward(signs)
-    ctx.cols, ctx.dtype = x.shape[-1], x.dtype
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, signs, in_scale, out_scale, bias, _ = inputs
+    # Only gradients of scales need the activations again.
+    needs_x = any(scale is not None and scale.requires_grad for scale in (in_scale, out_scale))
+    ctx.save_for_backward(signs, in_scale, out_scale, x if needs_x else None)
+    ctx.cols, ctx.dtypes = (
+        x.shape[-1],
+        [None if t is None else t.dtype for t in (x, in_scale, out_scale, bias)],
+    )
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    (signs,) = ctx.saved_tensors
-    return torch.ops.dbf.sign_matmul_transposed(grad, signs, ctx.cols).to(ctx.dtype), None
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    signs, in_scale, out_scale, x = ctx.saved_tensors
+    x_dtype, in_dtype, out_dtype, bias_dtype = ctx.dtypes
+    # Arguments left at their defaults are not counted.
+    needs_x, _, needs_in, needs_out, needs_bias = (*ctx.needs_input_grad, False, False, False)[:5]
+    wide = accumulator_dtype(x_dtype)
+    g = grad.to(wide)
+    g_bias = _sum_tokens(g).to(bias_dtype) if needs_bias else None
+    g_out = None
+    if needs_out:
+        g_out = _sum_tokens(g * torch.ops.dbf.sign_matmul(x, signs, in_scale)).to(out_dtype)
+    g_x = g_in = None
+    if needs_x or needs_in:
+        g_z = torch.ops.dbf.sign_matmul_transposed(
+            g if out_scale is None else g * out_scale.to(wide), signs, ctx.cols
+        )
+        if needs_in:
+            g_in = _sum_tokens(g_z * x.to(wide)).to(in_dtype)
+        if needs_x:
+            g_x = (g_z if in_scale is None else g_z * in_scale.to(wide)).to(x_dtype)
+    return g_x, None, g_in, g_out, g_bias, None
+
+
+def _sum_tokens(values: Tensor) -> Tensor:
+    return values.reshape(-1, values.shape[-1]).sum(0)
 
 
 def _save_for_transposed(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
@@ -147,17 +228,8 @@ def double_binary_linear(
         [..., N] of ``dtype``.
 
     Raises:
-        KernelInputError: ``x`` is not floating point, or has another number of columns than ``scale_in``.
+        KernelInputError: ``x`` is not floating point, or sizes do not fit together.
     """
-    # Multiplying by scale_in would broadcast a single column, and turn whole numbers into floating point ones.
-    if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] != scale_in.shape[0]:
-        raise KernelInputError(
-            f"activations of dtype {x.dtype} and shape {tuple(x.shape)} for in_features={scale_in.shape[0]}",
-            f"floating point [..., {scale_in.shape[0]}]",
-            "check what feeds the layer",
-        )
-    wide = accumulator_dtype(x.dtype)
-    h = torch.ops.dbf.sign_matmul(x.to(wide) * scale_in.to(wide), signs_in)
-    y = torch.ops.dbf.sign_matmul(h * scale_mid.to(wide), signs_out) * scale_out.to(wide)
-    result: Tensor = (y if bias is None else y + bias.to(wide)).to(dtype)
+    h = torch.ops.dbf.sign_matmul(x, signs_in, scale_in)
+    result: Tensor = torch.ops.dbf.sign_matmul(h, signs_out, scale_mid, scale_out, bias, dtype)
     return result

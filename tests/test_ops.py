@@ -142,7 +142,7 @@ def test_inputs_that_do_not_fit_are_refused(x: Tensor, signs: Tensor, message: s
 
 
 def test_inputs_on_two_devices_are_refused() -> None:
-    with pytest.raises(KernelInputError, match="activations on meta and signs on cpu; allowed: one device"):
+    with pytest.raises(KernelInputError, match="activations on meta and factors on cpu; allowed: one device"):
         ops._fake(torch.ones(2, 33, device="meta"), words())
 
 

@@ -1,4 +1,5 @@
-// y[m, n] = sum_k signs[n, k] * x[m, k] by table look-up: no multiplication.
+// y[m, n] = out_scale[n] * sum_k signs[n, k] * (in_scale[k] * x[m, k]) + bias[n] by table look-up: signs meet
+// additions only. Each scale is multiplied once with each activation, on its way into the tables or out of the sums.
 //
 // Four neighbouring columns have 16 possible signed sums. They are computed once per token with additions,
 // then every row of the sign matrix replaces four additions by one look-up and one addition; the four sign
@@ -18,6 +19,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
+#include <vector>
 
 namespace {
 
@@ -80,10 +83,26 @@ inline void look_up(const int32_t* words, int64_t stride, int64_t count, const V
   for (int row = 0; row < Rows; ++row) sums[row] = sum[row];
 }
 
+// A scale or a bias in float32; nothing where there is none.
+using Vector1d = std::optional<std::vector<float>>;
+
+// The sums of one row of the output, scaled, shifted and rounded to its dtype.
+template <typename Out>
+struct Store {
+  const Vector1d& scale;
+  const Vector1d& bias;
+  Out* y;
+  void operator()(int64_t row, int64_t column, int64_t stride, float sum) const {
+    if (scale) sum *= (*scale)[column];
+    if (bias) sum += (*bias)[column];
+    y[row * stride + column] = static_cast<Out>(sum);
+  }
+};
+
 // Tokens rows of x against rows [begin, end) of the sign matrix; end - begin <= kRows.
-template <int Tokens, typename Scalar>
-void multiply_tile(const Scalar* x, int64_t columns, const int32_t* signs, int64_t words, int64_t begin,
-                   int64_t end, float* y, int64_t y_stride) {
+template <int Tokens, typename Scalar, typename Out>
+void multiply_tile(const Scalar* x, int64_t columns, const float* scale, const int32_t* signs, int64_t words,
+                   int64_t begin, int64_t end, const Store<Out>& store, int64_t token, int64_t y_stride) {
   using Vector = typename Lanes<Tokens>::type;
   constexpr int64_t kBlock = kTableBytes / (kGroupsPerWord * kEntries * sizeof(Vector));  // words per block
   alignas(64) Vector tables[kBlock * kGroupsPerWord * kEntries];
@@ -97,6 +116,7 @@ void multiply_tile(const Scalar* x, int64_t columns, const int32_t* signs, int64
         if (column >= columns) break;  // columns that pad the last word count as zero
         for (int lane = 0; lane < Tokens; ++lane)
           set_lane<Tokens>(values[j], lane, static_cast<float>(x[lane * columns + column]));
+        if (scale != nullptr) values[j] *= scale[column];
       }
       build_table(values, tables + group * kEntries);
     }
@@ -108,7 +128,7 @@ void multiply_tile(const Scalar* x, int64_t columns, const int32_t* signs, int64
   }
   for (int lane = 0; lane < Tokens; ++lane)
     for (int64_t row = begin; row < end; ++row)
-      y[lane * y_stride + row] = get_lane<Tokens>(sums[row - begin], lane);
+      store(token + lane, row, y_stride, get_lane<Tokens>(sums[row - begin], lane));
 }
 
 // The widest tiles first: M tokens are full tiles of 16, then one tile each of 8, 4, 2, 1 as needed.
@@ -129,8 +149,9 @@ inline TokenTile token_tile(int64_t tokens, int64_t index) {
   return {first, 0};
 }
 
-template <typename Scalar>
-void multiply(const Tensor& x, const Tensor& signs, const Tensor& out) {
+template <typename Scalar, typename Out>
+void multiply(const Tensor& x, const Tensor& signs, const Vector1d& in_scale, const Vector1d& out_scale,
+              const Vector1d& bias, const Tensor& out) {
   const int64_t columns = x.size(x.dim() - 1), rows = signs.size(0), words = signs.size(1);
   const int64_t tokens = rows == 0 ? 0 : out.numel() / rows;
   if (tokens == 0) return;
@@ -141,46 +162,77 @@ void multiply(const Tensor& x, const Tensor& signs, const Tensor& out) {
   const int64_t chunks = (rows + chunk - 1) / chunk;
   const auto* x_data = static_cast<const Scalar*>(x.const_data_ptr());
   const auto* sign_data = static_cast<const int32_t*>(signs.const_data_ptr());
-  auto* y_data = static_cast<float*>(out.mutable_data_ptr());
+  const float* scale = in_scale ? in_scale->data() : nullptr;
+  const Store<Out> store{out_scale, bias, static_cast<Out*>(out.mutable_data_ptr())};
   torch::stable::parallel_for(0, tiles * chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const TokenTile tile = token_tile(tokens, task / chunks);
       const int64_t first = (task % chunks) * chunk, last = std::min(first + chunk, rows);
       const Scalar* x_tile = x_data + tile.first * columns;
-      float* y_tile = y_data + tile.first * rows;
+      const auto run = [&](auto count) {
+        multiply_tile<count()>(x_tile, columns, scale, sign_data, words, first, last, store, tile.first, rows);
+      };
       switch (tile.count) {
-        case 16: multiply_tile<16>(x_tile, columns, sign_data, words, first, last, y_tile, rows); break;
-        case 8: multiply_tile<8>(x_tile, columns, sign_data, words, first, last, y_tile, rows); break;
-        case 4: multiply_tile<4>(x_tile, columns, sign_data, words, first, last, y_tile, rows); break;
-        case 2: multiply_tile<2>(x_tile, columns, sign_data, words, first, last, y_tile, rows); break;
-        default: multiply_tile<1>(x_tile, columns, sign_data, words, first, last, y_tile, rows); break;
+        case 16: run(std::integral_constant<int, 16>()); break;
+        case 8: run(std::integral_constant<int, 8>()); break;
+        case 4: run(std::integral_constant<int, 4>()); break;
+        case 2: run(std::integral_constant<int, 2>()); break;
+        default: run(std::integral_constant<int, 1>()); break;
       }
     }
   });
 }
 
-Tensor sign_matmul_out(const Tensor& x, const Tensor& signs, Tensor out) {
-  using torch::headeronly::ScalarType;
+using torch::headeronly::ScalarType;
+
+// Calls visit with a value of the C++ type of a floating-point dtype.
+template <typename Visit>
+void visit_dtype(ScalarType dtype, const char* what, Visit visit) {
+  switch (dtype) {
+    case ScalarType::Float: visit(float()); break;
+    case ScalarType::BFloat16: visit(c10::BFloat16()); break;
+    case ScalarType::Half: visit(c10::Half()); break;
+    default: STD_TORCH_CHECK(false, "dbf_native::sign_matmul takes float32, bfloat16 or float16 for ", what);
+  }
+}
+
+Vector1d to_float(const std::optional<Tensor>& given, int64_t size, const char* name) {
+  if (!given) return std::nullopt;
+  STD_TORCH_CHECK(given->dim() == 1 && given->size(0) == size && given->is_contiguous(),
+                  "dbf_native::sign_matmul needs a contiguous vector of one value per feature as ", name);
+  std::vector<float> values(size);
+  visit_dtype(given->scalar_type(), name, [&](auto zero) {
+    const auto* data = static_cast<const decltype(zero)*>(given->const_data_ptr());
+    for (int64_t i = 0; i < size; ++i) values[i] = static_cast<float>(data[i]);
+  });
+  return values;
+}
+
+Tensor sign_matmul_out(const Tensor& x, const Tensor& signs, std::optional<Tensor> in_scale,
+                       std::optional<Tensor> out_scale, std::optional<Tensor> bias, Tensor out) {
   STD_TORCH_CHECK(x.is_contiguous() && signs.is_contiguous() && out.is_contiguous(),
                   "dbf_native::sign_matmul needs contiguous tensors");
-  STD_TORCH_CHECK(signs.scalar_type() == ScalarType::Int && out.scalar_type() == ScalarType::Float,
-                  "dbf_native::sign_matmul needs int32 signs and float32 out");
+  STD_TORCH_CHECK(signs.scalar_type() == ScalarType::Int, "dbf_native::sign_matmul needs int32 signs");
   STD_TORCH_CHECK(x.dim() > 0 && signs.dim() == 2 && out.dim() == x.dim() &&
                       signs.size(1) == (x.size(x.dim() - 1) + kWordBits - 1) / kWordBits &&
                       out.size(out.dim() - 1) == signs.size(0) &&
                       out.numel() * x.size(x.dim() - 1) == x.numel() * signs.size(0),
                   "dbf_native::sign_matmul got tensors whose sizes do not fit together");
-  switch (x.scalar_type()) {
-    case ScalarType::Float: multiply<float>(x, signs, out); break;
-    case ScalarType::BFloat16: multiply<c10::BFloat16>(x, signs, out); break;
-    case ScalarType::Half: multiply<c10::Half>(x, signs, out); break;
-    default: STD_TORCH_CHECK(false, "dbf_native::sign_matmul takes float32, bfloat16 or float16 x");
-  }
+  const Vector1d before = to_float(in_scale, x.size(x.dim() - 1), "in_scale");
+  const Vector1d after = to_float(out_scale, signs.size(0), "out_scale");
+  const Vector1d shift = to_float(bias, signs.size(0), "bias");
+  visit_dtype(x.scalar_type(), "x", [&](auto x_zero) {
+    visit_dtype(out.scalar_type(), "out", [&](auto out_zero) {
+      multiply<decltype(x_zero), decltype(out_zero)>(x, signs, before, after, shift, out);
+    });
+  });
   return out;
 }
 
 STABLE_TORCH_LIBRARY(dbf_native, library) {
-  library.def("sign_matmul.out(Tensor x, Tensor signs, *, Tensor(a!) out) -> Tensor(a!)");
+  library.def(
+      "sign_matmul.out(Tensor x, Tensor signs, Tensor? in_scale=None, Tensor? out_scale=None, Tensor? bias=None, "
+      "*, Tensor(a!) out) -> Tensor(a!)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dbf_native, CPU, library) {

@@ -26,16 +26,33 @@ def available() -> bool:
     return True
 
 
-def sign_matmul_cpu(x: Tensor, signs: Tensor) -> Tensor:
-    """Multiply by a sign matrix with additions only: ``y[..., n] = Σ_k signs[n, k] · x[..., k]``.
+def takes(*tensors: Tensor | None) -> bool:
+    """Return whether the kernel computes with tensors of these dtypes; there is no float64 in it."""
+    return all(tensor.dtype in DTYPES for tensor in tensors if tensor is not None)
+
+
+def sign_matmul_cpu(
+    x: Tensor,
+    signs: Tensor,
+    in_scale: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Multiply by a sign matrix with additions only: ``y = out_scale ⊙ (signs · (in_scale ⊙ x)) + bias``.
 
     Args:
         x: float32, bfloat16 or float16 [..., K].
         signs: int32 words [N, ceil(K / 32)].
+        in_scale: float32, bfloat16 or float16 [K], or None.
+        out_scale: the same [N], or None.
+        bias: the same [N], or None.
+        dtype: of the result; sums are float32.
 
     Returns:
-        float32 [..., N]; bit-identical for any number of threads and any batch around a token.
+        [..., N]; bit-identical for any number of threads and any batch around a token.
     """
-    out = x.new_empty((*x.shape[:-1], signs.shape[0]), dtype=torch.float32)
-    torch.ops.dbf_native.sign_matmul.out(x.contiguous(), signs.contiguous(), out=out)
+    out = x.new_empty((*x.shape[:-1], signs.shape[0]), dtype=dtype)
+    vectors = (None if vector is None else vector.contiguous() for vector in (in_scale, out_scale, bias))
+    torch.ops.dbf_native.sign_matmul.out(x.contiguous(), signs.contiguous(), *vectors, out=out)
     return out

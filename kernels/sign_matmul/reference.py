@@ -17,18 +17,35 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def sign_matmul(x: Tensor, signs: Tensor) -> Tensor:
-    """Multiply by a sign matrix: ``y[..., n] = Σ_k signs[n, k] · x[..., k]``.
+def sign_matmul(
+    x: Tensor,
+    signs: Tensor,
+    in_scale: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Multiply by a sign matrix: ``y[..., n] = out_scale[n] · Σ_k signs[n, k] · in_scale[k] · x[..., k] + bias[n]``.
 
     Args:
         x: floating point [..., K].
         signs: int32 words [N, W], layout of :mod:`dbf_compile.signs`.
+        in_scale: floating point [K], or None for ones.
+        out_scale: floating point [N], or None for ones.
+        bias: floating point [N], or None for zeros.
+        dtype: of the result; None for that of the sums: float32, or float64 for float64 ``x``.
 
     Returns:
-        [..., N] in the accumulator's dtype: float32, or float64 for float64 ``x``.
+        [..., N].
     """
-    dtype = accumulator_dtype(x.dtype)
-    return x.to(dtype) @ unpack_signs(signs, x.shape[-1], dtype).T
+    wide = accumulator_dtype(x.dtype)
+    z = x.to(wide) if in_scale is None else x.to(wide) * in_scale.to(wide)
+    y = z @ unpack_signs(signs, x.shape[-1], wide).T
+    if out_scale is not None:
+        y = y * out_scale.to(wide)
+    if bias is not None:
+        y = y + bias.to(wide)
+    return y.to(dtype or wide)
 
 
 def sign_matmul_transposed(grad: Tensor, signs: Tensor, cols: int) -> Tensor:

@@ -15,19 +15,14 @@ def factored_siblings(
     hand = HandGraph()
     x = hand.input(torch.randn(3, K, dtype=dtype, generator=torch.Generator().manual_seed(seed)))
     factors = random_factors(K, 24, sum(rows), seed=seed)
-    parts = list(factors.split(rows))
-    first = {name: hand.constant(factors.tensors()[name]) for name in ("signs_in", "scale_in", "scale_mid")}
+    names = ("signs_in", "scale_in", "scale_mid")
+    first = {name: hand.constant(factors.tensors()[name]) for name in names}
     outputs = []
-    for part in parts:
-        own = first if shared else {name: hand.constant(part.tensors()[name]) for name in first}
-        signs_out = hand.constant(part.signs_out)
-        z = hand.call("mul", x, hand.call("to", own["scale_in"], torch.float64))
-        h = hand.call(operator, z, own["signs_in"])
-        outputs.append(
-            hand.call(
-                operator, hand.call("mul", h, hand.call("to", own["scale_mid"], torch.float64)), signs_out
-            )
-        )
+    for part in factors.split(rows):
+        own = first if shared else {name: hand.constant(part.tensors()[name]) for name in names}
+        signs_out, scale_out = hand.constant(part.signs_out), hand.constant(part.scale_out)
+        h = hand.call(operator, x, own["signs_in"], own["scale_in"])
+        outputs.append(hand.call(operator, h, signs_out, own["scale_mid"], scale_out, None, dtype))
     return hand, x, outputs
 
 

@@ -9,7 +9,15 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.strategies import FLOAT_DTYPES, activations, float_dtypes, random_signs, seeds, sizes
+from support.strategies import (
+    FLOAT_DTYPES,
+    activations,
+    float_dtypes,
+    random_scale,
+    random_signs,
+    seeds,
+    sizes,
+)
 from torch import Tensor
 
 from dbf_compile.errors import BuildError
@@ -190,7 +198,12 @@ def test_a_view_into_a_larger_tensor_is_written_alone() -> None:
         ),
         (torch.ones(2, 33).int(), torch.zeros(3, 2, dtype=INT), torch.ones(2, 3), "takes float32"),
         (torch.ones(2, 33), torch.zeros(3, 2).long(), torch.ones(2, 3), "needs int32 signs"),
-        (torch.ones(2, 33), torch.zeros(3, 2, dtype=INT), torch.ones(2, 3).half(), "float32 out"),
+        (
+            torch.ones(2, 33),
+            torch.zeros(3, 2, dtype=INT),
+            torch.ones(2, 3).int(),
+            "takes float32, .* for out",
+        ),
         (torch.ones(33, 2).T, torch.zeros(3, 2, dtype=INT), torch.ones(2, 3), "contiguous"),
         (torch.ones(2, 33), torch.zeros(2, 3, dtype=INT).T, torch.ones(2, 3), "contiguous"),
         (torch.ones(2, 33), torch.zeros(3, 2, dtype=INT), torch.ones(3, 2).T, "contiguous"),
@@ -206,6 +219,52 @@ def test_a_view_into_a_larger_tensor_is_written_alone() -> None:
 def test_tensors_that_do_not_fit_are_refused(x: Tensor, words: Tensor, out: Tensor, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         torch.ops.dbf_native.sign_matmul.out(x, words, out=out)
+
+
+@given(
+    K=sizes,
+    N=sizes,
+    seed=seeds,
+    data=st.data(),
+    result=st.sampled_from(cpu_kernel.DTYPES),
+    vectors=st.lists(st.sampled_from((None, *cpu_kernel.DTYPES)), min_size=3, max_size=3),
+)
+def test_scales_and_bias_on_the_way(K, N, seed, data, result, vectors) -> None:
+    signs, x = random_signs(N, K, seed), data.draw(activations(K))
+    words = pack_signs(signs)
+    given_vectors = [
+        None if dtype is None else random_scale(size, seed + index, dtype)
+        for index, (dtype, size) in enumerate(zip(vectors, (K, N, N), strict=True))
+    ]
+    y = cpu_kernel.sign_matmul_cpu(x, words, *given_vectors, result)
+    assert y.dtype == result
+    exact = sign_matmul(x.double(), words, *given_vectors)
+    in_scale, out_scale, bias = (
+        torch.ones(size) if v is None else v.double().abs()
+        for v, size in zip(given_vectors, (K, N, N), strict=True)
+    )
+    shift = torch.zeros(N) if given_vectors[2] is None else bias
+    # One rounding per scale, K additions in float32, one rounding to the result's dtype.
+    terms = (x.double().abs() * in_scale).sum(-1, keepdim=True) * out_scale + shift
+    rounding = (K + 4) * torch.finfo(torch.float32).eps * terms + torch.finfo(result).eps * exact.abs()
+    assert_close(y.double(), exact, bound=rounding + torch.finfo(result).smallest_normal)
+
+
+@pytest.mark.parametrize(
+    ("vectors", "message"),
+    [
+        ({"in_scale": torch.ones(32)}, "in_scale"),
+        ({"out_scale": torch.ones(4)}, "out_scale"),
+        ({"bias": torch.ones(3, 1)}, "bias"),
+        ({"bias": torch.ones(6)[::2]}, "bias"),
+        ({"out_scale": torch.ones(3, dtype=torch.float64)}, "takes float32, .* for out_scale"),
+    ],
+)
+def test_scales_that_do_not_fit_are_refused(vectors: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.dbf_native.sign_matmul.out(
+            torch.ones(2, 33), torch.zeros(3, 2, dtype=INT), **vectors, out=torch.ones(2, 3)
+        )
 
 
 @pytest.fixture
