@@ -29,7 +29,9 @@ STAGES = ("passes", "factors", "inductor", "kernel build")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--worker", nargs=2, metavar=("MODEL", "BACKEND"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -63,12 +65,19 @@ def measure(model: str, rounds: int, scratch: Path) -> list[dict]:
         base = statistics.median(item["total"] for item in found[state, "inductor"])
         for backend in BACKENDS:
             medians = {
-                key: statistics.median(item[key] for item in found[state, backend]) for key in ("total", *STAGES)
+                key: statistics.median(item[key] for item in found[state, backend])
+                for key in ("total", *STAGES)
             }
             ratio = medians["total"] / base
             stages = "".join(f"{medians[stage]:14.2f}" for stage in STAGES)
             print(f"{state:6}{backend:10}{medians['total']:8.2f}{ratio:8.2f}   {stages}")
-            row = {"model": model, "caches": state, "backend": backend, "rounds": rounds, "ratio": round(ratio, 3)}
+            row = {
+                "model": model,
+                "caches": state,
+                "backend": backend,
+                "rounds": rounds,
+                "ratio": round(ratio, 3),
+            }
             rows.append({**row, **{key: round(value, 3) for key, value in medians.items()}})
     return rows
 

@@ -1,7 +1,7 @@
 """The main job on a real model: compress a pretrained sentence encoder, compile it, compare it with the dense one.
 
-    make demo            the whole encoder, all 37 linear layers
-    make demo QUICK=1    its first two blocks
+make demo            the whole encoder, all 37 linear layers
+make demo QUICK=1    its first two blocks
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--bits", type=float, default=2.0, help="stored bits per weight (default 2.0)")
     parser.add_argument("--quick", action="store_true", help="only the first two blocks, fewer measurements")
     return parser.parse_args()
@@ -174,15 +176,23 @@ def file_sizes(model: nn.Module, factors) -> dict[str, int]:
     return {**sizes, "compressed": sizes["factors"] + sizes["rest"]}
 
 
-def report(model, factors, rows, similarity, similarity_onebit, timings: dict[str, dict[str, Timing]]) -> None:
+def report(
+    model, factors, rows, similarity, similarity_onebit, timings: dict[str, dict[str, Timing]]
+) -> None:
     weights = sum(row["weights"] for row in rows)
     sizes = file_sizes(model, factors)
     bits = 8 * sum(_stored_bytes(factors).values())
     single_bits = sum(row["onebit"].bits() for row in rows)
     lines = [
-        ("linear layers factored", f"{len(rows)} of {len(dense_linears(model))}, {weights / 1e6:.2f} M weights"),
+        (
+            "linear layers factored",
+            f"{len(rows)} of {len(dense_linears(model))}, {weights / 1e6:.2f} M weights",
+        ),
         ("bits per weight, layers", f"{bits / weights:.3f} (signs, padding and scales)"),
-        ("bits per weight, factor file", f"{8 * sizes['factors'] / weights:.3f} ({sizes['factors'] / 1e6:.2f} MB)"),
+        (
+            "bits per weight, factor file",
+            f"{8 * sizes['factors'] / weights:.3f} ({sizes['factors'] / 1e6:.2f} MB)",
+        ),
         (
             "whole model on disk",
             f"{sizes['compressed'] / 1e6:.1f} MB, dense float32 {sizes['dense'] / 1e6:.1f} MB "
@@ -208,7 +218,9 @@ def report(model, factors, rows, similarity, similarity_onebit, timings: dict[st
             )
     width = max(len(name) for name, _ in lines)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in lines))
-    print(f"\n{len(similarity)} sentences of at most {LENGTH} tokens; {torch.get_num_threads()} threads; {processor()}")
+    print(
+        f"\n{len(similarity)} sentences of at most {LENGTH} tokens; {torch.get_num_threads()} threads; {processor()}"
+    )
     print(f"{versions()}; commit {commit()}; picture: {OUTPUT / 'demo.png'}")
 
 
@@ -231,8 +243,16 @@ def picture(rows: list[dict], bits: float) -> None:
     OUTPUT.mkdir(exist_ok=True)
     figure, axes = pyplot.subplots(figsize=(11, 0.26 * len(rows) + 1.6), layout="constrained")
     places = range(len(rows))
-    axes.barh(places, [row["onebit error"] for row in rows], color="#d8c7a9", label="OneBit: one sheet of signs")
-    axes.barh(places, [row["error"] for row in rows], color="#33658a", height=0.55, label=f"dbf: two sheets, {bits} bits")
+    axes.barh(
+        places, [row["onebit error"] for row in rows], color="#d8c7a9", label="OneBit: one sheet of signs"
+    )
+    axes.barh(
+        places,
+        [row["error"] for row in rows],
+        color="#33658a",
+        height=0.55,
+        label=f"dbf: two sheets, {bits} bits",
+    )
     axes.set_yticks(places, [row["name"] for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("weighted squared error, relative to the weight (1 = zeros)")

@@ -24,7 +24,9 @@ class Timing(NamedTuple):
     high: float
 
 
-def interleaved(calls: Mapping[str, Callable[[], object]], rounds: int, seconds: float = 0.05) -> dict[str, Timing]:
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], rounds: int, seconds: float = 0.05
+) -> dict[str, Timing]:
     """Time several calls against each other: one after the other in every round, so that all see the same machine.
 
     Args:
@@ -59,7 +61,10 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    name = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
     return f"{name}, {os.cpu_count()} cores"
 
 

@@ -87,10 +87,9 @@ def _command() -> list[str]:
             "g++ >= 11 or clang++ >= 14 on the PATH",
             "install one, or set CXX; until then the slow reference is used",
         )
-    from torch.utils.cpp_extension import include_paths
-
     abi = f"-DTORCH_TARGET_VERSION={_target_version()}"
-    return [path, *FLAGS, abi, "-shared", "-fPIC", *(f"-I{folder}" for folder in include_paths("cpu"))]
+    headers = Path(torch.__file__).parent / "include"  # of the stable ABI; cpp_extension takes long to import
+    return [path, *FLAGS, abi, "-shared", "-fPIC", f"-I{headers}"]
 
 
 def _link_flags() -> list[str]:

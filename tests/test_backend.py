@@ -136,7 +136,9 @@ def test_weights_made_under_inference_mode_work():
 
 def test_training_through_a_dense_weight_is_refused():
     model, x = MLP().requires_grad_(True), randn(4, 67)
-    with pytest.raises(Exception, match=r"TrainingError: a gradient wanted for the dense weight of 'up'.*requires_grad"):
+    with pytest.raises(
+        Exception, match=r"TrainingError: a gradient wanted for the dense weight of 'up'.*requires_grad"
+    ):
         compiled(model)(x)
     with torch.no_grad():
         compiled(model)(x)
@@ -190,13 +192,18 @@ def test_skipped_and_too_small_layers_stay_dense(caplog):
     assert rewrites(caplog, model, x)["replace_linears"] == 2
     assert rewrites(caplog, model, x, skip=["up"])["replace_linears"] == 1
     assert rewrites(caplog, model, x, skip=["*"])["replace_linears"] == 0
-    assert rewrites(caplog, nn.Sequential(nn.Linear(4, 3)).requires_grad_(False), randn(5, 4))["replace_linears"] == 0
+    assert (
+        rewrites(caplog, nn.Sequential(nn.Linear(4, 3)).requires_grad_(False), randn(5, 4))["replace_linears"]
+        == 0
+    )
 
 
 def test_overrides_set_bits_by_layer_name(count_factorizations, monkeypatch):
     sizes = {}
     original = jobs.factorize
-    monkeypatch.setattr(jobs, "factorize", lambda w, R, *rest: sizes.setdefault(tuple(w.shape), R) and original(w, R, *rest))
+    monkeypatch.setattr(
+        jobs, "factorize", lambda w, R, *rest: sizes.setdefault(tuple(w.shape), R) and original(w, R, *rest)
+    )
     compiled(MLP(seed=21), overrides={"up": 8.0})(randn(5, 67))
     assert sizes[(130, 67)] > 1.5 * sizes[(67, 130)]
 

@@ -69,9 +69,9 @@ def test_bad_moments_are_refused_by_name(name, moment):
 
 
 def test_moments_of_another_length_are_refused():
-    with pytest.raises(WeightError, match="input_second_moment of length 3 .* 4"):
+    with pytest.raises(WeightError, match=r"input_second_moment of length 3 .* 4"):
         Importance(torch.ones(3)).feature_weights(2, 4)
-    with pytest.raises(WeightError, match="output_grad_second_moment of length 3 .* 2"):
+    with pytest.raises(WeightError, match=r"output_grad_second_moment of length 3 .* 2"):
         Importance(None, torch.ones(3)).feature_weights(2, 4)
 
 

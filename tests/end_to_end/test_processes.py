@@ -46,7 +46,11 @@ def process(tmp_path, *arguments, package=None):
         "PYTHONSAFEPATH": "1",
     }
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *arguments], env=environment, capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-c", SCRIPT, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -58,7 +62,9 @@ def test_a_second_process_factors_nothing_and_hits_inductors_caches(tmp_path):
     assert first["factored"] == 2 and second["factored"] == 0
     assert first["autograd_cache_miss"] == 1
     assert second["autograd_cache_hit"] == 1
-    assert second["autograd_cache_miss"] == second["fxgraph_cache_miss"] == second["autograd_cache_bypass"] == 0
+    assert (
+        second["autograd_cache_miss"] == second["fxgraph_cache_miss"] == second["autograd_cache_bypass"] == 0
+    )
     assert second["y"] == first["y"]
 
 
@@ -91,7 +97,9 @@ def sign_matmul(x, signs):
     assert edited["autograd_cache_hit"] == 0
     largest = max(abs(value) for row in first["y"] for value in row)
     difference = max(
-        abs(a - b) for one, other in zip(edited["y"], first["y"], strict=True) for a, b in zip(one, other, strict=True)
+        abs(a - b)
+        for one, other in zip(edited["y"], first["y"], strict=True)
+        for a, b in zip(one, other, strict=True)
     )
     assert difference > 0.1 * largest
 
