@@ -89,8 +89,8 @@ def test_an_edited_lowering_is_seen_by_the_next_process(tmp_path):
         + """
 from torch._inductor import lowering as _lowering
 _unedited = sign_matmul
-def sign_matmul(x, signs):
-    return _lowering.lowerings[torch.ops.aten.mul.Tensor](_unedited(x, signs), 2.0)
+def sign_matmul(*operands):
+    return _lowering.lowerings[torch.ops.aten.mul.Tensor](_unedited(*operands), 2.0)
 """
     )
     edited = process(tmp_path, package=copy)
