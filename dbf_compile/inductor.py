@@ -245,11 +245,16 @@ def lower_to_triton_call(
     device = next(item for item in arguments.values() if isinstance(item, ir.IRNode)).get_device()
     written = empty_strided(list(size), None, dtype=dtype, device=device)
     if not V.graph.sizevars.statically_known_equals(sympy_product(size), 0):
+        # Whatever is not in a TensorBox counts as a number.
+        boxed = {
+            name: ir.TensorBox(item) if isinstance(item, (ir.StorageBox, ir.ReinterpretView)) else item
+            for name, item in arguments.items()
+        }
         ir.UserDefinedTritonKernel(
             kernel_idx=kernel_side_table.add_kernel(kernel),
             grid=[grid],
             tma_descriptor_metadata={},
-            kernel_args={**arguments, output: written},
+            kernel_args={**boxed, output: written},
         )
     return written
 

@@ -1,0 +1,273 @@
+"""Compiles layers for a CUDA device that is not there, and prints the program Inductor makes of them.
+
+Nothing is run: tensors are fake, and what torch and Triton ask the driver is answered here, for an H100. All that is
+patched stays patched; hence this file is a program, which :func:`generate_all` starts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from support.strategies import random_factors
+from torch.nn import Parameter
+
+from dbf_compile.linear import DoubleBinaryLinear
+
+CAPABILITY = (9, 0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer of R middle columns between K inputs and N outputs, called with M tokens."""
+
+    K: int
+    R: int
+    N: int
+    M: int
+    dtype: str = "bfloat16"
+    dynamic: bool = False
+
+    def __str__(self) -> str:
+        rows = f"{self.M}-dynamic" if self.dynamic else str(self.M)
+        return f"{rows}x{self.K}-{self.R}-{self.N}-{self.dtype}"
+
+
+CASES = (
+    *(Case(256, 192, 320, M, dtype) for M in (1, 6) for dtype in ("float32", "bfloat16", "float16")),
+    Case(256, 192, 320, M=6, dynamic=True),
+    Case(67, 33, 129, M=5),
+    Case(67, 33, 129, M=5, dtype="float64"),
+)
+
+
+@dataclass(frozen=True)
+class Program:
+    """What Inductor generated for one case.
+
+    Attributes:
+        call: the Python method that launches, ``call(self, args)``.
+        kernels: sources of the Triton kernels by name.
+        cubins: machine code, in hexadecimal, of those that multiply by signs.
+    """
+
+    call: str
+    kernels: dict[str, str]
+    cubins: dict[str, str]
+
+
+def generate_all() -> dict[str, Program]:
+    """Compile all cases in a process of their own."""
+    found = run_program(Path(__file__), given="")
+    return {name: Program(**fields) for name, fields in found.items()}
+
+
+def run_program(path: Path, given: str, **environment: str) -> Any:
+    """Run a file of this folder as a program and return what its last line says in JSON.
+
+    Args:
+        path: the file.
+        given: its standard input.
+        environment: variables on top of this process's.
+    """
+    paths = {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(
+        [sys.executable, str(path)],
+        input=given,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **paths, **environment},
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Print the programs of all cases as JSON."""
+    pretend_cuda()
+    print(json.dumps({str(case): asdict(_generate(case)) for case in CASES}))
+
+
+def _generate(case: Case) -> Program:
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    torch.compiler.reset()
+    dtype = getattr(torch, case.dtype)
+    factors = random_factors(case.K, case.R, case.N)
+    layer = DoubleBinaryLinear(factors, torch.zeros(case.N, dtype=dtype))
+    with FakeTensorMode(shape_env=ShapeEnv()), torch.no_grad():
+        for name, tensor in [*layer.named_buffers()]:
+            setattr(layer, name, torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda"))
+        layer.bias = Parameter(torch.empty(case.N, dtype=dtype, device="cuda"), requires_grad=False)
+        x = torch.empty(case.M, case.K, dtype=dtype, device="cuda")
+        if case.dynamic:
+            torch._dynamo.mark_dynamic(x, 0)
+        source = _source_of(torch.compile(layer, backend="dbf", fullgraph=True), x)
+    found = re.findall(r"(\w+) = async_compile\.triton\('(\w+)', '''\n(.*?)'''", source, re.S)
+    return Program(
+        call=textwrap.dedent(re.search(r"    def call\(.*?\n        return [^\n]*\n", source, re.S)[0]),
+        kernels={name: text for name, _, text in found},
+        cubins={name: _cubin(symbol, text).hex() for name, symbol, text in found if "signs_ptr" in text},
+    )
+
+
+class _CapturedError(Exception):
+    pass
+
+
+def _source_of(compiled: Any, x: torch.Tensor) -> str:
+    """Return the program that Inductor writes for ``compiled(x)``, and stop it there."""
+    from torch._inductor.graph import GraphLowering
+
+    sources: list[str] = []
+
+    def stop(graph: Any) -> None:
+        sources.append(graph.codegen()[0].value)
+        raise _CapturedError
+
+    with mock.patch.object(GraphLowering, "compile_to_module", stop):
+        try:
+            compiled(x)
+        except Exception:
+            if not sources:
+                raise
+    (source,) = sources
+    return source
+
+
+def _cubin(name: str, source: str) -> bytes:
+    """Compile a kernel of a generated program as that program would."""
+    from torch._inductor.codecache import PyCodeCache
+
+    kernel = getattr(PyCodeCache.load(source), name)
+    kernel.precompile(warm_cache_only=True)
+    compiled = kernel.compile_results[0].kernel
+    return bytes(compiled.asm["cubin"])
+
+
+def pretend_cuda() -> None:
+    """Answer for an H100 wherever torch or Triton would ask the driver, until this process ends."""
+    import torch._inductor.runtime.triton_helpers
+    import torch._inductor.utils
+    from torch._dynamo import device_interface
+    from torch._inductor.fx_passes import fuse_attention, misc_patterns, pad_mm
+    from torch._subclasses import fake_tensor
+    from triton.runtime import driver
+
+    major, minor = CAPABILITY
+    properties = SimpleNamespace(
+        name="pretended",
+        major=major,
+        minor=minor,
+        multi_processor_count=132,
+        total_memory=80 << 30,
+        regs_per_multiprocessor=65536,
+        max_threads_per_multi_processor=2048,
+        max_threads_per_block=1024,
+        warp_size=32,
+        shared_memory_per_block=49152,
+        shared_memory_per_block_optin=232448,
+        shared_memory_per_multiprocessor=233472,
+        gcnArchName="",
+        L2_cache_size=50 << 20,
+        is_integrated=False,
+    )
+
+    def answer(owner: Any, **answers: Any) -> None:
+        for name, value in answers.items():
+            setattr(owner, name, value if callable(value) else lambda *_, _value=value, **__: _value)
+
+    device_interface.get_interface_for_device("cuda")  # registers the true ones, which are then replaced
+    worker = type("Worker", (), {})
+    interface = type("PretendedInterface", (device_interface.CudaInterface,), {"Worker": worker})
+    names = ("set_device", "current_device", "get_device_properties")
+    known = dict(zip(names, (None, 0, properties), strict=True))
+    for owner, answers in (
+        (worker, known),
+        (
+            interface,
+            {
+                **known,
+                "device_count": 1,
+                "synchronize": None,
+                "exchange_device": 0,
+                "maybe_exchange_device": 0,
+                "is_bf16_supported": True,
+                "is_available": True,
+                "get_compute_capability": 10 * major + minor,
+                "is_triton_capable": True,
+                "raise_if_triton_unavailable": None,
+            },
+        ),
+    ):
+        for name, value in answers.items():
+            setattr(owner, name, staticmethod(lambda *_, _value=value, **__: _value))
+    device_interface.device_interfaces.update({"cuda": interface, "cuda:0": interface})
+
+    answer(
+        torch.cuda,
+        is_available=True,
+        is_initialized=True,
+        current_device=0,
+        device_count=1,
+        get_device_properties=properties,
+        get_device_capability=CAPABILITY,
+        get_device_name="pretended",
+        set_device=None,
+        synchronize=None,
+        _exchange_device=0,
+        _maybe_exchange_device=0,
+        is_bf16_supported=True,
+        _lazy_init=None,
+        get_rng_state=torch.zeros(16, dtype=torch.uint8),
+        set_rng_state=None,
+    )
+    answer(torch.cuda.random, current_device=0)
+    answer(torch.accelerator, is_available=False, current_device_index=0)
+    torch.version.cuda = torch.version.cuda or "13.0"
+    answer(fake_tensor, init_gpu_context=None)
+    answer(torch._inductor.runtime.triton_helpers, set_driver_to_gpu=None)
+    answer(torch._inductor.utils, is_big_gpu=True)
+    # These register patterns with tensors on the device.
+    answer(misc_patterns, _misc_patterns_init=None)
+    answer(fuse_attention, _sfdp_init=None)
+    answer(pad_mm, _pad_mm_init=None)
+    driver.set_active(_Driver())
+
+
+class _Driver:
+    """What Triton asks its driver while it compiles."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 10 * CAPABILITY[0] + CAPABILITY[1], 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cuda", 0)
+
+    def get_device_interface(self) -> Any:
+        return torch.cuda
+
+    def is_active(self) -> bool:
+        return True
+
+
+if __name__ == "__main__":
+    main()
