@@ -1,0 +1,69 @@
+"""The wheel, installed as a user installs it: into an empty environment, used from another directory."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+SCRIPT = """
+import pathlib, torch, dbf_compile
+assert pathlib.Path(dbf_compile.__file__).is_relative_to(pathlib.Path({environment!r})), dbf_compile.__file__
+model = torch.nn.Sequential(torch.nn.Linear(96, 64), torch.nn.ReLU(), torch.nn.Linear(64, 96))
+model.requires_grad_(False)
+options = {{"bits_per_weight": 4.0, "iterations": 4, "progress": False}}
+x = torch.randn(3, 96)
+compiled = torch.compile(model, backend="dbf", options=options)(x)
+eager = dbf_compile.convert_(model, **options)(x)
+assert (compiled - eager).abs().max() < 1e-4 * eager.abs().max()
+from dbf_compile.kernels.sign_matmul import cpu_kernel
+assert cpu_kernel.available()
+print("works")
+"""
+
+
+def run(*command: object, **settings: object) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **settings)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    # By way of a source distribution, so that nothing left in the tree's own build folder gets in.
+    run(sys.executable, "-m", "build", "--outdir", folder, ROOT)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_every_source_once_and_nothing_else(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    tracked = run("git", "-C", ROOT, "ls-files", "dbf_compile", "passes", "kernels").split()
+    links = {"dbf_compile/passes", "dbf_compile/kernels"}
+    wanted = {
+        name if name.startswith("dbf_compile/") else f"dbf_compile/{name}"
+        for name in tracked
+        if name not in links
+    }
+    assert {name for name in names if ".dist-info/" not in name} == wanted
+
+
+def test_an_installed_wheel_works_from_another_directory(wheel, tmp_path):
+    environment = tmp_path / "environment"
+    run(sys.executable, "-m", "venv", environment)
+    python = environment / "bin" / "python"
+    run(python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", wheel)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    try:
+        output = run(
+            python, "-c", SCRIPT.format(environment=str(environment.resolve())), cwd=tmp_path, env=clean
+        )
+        assert output.endswith("works\n")
+    finally:
+        shutil.rmtree(environment)  # about a gigabyte
