@@ -29,7 +29,8 @@ from dbf_compile.factors import DoubleBinaryFactors
 from dbf_compile.kernels.sign_matmul import cpu_kernel
 from dbf_compile.options import CompileOptions, parse
 from dbf_compile.passes.graph import FactorNodes, Weight, example_value, is_tensor
-from dbf_compile.passes.pipeline import run_pipeline
+from dbf_compile.passes.pipeline import run_pipeline, run_post_grad_pipeline
+from dbf_compile.signs import interleave
 
 _log = logging.getLogger(__name__)
 
@@ -63,10 +64,10 @@ def dbf(
     factorizer = LayerFactorizer(settings, settings.importance, settings.checkpoint)
     copy = inductor.copy_graph(gm)
     weights = _GraphWeights(copy, example_inputs, factorizer)
-    _log.info("rewrites by pass: %s", run_pipeline(copy.graph, weights))
+    _log.info("rewrites by pass: %s", run_pipeline(copy.graph, weights, settings.accuracy == "fast"))
     copy.recompile()
     inputs = [*example_inputs, *weights.fake_inputs]
-    compiled = inductor.compile_graph(copy, inputs, patches, weights.fingerprint())
+    compiled = inductor.compile_graph(copy, inputs, patches, weights.fingerprint(), run_post_grad_pipeline)
     return _CheckedCall(compiled, weights, factorizer) if weights.stacks else compiled
 
 
@@ -122,8 +123,19 @@ def _mark(weight: Tensor) -> tuple[int, int]:
 
 
 class _Made(NamedTuple):
+    """Factors as the compiled code reads them, and the weights that they were made of."""
+
     of: _Seen
-    factors: DoubleBinaryFactors
+    tensors: dict[str, Tensor]
+    interleaved: bool
+
+    @staticmethod
+    def from_factors(of: _Seen, factors: DoubleBinaryFactors) -> _Made:
+        tensors = factors.tensors()
+        interleaved = factors.scale_in.device.type == "cpu"
+        if interleaved:
+            tensors |= {name: interleave(tensors[name]) for name in ("signs_in", "signs_out")}
+        return _Made(of, tensors, interleaved)
 
 
 # first weight -> identity of the stack -> factors. The backend is called several times for one weight: prefill, decode,
@@ -146,7 +158,7 @@ def _make(
     seen = [_Seen(stack.weights(inputs)) for stack in missing]
     factors = factorizer.make([(stack.names, stack.dense(inputs)) for stack in missing])
     for stack, of, made in zip(missing, seen, factors, strict=True):
-        _made.setdefault(stack.weights(inputs)[0], {})[stack.identity] = _Made(of, made)
+        _made.setdefault(stack.weights(inputs)[0], {})[stack.identity] = _Made.from_factors(of, made)
     return [_made[stack.weights(inputs)[0]][stack.identity] for stack in stacks]
 
 
@@ -199,23 +211,23 @@ class _GraphWeights:
             transposed = tuple(weight.transposed for weight in weights)
             self.stacks.append(_Stack(names, positions, transposed, self._factorizer.identity(names)))
         self.made = _make(self._factorizer, self.stacks, self._inputs)
-        return [self._add_inputs(index, made.factors) for index, made in enumerate(self.made)]
+        return [self._add_inputs(index, made) for index, made in enumerate(self.made)]
 
-    def _add_inputs(self, index: int, factors: DoubleBinaryFactors) -> FactorNodes:
-        nodes = []
-        for name, tensor in factors.tensors().items():
+    def _add_inputs(self, index: int, made: _Made) -> FactorNodes:
+        nodes: dict[str, Node] = {}
+        for name, tensor in made.tensors.items():
             node, fake = inductor.add_static_input(self._graph, f"dbf_{index}_{name}", tensor)
-            nodes.append(node)
+            nodes[name] = node
             self.fake_inputs.append(fake)
             self.extra.append((index, name))
-        return FactorNodes(*nodes)
+        return FactorNodes(**nodes, interleaved=made.interleaved)
 
     def fingerprint(self) -> str:
         """Return a hash of the package's sources and of all factors."""
         digest = hashlib.sha256(_source_hash())
         digest.update(repr(cpu_kernel.available()).encode())
         for made in self.made:
-            for tensor in made.factors.tensors().values():
+            for tensor in made.tensors.values():
                 digest.update(tensor_hash(tensor))
         return digest.hexdigest()
 
@@ -237,7 +249,7 @@ class _CheckedCall:
 
     def _use(self, made: list[_Made]) -> None:
         self._made = made
-        self._tensors = [getattr(made[index].factors, name) for index, name in self._extra]
+        self._tensors = [made[index].tensors[name] for index, name in self._extra]
 
     def __call__(self, *inputs: Any) -> Any:
         fresh = True

@@ -27,7 +27,7 @@ from torch.utils._sympy.functions import CeilDiv
 
 from dbf_compile.errors import OptionError
 
-_CACHE_KEY_HOOK = "post_grad_custom_post_pass"
+_POST_GRAD_HOOK = "post_grad_custom_post_pass"
 
 
 # --- Dynamo's graphs ------------------------------------------------------------------------------------------------
@@ -98,7 +98,11 @@ def _fake_like(tensor: Tensor, mode: Any) -> Tensor:
 
 
 def compile_graph(
-    gm: GraphModule, inputs: Sequence[Any], settings: Mapping[str, Any], fingerprint: str
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    settings: Mapping[str, Any],
+    fingerprint: str,
+    post_grad_passes: Callable[[Graph], None],
 ) -> Callable[..., Any]:
     """Compile a graph with Inductor.
 
@@ -107,9 +111,10 @@ def compile_graph(
         inputs: example inputs in the order of its placeholders.
         settings: Inductor's settings for this compilation only.
         fingerprint: becomes part of the keys of Inductor's caches.
+        post_grad_passes: rewrites the graph that is lowered, in place.
     """
-    users_pass = settings.get(_CACHE_KEY_HOOK, getattr(config, _CACHE_KEY_HOOK))
-    patches = {**settings, _CACHE_KEY_HOOK: _Fingerprint(fingerprint, users_pass)}
+    users_pass = settings.get(_POST_GRAD_HOOK, getattr(config, _POST_GRAD_HOOK))
+    patches = {**settings, _POST_GRAD_HOOK: _PostGradPass(fingerprint, post_grad_passes, users_pass)}
     compiled: Any = compile_fx(gm, list(inputs), config_patches=patches)
     return compiled  # type: ignore[no-any-return]
 
@@ -145,11 +150,11 @@ def reset() -> None:
         backend.reset()
 
 
-class _Fingerprint(CustomGraphPass):
-    """A pass that changes nothing: Inductor's caches know custom passes by ``uuid()``, but not custom lowerings."""
+class _PostGradPass(CustomGraphPass):
+    """Our passes after the user's. Inductor's caches know custom passes by ``uuid()``, but not custom lowerings."""
 
-    def __init__(self, fingerprint: str, users_pass: Any) -> None:
-        self._fingerprint = fingerprint
+    def __init__(self, fingerprint: str, passes: Callable[[Graph], None], users_pass: Any) -> None:
+        self._fingerprint, self._passes = fingerprint, passes
         # torch 2.13 takes a list as well.
         several = isinstance(users_pass, (list, tuple))
         self._users_passes = tuple(users_pass) if several else () if users_pass is None else (users_pass,)
@@ -157,6 +162,7 @@ class _Fingerprint(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         for users_pass in self._users_passes:
             users_pass(graph)
+        self._passes(graph)
 
     def uuid(self) -> tuple[Any, ...] | None:
         identities = [getattr(users_pass, "uuid", lambda: None)() for users_pass in self._users_passes]
@@ -172,9 +178,9 @@ def register_lowering(op: torch._ops.OpOverload, lowering: Callable[..., Any]) -
     _register_lowering(op, type_promotion_kind=None)(lowering)
 
 
-def lower_to_operator(op: torch._ops.OpOverload, *args: Any) -> Any:
+def lower_to_operator(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
     """Lower to a call of the operator itself, whatever device it runs on."""
-    return fallback_handler(op, add_to_fallback_set=False)(*args)
+    return fallback_handler(op, add_to_fallback_set=False)(*args, **kwargs)
 
 
 def multiply(a: Any, b: Any) -> Any:
@@ -203,21 +209,27 @@ def contiguous(*inputs: Any) -> list[Any]:
 
 
 def lower_to_out_call(
-    op: torch._ops.OpOverload, inputs: Sequence[Any], size: Sequence[Any], dtype: torch.dtype
+    op: torch._ops.OpOverload,
+    inputs: Sequence[Any],
+    size: Sequence[Any],
+    dtype: torch.dtype,
+    settings: Mapping[str, Any],
 ) -> Any:
-    """Lower to ``op(*inputs, out=buffer)``, with contiguous inputs and a contiguous buffer that Inductor plans.
+    """Lower to ``op(*inputs, **settings, out=buffer)``, with contiguous inputs and a contiguous buffer that Inductor plans.
 
     Args:
         op: an overload named ``out``.
         inputs: tensors of the graph.
         size: of the buffer; may be symbolic.
         dtype: of the buffer.
+        settings: keyword arguments that are no tensors.
     """
     realized = contiguous(*inputs)
     layout = ir.FixedLayout(realized[0].get_device(), dtype, list(size))
     call = ir.ExternKernelOut(
         layout,
         realized,
+        kwargs=dict(settings),
         python_kernel_name=f"torch.ops.{op.namespace}.{op._opname}.{op._overloadname}",
         op_overload=op,
     )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dbf_compile.errors import ConversionError
 from dbf_compile.factors import TENSOR_NAMES, DoubleBinaryFactors
 from dbf_compile.ops import double_binary_linear
+from dbf_compile.signs import deinterleave, interleave
 
 
 class DoubleBinaryLinear(nn.Module):
@@ -18,7 +21,8 @@ class DoubleBinaryLinear(nn.Module):
     ``y = scale_out ⊙ (signs_out · (scale_mid ⊙ (signs_in · (scale_in ⊙ x)))) + bias``, x [..., K], y [..., N]
 
     The five tensors are buffers: they move with the module and lie in its ``state_dict``, but are not trained.
-    Gradients with respect to x and bias are exact.
+    Gradients with respect to x and bias are exact. On the CPU the words of the signs lie interleaved, as the kernels
+    read them; ``state_dict`` and ``factors`` give them row after row as everywhere else.
 
     Args:
         factors: the factored weight.
@@ -33,8 +37,10 @@ class DoubleBinaryLinear(nn.Module):
 
     def __init__(self, factors: DoubleBinaryFactors, bias: Tensor | None = None) -> None:
         super().__init__()
+        self.interleaved = _should_interleave(factors.scale_in)
         for name, tensor in factors.tensors().items():
-            self.register_buffer(name, tensor)
+            signs = self.interleaved and name in _SIGNS
+            self.register_buffer(name, _interleaved_once(tensor) if signs else tensor)
         self.bias: nn.Parameter | None
         if bias is None:
             self.register_parameter("bias", None)
@@ -60,8 +66,11 @@ class DoubleBinaryLinear(nn.Module):
 
     @property
     def factors(self) -> DoubleBinaryFactors:
-        """The five tensors, checked."""
-        return DoubleBinaryFactors(**{name: getattr(self, name) for name in TENSOR_NAMES})
+        """The five tensors, checked; signs row after row."""
+        tensors = {name: getattr(self, name) for name in TENSOR_NAMES}
+        if self.interleaved:
+            tensors |= {name: deinterleave(tensors[name]) for name in _SIGNS}
+        return DoubleBinaryFactors(**tensors)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output [..., N] for x [..., K], in the dtype a dense layer would give."""
@@ -70,8 +79,39 @@ class DoubleBinaryLinear(nn.Module):
         if dtype != torch.float64 and torch.amp.is_autocast_available(device):
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
         return double_binary_linear(
-            x, self.signs_in, self.signs_out, self.scale_in, self.scale_mid, self.scale_out, self.bias, dtype
+            x,
+            self.signs_in,
+            self.signs_out,
+            self.scale_in,
+            self.scale_mid,
+            self.scale_out,
+            self.bias,
+            dtype,
+            self.interleaved,
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DoubleBinaryLinear:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        wanted = _should_interleave(self.scale_in)
+        if wanted != self.interleaved:
+            for name in _SIGNS:
+                setattr(self, name, (interleave if wanted else deinterleave)(getattr(self, name)))
+            self.interleaved = wanted
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.interleaved:
+            destination |= {prefix + name: deinterleave(destination[prefix + name]) for name in _SIGNS}
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # load_state_dict hands over a copy of the user's dictionary.
+        for key in (prefix + name for name in _SIGNS):
+            if self.interleaved and key in state_dict and state_dict[key].dim() == 2:
+                state_dict[key] = interleave(state_dict[key])
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         """Return the sizes for ``print(model)``."""
@@ -79,6 +119,25 @@ class DoubleBinaryLinear(nn.Module):
             f"in_features={self.in_features}, mid_features={self.mid_features}, "
             f"out_features={self.out_features}, bias={self.bias is not None}"
         )
+
+
+_SIGNS = ("signs_in", "signs_out")
+
+
+def _should_interleave(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+# Packed words -> their version, and the same interleaved: layers that share a first stage go on sharing it.
+_interleaved: MutableMapping[Tensor, tuple[int, Tensor]] = WeakTensorKeyDictionary()
+
+
+def _interleaved_once(words: Tensor) -> Tensor:
+    version = 0 if words.is_inference() else words._version
+    known = _interleaved.get(words)
+    if known is None or known[0] != version:
+        known = _interleaved[words] = (version, interleave(words))
+    return known[1]
 
 
 def is_conv1d(module: nn.Module) -> bool:

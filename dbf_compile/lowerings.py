@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,34 @@ from dbf_compile.kernels.sign_matmul.reference import accumulator_dtype
 def register() -> None:
     """Register all lowerings, once per process."""
     inductor.register_lowering(torch.ops.dbf.sign_matmul.default, sign_matmul)
+    inductor.register_lowering(torch.ops.dbf.double_binary_linear.default, double_binary_linear)
+
+
+def double_binary_linear(
+    x: Any,
+    signs_in: Any,
+    signs_out: Any,
+    scale_in: Any,
+    scale_mid: Any,
+    scale_out: Any,
+    bias: Any = None,
+    dtype: torch.dtype | None = None,
+    interleaved: bool = False,
+    fast: bool = False,
+) -> Any:
+    """Lower ``dbf::double_binary_linear``: on the CPU to one call, elsewhere to its two products."""
+    tensors = [scale_in, scale_mid, scale_out, *([] if bias is None else [bias])]
+    result = dtype or accumulator_dtype(x.get_dtype())
+    if _cpu_kernel_takes(x, result, tensors):
+        return inductor.lower_to_out_call(
+            torch.ops.dbf_native.double_binary_linear.out,
+            (x, signs_in, signs_out, *tensors),
+            [*x.get_size()[:-1], signs_out.get_size()[0]],
+            result,
+            {"interleaved": interleaved, "fast": fast},
+        )
+    h = sign_matmul(x, signs_in, scale_in, interleaved=interleaved, fast=fast)
+    return sign_matmul(h, signs_out, scale_mid, scale_out, bias, dtype, interleaved, fast)
 
 
 def sign_matmul(
@@ -26,6 +55,8 @@ def sign_matmul(
     out_scale: Any = None,
     bias: Any = None,
     dtype: torch.dtype | None = None,
+    interleaved: bool = False,
+    fast: bool = False,
 ) -> Any:
     """Lower ``dbf::sign_matmul``: to the table look-up kernel on the CPU, to the Triton kernel on a GPU.
 
@@ -33,21 +64,30 @@ def sign_matmul(
     would double the number of C++ kernels to compile. Around the Triton kernel they are Inductor's to fuse.
     """
     wide = accumulator_dtype(x.get_dtype())
-    device, result = x.get_device().type, dtype or wide
+    result = dtype or wide
     vectors = [in_scale, out_scale, bias]
-    if device == "cpu" and _cpu_kernel_takes(x, result, vectors):
-        while vectors and vectors[-1] is None:
-            vectors.pop()
-        size = [*x.get_size()[:-1], signs.get_size()[0]]
+    while vectors and vectors[-1] is None:
+        vectors.pop()
+    # Arguments are given by position: none may be missing in the middle.
+    if None not in vectors and _cpu_kernel_takes(x, result, vectors):
         return inductor.lower_to_out_call(
-            torch.ops.dbf_native.sign_matmul.out, (x, signs, *vectors), size, result
+            torch.ops.dbf_native.sign_matmul.out,
+            (x, signs, *vectors),
+            [*x.get_size()[:-1], signs.get_size()[0]],
+            result,
+            {"interleaved": interleaved, "fast": fast},
         )
     z = (
         inductor.cast(x, wide)
         if in_scale is None
         else inductor.multiply(inductor.cast(x, wide), inductor.cast(in_scale, wide))
     )
-    y = _to_triton(z, signs) if device == "cuda" and wide == torch.float32 else _to_operator(z, signs)
+    if x.get_device().type == "cuda" and wide == torch.float32 and not interleaved:
+        y = _to_triton(z, signs)
+    else:
+        y = inductor.lower_to_operator(
+            torch.ops.dbf.sign_matmul.default, z, signs, interleaved=interleaved, fast=fast
+        )
     if out_scale is not None:
         y = inductor.multiply(y, inductor.cast(out_scale, wide))
     if bias is not None:
@@ -55,21 +95,15 @@ def sign_matmul(
     return inductor.cast(y, result)
 
 
-def _cpu_kernel_takes(x: Any, result: torch.dtype, vectors: list[Any]) -> bool:
-    in_scale, out_scale, bias = vectors
-    dtypes = [vector.get_dtype() for vector in vectors if vector is not None]
+def _cpu_kernel_takes(x: Any, result: torch.dtype, vectors: Sequence[Any]) -> bool:
     return (
-        all(dtype in cpu_kernel.DTYPES for dtype in (x.get_dtype(), result, *dtypes))
-        # Arguments are given by position: none may be missing in the middle.
-        and not (in_scale is None and (out_scale is not None or bias is not None))
-        and not (out_scale is None and bias is not None)
+        x.get_device().type == "cpu"
+        and all(
+            dtype in cpu_kernel.DTYPES for dtype in (x.get_dtype(), result, *(v.get_dtype() for v in vectors))
+        )
         and not inductor.emits_cpp_wrapper()
         and cpu_kernel.available()
     )
-
-
-def _to_operator(x: Any, signs: Any) -> Any:
-    return inductor.lower_to_operator(torch.ops.dbf.sign_matmul.default, x, signs)
 
 
 def _to_triton(x: Any, signs: Any) -> Any:

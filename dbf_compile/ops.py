@@ -1,11 +1,15 @@
 """The operators: schemas, fake implementations, autograd, devices.
 
-    dbf::sign_matmul(x, signs, in_scale?, out_scale?, bias?, dtype?)
+    dbf::sign_matmul(x, signs, in_scale?, out_scale?, bias?, dtype?, interleaved, fast)
         y[..., n] = out_scale[n] · Σ_k signs[n, k] · (in_scale[k] · x[..., k]) + bias[n]
-    dbf::sign_matmul_transposed(g, signs, cols)
+    dbf::sign_matmul_transposed(g, signs, cols, interleaved)
         g_x[..., k] = Σ_n signs[n, k] · g[..., n]
+    dbf::double_binary_linear(x, signs_in, signs_out, scale_in, scale_mid, scale_out, bias?, dtype?, interleaved, fast)
+        the first twice: what compiled graphs call for a whole layer on the CPU
 
-Sums are float32 (float64 for float64), whatever the dtype of x. Scales and bias multiply and shift activations only.
+Sums are as exact as float32 ones (float64 for float64), whatever the dtype of x; ``fast`` allows CPU kernels a relative
+error of 1e-4. Scales and bias multiply and shift activations only. ``interleaved`` says how the words of signs lie: see
+:mod:`dbf_compile.signs`.
 """
 
 from __future__ import annotations
@@ -27,11 +31,17 @@ from dbf_compile.signs import words_per_row
 _library = torch.library.Library("dbf", "DEF")
 _library.define(
     "sign_matmul(Tensor x, Tensor signs, Tensor? in_scale=None, Tensor? out_scale=None, Tensor? bias=None, "
-    "ScalarType? dtype=None) -> Tensor",
+    "ScalarType? dtype=None, bool interleaved=False, bool fast=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    "sign_matmul_transposed(Tensor g, Tensor signs, int cols) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+    "sign_matmul_transposed(Tensor g, Tensor signs, int cols, bool interleaved=False) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "double_binary_linear(Tensor x, Tensor signs_in, Tensor signs_out, Tensor scale_in, Tensor scale_mid, "
+    "Tensor scale_out, Tensor? bias=None, ScalarType? dtype=None, bool interleaved=False, bool fast=False) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 _Vector = Tensor | None
@@ -81,9 +91,11 @@ def _default(
     out_scale: _Vector = None,
     bias: _Vector = None,
     dtype: torch.dtype | None = None,
+    interleaved: bool = False,
+    fast: bool = False,
 ) -> Tensor:
     _check(x, signs, in_scale, out_scale, bias)
-    return sign_matmul_reference(x, signs, in_scale, out_scale, bias, dtype)
+    return sign_matmul_reference(x, signs, in_scale, out_scale, bias, dtype, interleaved)
 
 
 def _cpu(
@@ -93,13 +105,15 @@ def _cpu(
     out_scale: _Vector = None,
     bias: _Vector = None,
     dtype: torch.dtype | None = None,
+    interleaved: bool = False,
+    fast: bool = False,
 ) -> Tensor:
     _check(x, signs, in_scale, out_scale, bias)
     if cpu_kernel.takes(x, in_scale, out_scale, bias) and cpu_kernel.available():
         result = dtype if dtype in cpu_kernel.DTYPES else torch.float32
-        y = cpu_kernel.sign_matmul_cpu(x, signs, in_scale, out_scale, bias, result)
+        y = cpu_kernel.sign_matmul_cpu(x, signs, in_scale, out_scale, bias, result, interleaved, fast)
         return y if dtype is None else y.to(dtype)
-    return sign_matmul_reference(x, signs, in_scale, out_scale, bias, dtype)
+    return sign_matmul_reference(x, signs, in_scale, out_scale, bias, dtype, interleaved)
 
 
 def _cuda(
@@ -109,10 +123,12 @@ def _cuda(
     out_scale: _Vector = None,
     bias: _Vector = None,
     dtype: torch.dtype | None = None,
+    interleaved: bool = False,
+    fast: bool = False,
 ) -> Tensor:
     _check(x, signs, in_scale, out_scale, bias)
-    if x.dtype == torch.float64:
-        return sign_matmul_reference(x, signs, in_scale, out_scale, bias, dtype)
+    if x.dtype == torch.float64 or interleaved:
+        return sign_matmul_reference(x, signs, in_scale, out_scale, bias, dtype, interleaved)
     from dbf_compile.kernels.sign_matmul.triton_kernel import sign_matmul_triton
 
     y = sign_matmul_triton(x if in_scale is None else x.float() * in_scale.float(), signs)
@@ -130,17 +146,19 @@ def _fake(
     out_scale: _Vector = None,
     bias: _Vector = None,
     dtype: torch.dtype | None = None,
+    interleaved: bool = False,
+    fast: bool = False,
 ) -> Tensor:
     _check(x, signs, in_scale, out_scale, bias)
     return x.new_empty((*x.shape[:-1], signs.shape[0]), dtype=dtype or accumulator_dtype(x.dtype))
 
 
-def _transposed_fake(g: Tensor, signs: Tensor, cols: int) -> Tensor:
+def _transposed_fake(g: Tensor, signs: Tensor, cols: int, interleaved: bool = False) -> Tensor:
     return g.new_empty((*g.shape[:-1], cols), dtype=accumulator_dtype(g.dtype))
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, signs, in_scale, out_scale, bias, _ = inputs
+    x, signs, in_scale, out_scale, bias, _, ctx.interleaved, _ = inputs
     # Only gradients of scales need the activations again.
     needs_x = any(scale is not None and scale.requires_grad for scale in (in_scale, out_scale))
     ctx.save_for_backward(signs, in_scale, out_scale, x if needs_x else None)
@@ -160,32 +178,38 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     g_bias = _sum_tokens(g).to(bias_dtype) if needs_bias else None
     g_out = None
     if needs_out:
-        g_out = _sum_tokens(g * torch.ops.dbf.sign_matmul(x, signs, in_scale)).to(out_dtype)
+        sums = torch.ops.dbf.sign_matmul(x, signs, in_scale, interleaved=ctx.interleaved)
+        g_out = _sum_tokens(g * sums).to(out_dtype)
     g_x = g_in = None
     if needs_x or needs_in:
         g_z = torch.ops.dbf.sign_matmul_transposed(
-            g if out_scale is None else g * out_scale.to(wide), signs, ctx.cols
+            g if out_scale is None else g * out_scale.to(wide), signs, ctx.cols, ctx.interleaved
         )
         if needs_in:
             g_in = _sum_tokens(g_z * x.to(wide)).to(in_dtype)
         if needs_x:
             g_x = (g_z if in_scale is None else g_z * in_scale.to(wide)).to(x_dtype)
-    return g_x, None, g_in, g_out, g_bias, None
+    return g_x, None, g_in, g_out, g_bias, None, None, None
 
 
 def _sum_tokens(values: Tensor) -> Tensor:
     return values.reshape(-1, values.shape[-1]).sum(0)
 
 
-def _save_for_transposed(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
-    g, signs, _ = inputs
+def _save_for_transposed(ctx: Any, inputs: tuple[Tensor, Tensor, int, bool], output: Tensor) -> None:
+    g, signs, _, ctx.interleaved = inputs
     ctx.save_for_backward(signs)
     ctx.dtype = g.dtype
 
 
-def _transposed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+def _transposed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (signs,) = ctx.saved_tensors
-    return torch.ops.dbf.sign_matmul(grad, signs).to(ctx.dtype), None, None
+    return (
+        torch.ops.dbf.sign_matmul(grad, signs, interleaved=ctx.interleaved).to(ctx.dtype),
+        None,
+        None,
+        None,
+    )
 
 
 _library.impl("sign_matmul", _default, "CompositeExplicitAutograd")
@@ -207,8 +231,10 @@ def double_binary_linear(
     scale_in: Tensor,
     scale_mid: Tensor,
     scale_out: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    interleaved: bool = False,
+    fast: bool = False,
 ) -> Tensor:
     """Apply a factored linear layer; the one place where the two stages and the three scales meet.
 
@@ -222,7 +248,9 @@ def double_binary_linear(
         scale_mid: floating point [R].
         scale_out: floating point [N].
         bias: floating point [N], or None.
-        dtype: dtype of the result; all between is float32 (float64 for float64 ``x``).
+        dtype: dtype of the result; all between is float32 (float64 for float64 ``x``), and so is None.
+        interleaved: whether the words of both sign matrices lie interleaved.
+        fast: allow a relative error of 1e-4 where that takes less time.
 
     Returns:
         [..., N] of ``dtype``.
@@ -230,6 +258,12 @@ def double_binary_linear(
     Raises:
         KernelInputError: ``x`` is not floating point, or sizes do not fit together.
     """
-    h = torch.ops.dbf.sign_matmul(x, signs_in, scale_in)
-    result: Tensor = torch.ops.dbf.sign_matmul(h, signs_out, scale_mid, scale_out, bias, dtype)
+    h = torch.ops.dbf.sign_matmul(x, signs_in, scale_in, interleaved=interleaved, fast=fast)
+    result: Tensor = torch.ops.dbf.sign_matmul(
+        h, signs_out, scale_mid, scale_out, bias, dtype, interleaved, fast
+    )
     return result
+
+
+# Its gradients are those of the two products.
+_library.impl("double_binary_linear", double_binary_linear, "CompositeImplicitAutograd")

@@ -18,6 +18,7 @@ from dbf_compile.errors import OptionError
 # Heads and embeddings are a large part of small models and lose most; users expect them untouched.
 DENSE_BY_DEFAULT = ("*lm_head", "*embed_out", "*predictions.decoder", "*output_projection", "*proj_out")
 MIN_BITS, MAX_BITS = 0.05, 16.0
+ACCURACIES = ("exact", "fast")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +75,25 @@ class CompileOptions(CompressionConfig):
     Args:
         importance: layer name to ``Importance``; layers not named count all entries alike.
         checkpoint: path of ready factors; layers that it holds are not factored.
+        accuracy: "exact" for sums as exact as float32 ones, "fast" to allow CPU kernels a relative error of 1e-4.
         mode: mode of Inductor, such as "reduce-overhead"; ``torch.compile`` takes ``mode`` or ``options``, not both.
         inductor: settings of Inductor for this compilation only.
     """
 
     importance: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: str | None = None
+    accuracy: str = "exact"
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.accuracy not in ACCURACIES:
+            raise OptionError(
+                f"accuracy={self.accuracy!r}",
+                " or ".join(map(repr, ACCURACIES)),
+                "leave it out for 'exact'",
+            )
 
 
 _Config = TypeVar("_Config", bound=CompressionConfig)
@@ -90,6 +102,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "float": ("a number", lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)),
     "int": ("a whole number", lambda v: isinstance(v, int) and not isinstance(v, bool)),
     "bool": ("True or False", lambda v: isinstance(v, bool)),
+    "str": ("a string", lambda v: isinstance(v, str)),
     "str | None": ("a string, a path or None", lambda v: v is None or isinstance(v, (str, Path))),
     "tuple[str, ...]": (
         "a list of name patterns",

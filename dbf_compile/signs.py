@@ -7,6 +7,12 @@ A matrix of ±1 with ``cols`` columns is kept as int32 words, one row after the 
     bit      0  1  2  …  31 |  0  1  …  31 |  0 …            (least significant bit first)
 
 Bits past the last column are 0, so that equal matrices have equal words.
+
+CPU kernels read 16 rows at once. For them the words of every full block of 16 rows are kept interleaved, word 0 of all
+16 rows, then word 1 of all 16, and so on; the rows behind the last full block stay one after the other:
+
+    rows     0 … 15                                     | 16 … 31 | … | the last rows % 16
+    words    (0,0) (1,0) … (15,0) (0,1) (1,1) … (15,W)  | …       | … | as above            (row, word)
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ from torch import Tensor
 from dbf_compile.errors import SignsError
 
 WORD_BITS = 32
+BLOCK_ROWS = 16
 
 
 def words_per_row(cols: int) -> int:
@@ -74,6 +81,26 @@ def unpack_signs(words: Tensor, cols: int, dtype: torch.dtype = torch.float32) -
     shifts = torch.arange(WORD_BITS, dtype=torch.int32, device=words.device)
     bits = (words.unsqueeze(-1) >> shifts) & 1
     return (2 * bits.flatten(1)[:, :cols] - 1).to(dtype)
+
+
+def interleave(words: Tensor) -> Tensor:
+    """Return packed words [rows, W] in the order that CPU kernels read; same shape, every word once."""
+    blocks, rest = _blocks(words)
+    return torch.cat([blocks.transpose(1, 2).reshape(-1, words.shape[1]), rest])
+
+
+def deinterleave(words: Tensor) -> Tensor:
+    """Return packed words [rows, W] row after row; undoes :func:`interleave`."""
+    blocks, rest = _blocks(words)
+    rows = blocks.reshape(-1, words.shape[1], BLOCK_ROWS).transpose(1, 2)
+    return torch.cat([rows.reshape(-1, words.shape[1]), rest])
+
+
+def _blocks(words: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the full blocks of rows [blocks, BLOCK_ROWS, W], and the rows behind them."""
+    rows, count = words.shape
+    full = rows - rows % BLOCK_ROWS
+    return words[:full].reshape(full // BLOCK_ROWS, BLOCK_ROWS, count), words[full:]
 
 
 def check_words(words: Tensor, cols: int) -> None:

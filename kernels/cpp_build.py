@@ -2,7 +2,7 @@
 
 Requirements, with their reasons:
  * nothing is built at import or at installation: the wheel stays pure Python;
- * the file name is a fingerprint of sources, compiler command, torch version and processor, so that a changed
+ * the file name is a fingerprint of sources, compiler command, torch version and architecture, so that a changed
    source is never served stale and a shared home folder may hold the libraries of several machines;
  * libraries appear by atomic rename: two processes may build at once, a killed one leaves no broken file.
 """
@@ -15,7 +15,6 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -24,7 +23,8 @@ from dbf_compile.errors import BuildError
 from dbf_compile.folders import cache_folder
 
 # -ffp-contract=off: a sum of look-ups must not turn into fused multiply-adds behind our back.
-FLAGS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi")
+# No -march: the kernels choose among instruction sets when they run.
+FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi")
 
 
 def compiler() -> str | None:
@@ -38,7 +38,7 @@ def build(source: Path) -> Path:
     """Compile one C++ file into a shared library, or return the one built before.
 
     Args:
-        source: a file that registers operators through torch's stable ABI.
+        source: a file that registers operators through torch's stable ABI; it may include headers of its folder.
 
     Returns:
         The library, in the ``native`` folder of the cache.
@@ -48,7 +48,9 @@ def build(source: Path) -> Path:
     """
     command = _command()
     digest = hashlib.sha256()
-    for part in (source.read_bytes(), " ".join(command).encode(), torch.__version__.encode(), _processor()):
+    sources = [source, *sorted(source.parent.glob("*.h"))]
+    settings = " ".join([*command, torch.__version__, platform.machine()]).encode()
+    for part in (*(file.name.encode() + b"\0" + file.read_bytes() for file in sources), settings):
         digest.update(hashlib.sha256(part).digest())
     library = cache_folder() / "native" / f"{source.stem}-{digest.hexdigest()[:32]}.so"
     try:
@@ -101,15 +103,3 @@ def _link_flags() -> list[str]:
 def _target_version() -> str:
     # The oldest torch whose stable ABI has all that the kernels call.
     return "0x020b000000000000"
-
-
-@cache
-def _processor() -> bytes:
-    # -march=native: the instruction sets decide, not the model's name.
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return (platform.machine() + platform.processor()).encode()
-    return next(
-        (line for line in lines if line.startswith(("flags", "Features"))), platform.machine()
-    ).encode()

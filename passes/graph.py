@@ -44,13 +44,18 @@ class Weight(NamedTuple):
 
 
 class FactorNodes(NamedTuple):
-    """The nodes of the five tensors of a factorization; see ``DoubleBinaryFactors``."""
+    """The nodes of the five tensors of a factorization; see ``DoubleBinaryFactors``.
+
+    Args:
+        interleaved: whether the words of both sign matrices lie as CPU kernels read them.
+    """
 
     signs_in: Node
     signs_out: Node
     scale_in: Node
     scale_mid: Node
     scale_out: Node
+    interleaved: bool = False
 
 
 class WeightSource(Protocol):
@@ -166,6 +171,16 @@ def _called_name(node: Node) -> str:
     if isinstance(node.target, OpOverload):
         return str(node.target.overloadpacket.__name__)
     return getattr(node.target, "__name__", "")
+
+
+def arguments_of(node: Node) -> dict[str, Any]:
+    """Return the arguments of a call of an operator by name, defaults filled in."""
+    target: Any = node.target
+    if not isinstance(target, OpOverload):
+        target = target.default
+    given = dict(zip((argument.name for argument in target._schema.arguments), node.args, strict=False))
+    defaults = {a.name: a.default_value for a in target._schema.arguments if a.has_default_value()}
+    return defaults | given | node.kwargs
 
 
 def mutated_by(node: Node) -> tuple[Node, ...]:

@@ -1,4 +1,7 @@
-"""The passes in their order; running them twice does nothing the second time."""
+"""The passes in their order; running them twice does nothing the second time.
+
+``PIPELINE`` rewrites the graph that Dynamo captured, ``POST_GRAD_PIPELINE`` the one that Inductor is about to lower.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ from collections.abc import Callable
 
 from torch.fx import Graph
 
+from dbf_compile.passes.allow_fast_sums import allow_fast_sums
 from dbf_compile.passes.find_linears import find_linears
+from dbf_compile.passes.fuse_double_binary import fuse_double_binary
 from dbf_compile.passes.graph import WeightSource
 from dbf_compile.passes.merge_shared_inputs import merge_shared_inputs
 from dbf_compile.passes.replace_linears import replace_linears
@@ -23,7 +28,22 @@ PIPELINE: tuple[Pass, ...] = (
     verify,
 )
 
+POST_GRAD_PIPELINE: tuple[Callable[[Graph], int], ...] = (fuse_double_binary,)
 
-def run_pipeline(graph: Graph, source: WeightSource) -> dict[str, int]:
-    """Run all passes over ``graph``, in place, and return the number of rewrites of each by its name."""
-    return {step.__name__: step(graph, source) for step in PIPELINE}
+
+def run_pipeline(graph: Graph, source: WeightSource, fast: bool = False) -> dict[str, int]:
+    """Run all passes over ``graph``, in place, and return the number of rewrites of each by its name.
+
+    Args:
+        graph: in the form that Dynamo leaves.
+        source: knows the weights.
+        fast: allow fast sums.
+    """
+    passes = (*PIPELINE, allow_fast_sums) if fast else PIPELINE
+    return {step.__name__: step(graph, source) for step in passes}
+
+
+def run_post_grad_pipeline(graph: Graph) -> None:
+    """Run the passes over the graph that is about to be lowered, in place."""
+    for step in POST_GRAD_PIPELINE:
+        step(graph)

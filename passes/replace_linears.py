@@ -44,7 +44,9 @@ def replace_linears(graph: Graph, source: WeightSource) -> int:
     factors = dict(zip(requests, source.factors(requests), strict=True)) if requests else {}
     for node, weights in sites:
         x, _, bias = node.args
-        replace(node, emit(node, double_binary_linear, x, *factors[weights], bias, example_value(node).dtype))
+        *tensors, interleaved = factors[weights]
+        dtype = example_value(node).dtype
+        replace(node, emit(node, double_binary_linear, x, *tensors, bias, dtype, interleaved))
     return len(sites)
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from support.models import MLP, OPTIONS, error_of, factored, randn
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 import dbf_compile
 from dbf_compile import backend
@@ -268,9 +269,10 @@ def test_a_checkpoint_that_is_missing_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 2}, r"OptionError: unknown option 'bits'; allowed: bits_per_weight, .*skip"),
+        ({"bits": 2}, r"OptionError: unknown option 'bits'; allowed: accuracy, bits_per_weight, .*skip"),
         ({"bits_per_weight": "two"}, "OptionError: option bits_per_weight='two'; allowed: a number"),
         ({"bits_per_weight": 40.0}, "OptionError: 40.0 bits per weight"),
+        ({"accuracy": "exakt"}, "OptionError: accuracy='exakt'; allowed: 'exact' or 'fast'"),
         ({"mode": "fastest"}, "OptionError: mode='fastest'; allowed: default, .*max-autotune"),
         ({"inductor": {"no_such_setting": 1}}, "OptionError: unknown setting 'no_such_setting'"),
     ],
@@ -278,6 +280,25 @@ def test_a_checkpoint_that_is_missing_is_refused(tmp_path):
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(Exception, match=message):
         torch.compile(MLP(), backend="dbf", options=options)(randn(5, 67))
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_layer_is_one_call_and_its_accuracy_a_choice(converted):
+    model, x = MLP(), randn(5, 67)
+    eager = factored(model)
+    exact = eager(x.double()).float()
+    errors = {}
+    for accuracy in ("exact", "fast"):
+        torch.compiler.reset()
+        run = compiled(eager if converted else model, accuracy=accuracy)
+        y, (code,) = run_and_get_code(run, x)
+        assert code.count("dbf_native.double_binary_linear.out(") == 2
+        assert code.count("dbf_native.sign_matmul") == 0
+        assert code.count("fast=True") == (2 if accuracy == "fast" else 0)
+        assert code.count("interleaved=True") == 2
+        errors[accuracy] = error_of(y, exact)
+    assert errors["exact"] < 1e-6
+    assert errors["exact"] < errors["fast"] < 1e-3
 
 
 def test_modes_and_inductor_settings_are_taken():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 from support.strategies import double_binary_factors, random_factors, sizes
 from torch import Tensor, nn
 
+from dbf_compile import linear
 from dbf_compile.errors import ConversionError, KernelInputError
 from dbf_compile.factors import TENSOR_NAMES, DoubleBinaryFactors
 from dbf_compile.linear import DoubleBinaryLinear, dense_linears, dense_weight, swap_
+from dbf_compile.signs import interleave
 from dbf_compile.testing import assert_close
 
 
@@ -190,7 +193,41 @@ def test_the_factors_are_no_parameters_and_the_bias_is_one() -> None:
 def test_the_factors_come_out_as_they_went_in() -> None:
     factors = random_factors(33, 5, 3)
     again = DoubleBinaryLinear(factors).factors
-    assert all(getattr(again, name) is getattr(factors, name) for name in TENSOR_NAMES)
+    assert all(torch.equal(getattr(again, name), getattr(factors, name)) for name in TENSOR_NAMES)
+
+
+def test_signs_lie_interleaved_on_the_cpu_and_row_after_row_elsewhere() -> None:
+    factors = random_factors(33, 37, 50)
+    layer = DoubleBinaryLinear(factors)
+    assert layer.interleaved
+    assert torch.equal(layer.signs_in, interleave(factors.signs_in))
+    assert torch.equal(layer.state_dict()["signs_out"], factors.signs_out)
+    assert not copy.deepcopy(layer).to("meta").interleaved
+    again = copy.deepcopy(layer).to("meta").to_empty(device="cpu")
+    again.load_state_dict(layer.state_dict())
+    assert again.interleaved
+    x = x_for(33)
+    assert torch.equal(again(x), layer(x))
+
+
+def test_other_orders_of_the_words_are_followed_when_a_layer_changes_its_device() -> None:
+    # There is no second device to compute on; what moves a layer is told here that there is.
+    factors = random_factors(33, 37, 50)
+    layer, x = DoubleBinaryLinear(factors), x_for(33)
+    before = layer(x)
+    with mock.patch.object(linear, "_should_interleave", lambda tensor: False):
+        layer.float()
+    assert not layer.interleaved
+    assert torch.equal(layer.signs_in, factors.signs_in)
+    assert torch.equal(layer(x), before)
+    layer.float()
+    assert torch.equal(layer.signs_in, interleave(factors.signs_in))
+
+
+def test_layers_that_share_a_first_stage_share_its_memory() -> None:
+    one, other = (DoubleBinaryLinear(part) for part in random_factors(33, 37, 50).split([20, 30]))
+    assert one.signs_in is other.signs_in
+    assert one.scale_in is other.scale_in
 
 
 def test_the_bias_is_trained() -> None:

@@ -28,6 +28,7 @@ RIGHT: dict[str, Any] = {
     "progress": False,
     "importance": {"layer": object()},
     "checkpoint": "/tmp/model.safetensors",
+    "accuracy": "fast",
     "mode": "reduce-overhead",
     "inductor": {"max_autotune": True},
 }
@@ -42,6 +43,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "progress": (1, "no", None),
     "importance": (None, [1], {1: object()}),
     "checkpoint": (3, b"a"),
+    "accuracy": (None, 3, True),
     "mode": (3, True),
     "inductor": (None, "x", {1: 2}),
 }

@@ -10,7 +10,15 @@ from support.strategies import random_signs, sign_matrices, sizes
 from torch import Tensor
 
 from dbf_compile.errors import SignsError
-from dbf_compile.signs import check_words, pack_signs, padding_is_zero, unpack_signs, words_per_row
+from dbf_compile.signs import (
+    check_words,
+    deinterleave,
+    interleave,
+    pack_signs,
+    padding_is_zero,
+    unpack_signs,
+    words_per_row,
+)
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int32, torch.int64)
 
@@ -31,6 +39,19 @@ def test_every_bit_lies_where_the_docstring_draws_it(signs: Tensor) -> None:
     for row, col in {(0, 0), (0, signs.shape[1] - 1), (signs.shape[0] - 1, signs.shape[1] // 2)}:
         word = int(words[row, col // 32]) % 2**32
         assert (word >> (col % 32)) & 1 == int(signs[row, col] > 0)
+
+
+@given(st.integers(0, 70), sizes)
+def test_interleaved_words_lie_where_the_docstring_draws_them(rows: int, cols: int) -> None:
+    words = torch.arange(rows * cols, dtype=torch.int32).view(rows, cols)
+    flat, full = interleave(words).flatten(), rows - rows % 16
+    for row in range(rows):
+        for word in {0, cols // 2, cols - 1}:
+            start = row * cols + word if row >= full else (row // 16 * cols + word) * 16 + row % 16
+            assert flat[start] == words[row, word]
+    assert interleave(words).shape == words.shape
+    assert torch.equal(deinterleave(interleave(words)), words)
+    assert torch.equal(interleave(deinterleave(words)), words)
 
 
 @pytest.mark.parametrize("cols", range(1, 66))

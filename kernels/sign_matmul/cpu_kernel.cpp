@@ -1,242 +1,208 @@
-// y[m, n] = out_scale[n] * sum_k signs[n, k] * (in_scale[k] * x[m, k]) + bias[n] by table look-up: signs meet
-// additions only. Each scale is multiplied once with each activation, on its way into the tables or out of the sums.
-//
-// Four neighbouring columns have 16 possible signed sums. They are computed once per token with additions,
-// then every row of the sign matrix replaces four additions by one look-up and one addition; the four sign
-// bits are the index (bit 1 = +1, least significant bit = first column; layout of dbf_compile/signs.py).
-//
-// Tokens lie in the lanes of a vector, so one index serves Tokens sums and any vector unit will do.
-// A sum runs over the groups of four from left to right, whatever the number of threads, rows or tokens in
-// flight: the result of one token depends on nothing but its activations.
+// The torch operators of the CPU kernels: dtypes, scales, threads. The product itself is in cpu_product.h.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Exception.h>
-#include <torch/headeronly/util/Half.h>
 
-#include <algorithm>
-#include <cstdint>
 #include <optional>
-#include <vector>
+
+#include "cpu_product.h"
 
 namespace {
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kWordBits = 32;
-constexpr int64_t kGroup = 4;             // columns that share one table
-constexpr int64_t kEntries = 16;          // 2 ^ kGroup signed sums
-constexpr int64_t kGroupsPerWord = kWordBits / kGroup;
-constexpr int64_t kTableBytes = 16 << 10;  // tables in flight: half of a 32 KiB first-level cache
-constexpr int64_t kRows = 256;             // rows per task: building the tables is then 1/16 of the look-ups
-constexpr int64_t kUnroll = 4;             // independent sums that hide the latency of an addition
+int64_t columns_of(const Tensor& x) { return x.size(x.dim() - 1); }
 
-template <int Tokens>
-struct Lanes {
-  typedef float type __attribute__((vector_size(Tokens * sizeof(float))));
-};
-template <>
-struct Lanes<1> {
-  typedef float type;
-};
+const dbf::Kernel& kernel() {
+  const dbf::Kernel* chosen = dbf::choose_kernel();
+  STD_TORCH_CHECK(chosen != nullptr, "DBF_CPU_ISA=", std::getenv("DBF_CPU_ISA"), "; allowed here: ",
+                  dbf::usable_names(), "; unset it for the fastest");
+  return *chosen;
+}
 
-template <int Tokens>
-inline void set_lane(typename Lanes<Tokens>::type& vector, int lane, float value) {
-  if constexpr (Tokens == 1) {
-    vector = value;
+int64_t bytes_of(ScalarType dtype, const char* what) {
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+                  "dbf_native takes float32, bfloat16 or float16 for ", what);
+  return dtype == ScalarType::Float ? 4 : 2;
+}
+
+void to_float(const void* from, ScalarType dtype, int64_t count, float* to) {
+  if (dtype == ScalarType::Float) {
+    std::memcpy(to, from, count * sizeof(float));
+  } else if (dtype == ScalarType::Half) {
+    kernel().half_to_float(static_cast<const uint16_t*>(from), count, to);
   } else {
-    vector[lane] = value;
+    const auto* halves = static_cast<const uint16_t*>(from);
+    auto* bits = reinterpret_cast<uint32_t*>(to);
+    for (int64_t i = 0; i < count; ++i) bits[i] = static_cast<uint32_t>(halves[i]) << 16;
   }
 }
 
-template <int Tokens>
-inline float get_lane(const typename Lanes<Tokens>::type& vector, int lane) {
-  if constexpr (Tokens == 1) {
-    return vector;
+void from_float(const float* from, ScalarType dtype, int64_t count, void* to) {
+  if (dtype == ScalarType::Float) {
+    std::memcpy(to, from, count * sizeof(float));
+  } else if (dtype == ScalarType::Half) {
+    kernel().float_to_half(from, count, static_cast<uint16_t*>(to));
   } else {
-    return vector[lane];
+    auto* halves = static_cast<uint16_t*>(to);
+    for (int64_t i = 0; i < count; ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, from + i, 4);
+      const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+      halves[i] = static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+    }
   }
-}
-
-// table[e] = (+-x0 +- x1) + (+-x2 +- x3), the sign of x_j given by bit j of e.
-template <typename Vector>
-inline void build_table(const Vector x[kGroup], Vector* table) {
-  const Vector low[4] = {-x[0] - x[1], x[0] - x[1], x[1] - x[0], x[0] + x[1]};
-  const Vector high[4] = {-x[2] - x[3], x[2] - x[3], x[3] - x[2], x[2] + x[3]};
-  for (int64_t entry = 0; entry < kEntries; ++entry) table[entry] = low[entry & 3] + high[entry >> 2];
-}
-
-template <int Rows, typename Vector>
-inline void look_up(const int32_t* words, int64_t stride, int64_t count, const Vector* tables, Vector* sums) {
-  Vector sum[Rows];
-  for (int row = 0; row < Rows; ++row) sum[row] = sums[row];
-  for (int64_t w = 0; w < count; ++w) {
-    uint32_t word[Rows];
-    for (int row = 0; row < Rows; ++row) word[row] = static_cast<uint32_t>(words[row * stride + w]);
-    const Vector* table = tables + w * kGroupsPerWord * kEntries;
-    for (int64_t group = 0; group < kGroupsPerWord; ++group, table += kEntries)
-      for (int row = 0; row < Rows; ++row) sum[row] += table[(word[row] >> (kGroup * group)) & (kEntries - 1)];
-  }
-  for (int row = 0; row < Rows; ++row) sums[row] = sum[row];
 }
 
 // A scale or a bias in float32; nothing where there is none.
-using Vector1d = std::optional<std::vector<float>>;
-
-// The sums of one row of the output, scaled, shifted and rounded to its dtype.
-template <typename Out>
-struct Store {
-  const Vector1d& scale;
-  const Vector1d& bias;
-  Out* y;
-  void operator()(int64_t row, int64_t column, int64_t stride, float sum) const {
-    if (scale) sum *= (*scale)[column];
-    if (bias) sum += (*bias)[column];
-    y[row * stride + column] = static_cast<Out>(sum);
+class Vector {
+ public:
+  Vector(const std::optional<Tensor>& given, int64_t size, const char* name) {
+    if (!given) return;
+    STD_TORCH_CHECK(given->dim() == 1 && given->size(0) == size && given->is_contiguous(),
+                    "dbf_native needs a contiguous vector of one value per feature as ", name);
+    bytes_of(given->scalar_type(), name);
+    values_.resize(size);
+    to_float(given->const_data_ptr(), given->scalar_type(), size, values_.data());
+    given_ = true;
   }
+  void multiply(float* x, int64_t first, int64_t count) const {
+    if (given_)
+      for (int64_t i = 0; i < count; ++i) x[i] *= values_[first + i];
+  }
+  void add(float* x, int64_t first, int64_t count) const {
+    if (given_)
+      for (int64_t i = 0; i < count; ++i) x[i] += values_[first + i];
+  }
+
+ private:
+  std::vector<float> values_;
+  bool given_ = false;
 };
 
-// Tokens rows of x against rows [begin, end) of the sign matrix; end - begin <= kRows.
-template <int Tokens, typename Scalar, typename Out>
-void multiply_tile(const Scalar* x, int64_t columns, const float* scale, const int32_t* signs, int64_t words,
-                   int64_t begin, int64_t end, const Store<Out>& store, int64_t token, int64_t y_stride) {
-  using Vector = typename Lanes<Tokens>::type;
-  constexpr int64_t kBlock = kTableBytes / (kGroupsPerWord * kEntries * sizeof(Vector));  // words per block
-  alignas(64) Vector tables[kBlock * kGroupsPerWord * kEntries];
-  alignas(64) Vector sums[kRows] = {};
-  for (int64_t first = 0; first < words; first += kBlock) {
-    const int64_t count = std::min(kBlock, words - first);
-    for (int64_t group = 0; group < count * kGroupsPerWord; ++group) {
-      Vector values[kGroup] = {};
-      for (int64_t j = 0; j < kGroup; ++j) {
-        const int64_t column = first * kWordBits + group * kGroup + j;
-        if (column >= columns) break;  // columns that pad the last word count as zero
-        for (int lane = 0; lane < Tokens; ++lane)
-          set_lane<Tokens>(values[j], lane, static_cast<float>(x[lane * columns + column]));
-        if (scale != nullptr) values[j] *= scale[column];
-      }
-      build_table(values, tables + group * kEntries);
-    }
-    int64_t row = begin;
-    for (; row + kUnroll <= end; row += kUnroll)
-      look_up<kUnroll>(signs + row * words + first, words, count, tables, sums + (row - begin));
-    for (; row < end; ++row)
-      look_up<1>(signs + row * words + first, words, count, tables, sums + (row - begin));
-  }
-  for (int lane = 0; lane < Tokens; ++lane)
-    for (int64_t row = begin; row < end; ++row)
-      store(token + lane, row, y_stride, get_lane<Tokens>(sums[row - begin], lane));
+dbf::Signs checked_signs(const Tensor& signs, int64_t columns, bool interleaved) {
+  STD_TORCH_CHECK(signs.scalar_type() == ScalarType::Int, "dbf_native needs int32 signs");
+  STD_TORCH_CHECK(signs.is_contiguous(), "dbf_native needs contiguous signs");
+  STD_TORCH_CHECK(signs.dim() == 2 && signs.size(1) == dbf::ceil_div(columns, dbf::kWordBits),
+                  "dbf_native got signs and activations whose sizes do not fit together");
+  return {signs.const_data_ptr(), signs.size(0), columns, interleaved};
 }
 
-// The widest tiles first: M tokens are full tiles of 16, then one tile each of 8, 4, 2, 1 as needed.
-struct TokenTile {
-  int64_t first;
-  int64_t count;
+int64_t checked_tokens(const Tensor& x, const Tensor& out, int64_t columns, int64_t rows) {
+  STD_TORCH_CHECK(x.is_contiguous() && out.is_contiguous(), "dbf_native needs contiguous tensors");
+  STD_TORCH_CHECK(out.dim() == x.dim() && columns_of(out) == rows && out.numel() * columns == x.numel() * rows,
+                  "dbf_native got tensors whose sizes do not fit together");
+  bytes_of(x.scalar_type(), "x");
+  bytes_of(out.scalar_type(), "out");
+  return rows == 0 ? 0 : out.numel() / rows;
+}
+
+// Runs on torch's threads; alone where there is too little to do.
+const auto parallel = [](int64_t count, int64_t grain, const auto& body) {
+  torch::stable::parallel_for(0, count, grain, body);
 };
-inline int64_t token_tiles(int64_t tokens) { return tokens / 16 + __builtin_popcountll(tokens % 16); }
-inline TokenTile token_tile(int64_t tokens, int64_t index) {
-  const int64_t full = tokens / 16;
-  if (index < full) return {index * 16, 16};
-  int64_t first = full * 16;
-  for (int64_t count = 8, left = index - full; count > 0; count /= 2) {
-    if (!(tokens & count)) continue;
-    if (left-- == 0) return {first, count};
-    first += count;
-  }
-  return {first, 0};
+
+// Rows of a tensor as float32 activations, scaled.
+auto reader(const Tensor& x, const Vector& scale) {
+  const int64_t columns = columns_of(x), stride = columns * bytes_of(x.scalar_type(), "x");
+  const auto* data = static_cast<const char*>(x.const_data_ptr());
+  return [=, dtype = x.scalar_type(), &scale](int64_t token, float* values) {
+    to_float(data + token * stride, dtype, columns, values);
+    scale.multiply(values, 0, columns);
+  };
 }
 
-template <typename Scalar, typename Out>
-void multiply(const Tensor& x, const Tensor& signs, const Vector1d& in_scale, const Vector1d& out_scale,
-              const Vector1d& bias, const Tensor& out) {
-  const int64_t columns = x.size(x.dim() - 1), rows = signs.size(0), words = signs.size(1);
-  const int64_t tokens = rows == 0 ? 0 : out.numel() / rows;
-  if (tokens == 0) return;
-  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-  const int64_t tiles = token_tiles(tokens);
-  const int64_t split = std::max<int64_t>(1, threads / tiles);  // few tokens: let every thread have rows
-  const int64_t chunk = std::min(kRows, (rows + split - 1) / split);
-  const int64_t chunks = (rows + chunk - 1) / chunk;
-  const auto* x_data = static_cast<const Scalar*>(x.const_data_ptr());
-  const auto* sign_data = static_cast<const int32_t*>(signs.const_data_ptr());
-  const float* scale = in_scale ? in_scale->data() : nullptr;
-  const Store<Out> store{out_scale, bias, static_cast<Out*>(out.mutable_data_ptr())};
-  torch::stable::parallel_for(0, tiles * chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const TokenTile tile = token_tile(tokens, task / chunks);
-      const int64_t first = (task % chunks) * chunk, last = std::min(first + chunk, rows);
-      const Scalar* x_tile = x_data + tile.first * columns;
-      const auto run = [&](auto count) {
-        multiply_tile<count()>(x_tile, columns, scale, sign_data, words, first, last, store, tile.first, rows);
-      };
-      switch (tile.count) {
-        case 16: run(std::integral_constant<int, 16>()); break;
-        case 8: run(std::integral_constant<int, 8>()); break;
-        case 4: run(std::integral_constant<int, 4>()); break;
-        case 2: run(std::integral_constant<int, 2>()); break;
-        default: run(std::integral_constant<int, 1>()); break;
-      }
-    }
-  });
+// Sums, scaled and shifted, into rows of a tensor.
+auto writer(const Tensor& out, const Vector& scale, const Vector& bias) {
+  const int64_t rows = columns_of(out), size = bytes_of(out.scalar_type(), "out");
+  auto* data = static_cast<char*>(out.mutable_data_ptr());
+  return [=, dtype = out.scalar_type(), &scale, &bias](int64_t token, int64_t row, int64_t count, float* sums) {
+    scale.multiply(sums, row, count);
+    bias.add(sums, row, count);
+    from_float(sums, dtype, count, data + (token * rows + row) * size);
+  };
 }
 
-using torch::headeronly::ScalarType;
+int bits_of(bool fast) { return fast ? 16 : 24; }
 
-// Calls visit with a value of the C++ type of a floating-point dtype.
-template <typename Visit>
-void visit_dtype(ScalarType dtype, const char* what, Visit visit) {
-  switch (dtype) {
-    case ScalarType::Float: visit(float()); break;
-    case ScalarType::BFloat16: visit(c10::BFloat16()); break;
-    case ScalarType::Half: visit(c10::Half()); break;
-    default: STD_TORCH_CHECK(false, "dbf_native::sign_matmul takes float32, bfloat16 or float16 for ", what);
-  }
-}
-
-Vector1d to_float(const std::optional<Tensor>& given, int64_t size, const char* name) {
-  if (!given) return std::nullopt;
-  STD_TORCH_CHECK(given->dim() == 1 && given->size(0) == size && given->is_contiguous(),
-                  "dbf_native::sign_matmul needs a contiguous vector of one value per feature as ", name);
-  std::vector<float> values(size);
-  visit_dtype(given->scalar_type(), name, [&](auto zero) {
-    const auto* data = static_cast<const decltype(zero)*>(given->const_data_ptr());
-    for (int64_t i = 0; i < size; ++i) values[i] = static_cast<float>(data[i]);
-  });
-  return values;
+// Memory of the calling thread, kept from call to call.
+struct Workspace {
+  dbf::TokenBlock first, second;
+  dbf::Scratch<float> middle;
+};
+Workspace& workspace() {
+  static thread_local Workspace space;
+  return space;
 }
 
 Tensor sign_matmul_out(const Tensor& x, const Tensor& signs, std::optional<Tensor> in_scale,
-                       std::optional<Tensor> out_scale, std::optional<Tensor> bias, Tensor out) {
-  STD_TORCH_CHECK(x.is_contiguous() && signs.is_contiguous() && out.is_contiguous(),
-                  "dbf_native::sign_matmul needs contiguous tensors");
-  STD_TORCH_CHECK(signs.scalar_type() == ScalarType::Int, "dbf_native::sign_matmul needs int32 signs");
-  STD_TORCH_CHECK(x.dim() > 0 && signs.dim() == 2 && out.dim() == x.dim() &&
-                      signs.size(1) == (x.size(x.dim() - 1) + kWordBits - 1) / kWordBits &&
-                      out.size(out.dim() - 1) == signs.size(0) &&
-                      out.numel() * x.size(x.dim() - 1) == x.numel() * signs.size(0),
-                  "dbf_native::sign_matmul got tensors whose sizes do not fit together");
-  const Vector1d before = to_float(in_scale, x.size(x.dim() - 1), "in_scale");
-  const Vector1d after = to_float(out_scale, signs.size(0), "out_scale");
-  const Vector1d shift = to_float(bias, signs.size(0), "bias");
-  visit_dtype(x.scalar_type(), "x", [&](auto x_zero) {
-    visit_dtype(out.scalar_type(), "out", [&](auto out_zero) {
-      multiply<decltype(x_zero), decltype(out_zero)>(x, signs, before, after, shift, out);
-    });
-  });
+                       std::optional<Tensor> out_scale, std::optional<Tensor> bias, bool interleaved, bool fast,
+                       Tensor out) {
+  STD_TORCH_CHECK(x.dim() > 0, "dbf_native takes no activations of such sizes: a single number");
+  const dbf::Signs matrix = checked_signs(signs, columns_of(x), interleaved);
+  const int64_t tokens = checked_tokens(x, out, matrix.columns, matrix.rows), bits = bits_of(fast);
+  const Vector before(in_scale, matrix.columns, "in_scale"), after(out_scale, matrix.rows, "out_scale"),
+      shift(bias, matrix.rows, "bias");
+  const auto read = reader(x, before);
+  const auto write = writer(out, after, shift);
+  const int64_t step = dbf::tokens_per_block(kernel(), matrix.columns, bits);
+  for (int64_t first = 0; first < tokens; first += step)
+    dbf::multiply_block(
+        kernel(), matrix, bits, std::min(step, tokens - first), workspace().first, parallel,
+        [&](int64_t t, float* values) { read(first + t, values); },
+        [&](int64_t t, int64_t row, int64_t count, float* sums) { write(first + t, row, count, sums); });
+  return out;
+}
+
+Tensor double_binary_linear_out(const Tensor& x, const Tensor& signs_in, const Tensor& signs_out,
+                                const Tensor& scale_in, const Tensor& scale_mid, const Tensor& scale_out,
+                                std::optional<Tensor> bias, bool interleaved, bool fast, Tensor out) {
+  STD_TORCH_CHECK(x.dim() > 0, "dbf_native takes no activations of such sizes: a single number");
+  const dbf::Signs inner = checked_signs(signs_in, columns_of(x), interleaved);
+  const dbf::Signs outer = checked_signs(signs_out, inner.rows, interleaved);
+  const int64_t tokens = checked_tokens(x, out, inner.columns, outer.rows), bits = bits_of(fast), middle = inner.rows;
+  const Vector before(scale_in, inner.columns, "scale_in"), between(scale_mid, middle, "scale_mid"),
+      after(scale_out, outer.rows, "scale_out"), shift(bias, outer.rows, "bias");
+  const auto read = reader(x, before);
+  const auto write = writer(out, after, shift);
+  const int64_t step = std::min(dbf::tokens_per_block(kernel(), inner.columns, bits),
+                                dbf::tokens_per_block(kernel(), middle, bits));
+  float* h = workspace().middle.get(std::min(step, tokens) * middle);
+  for (int64_t first = 0; first < tokens; first += step) {
+    const int64_t count = std::min(step, tokens - first);
+    dbf::multiply_block(
+        kernel(), inner, bits, count, workspace().first, parallel,
+        [&](int64_t t, float* values) { read(first + t, values); },
+        [&](int64_t t, int64_t row, int64_t rows, float* sums) {
+          std::copy_n(sums, rows, h + t * middle + row);
+        });
+    dbf::multiply_block(
+        kernel(), outer, bits, count, workspace().second, parallel,
+        [&](int64_t t, float* values) {
+          std::copy_n(h + t * middle, middle, values);
+          between.multiply(values, 0, middle);
+        },
+        [&](int64_t t, int64_t row, int64_t rows, float* sums) { write(first + t, row, rows, sums); });
+  }
   return out;
 }
 
 STABLE_TORCH_LIBRARY(dbf_native, library) {
   library.def(
       "sign_matmul.out(Tensor x, Tensor signs, Tensor? in_scale=None, Tensor? out_scale=None, Tensor? bias=None, "
-      "*, Tensor(a!) out) -> Tensor(a!)");
+      "*, bool interleaved=False, bool fast=False, Tensor(a!) out) -> Tensor(a!)");
+  library.def(
+      "double_binary_linear.out(Tensor x, Tensor signs_in, Tensor signs_out, Tensor scale_in, Tensor scale_mid, "
+      "Tensor scale_out, Tensor? bias=None, *, bool interleaved=False, bool fast=False, Tensor(a!) out) -> Tensor(a!)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dbf_native, CPU, library) {
   library.impl("sign_matmul.out", TORCH_BOX(&sign_matmul_out));
+  library.impl("double_binary_linear.out", TORCH_BOX(&double_binary_linear_out));
 }
 
 }  // namespace

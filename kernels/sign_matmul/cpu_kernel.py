@@ -1,4 +1,8 @@
-"""The C++ table look-up kernel of ``dbf::sign_matmul``, built on first use."""
+"""The C++ table look-up kernels of ``dbf::sign_matmul``, built on first use.
+
+The environment variable ``DBF_CPU_ISA`` names the instruction set: avx512_vbmi, avx512, avx2, neon or portable; unset,
+the fastest that the processor has is used. All give the same bits.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +42,8 @@ def sign_matmul_cpu(
     out_scale: Tensor | None = None,
     bias: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    interleaved: bool = False,
+    fast: bool = False,
 ) -> Tensor:
     """Multiply by a sign matrix with additions only: ``y = out_scale ⊙ (signs · (in_scale ⊙ x)) + bias``.
 
@@ -47,12 +53,16 @@ def sign_matmul_cpu(
         in_scale: float32, bfloat16 or float16 [K], or None.
         out_scale: the same [N], or None.
         bias: the same [N], or None.
-        dtype: of the result; sums are float32.
+        dtype: of the result.
+        interleaved: whether the words lie as :func:`dbf_compile.signs.interleave` puts them, which takes less time.
+        fast: sum with 16 bits (relative error about 1e-4) instead of 24 (as float32).
 
     Returns:
-        [..., N]; bit-identical for any number of threads and any batch around a token.
+        [..., N]; bit-identical for any number of threads, any batch around a token, and any instruction set.
     """
     out = x.new_empty((*x.shape[:-1], signs.shape[0]), dtype=dtype)
     vectors = (None if vector is None else vector.contiguous() for vector in (in_scale, out_scale, bias))
-    torch.ops.dbf_native.sign_matmul.out(x.contiguous(), signs.contiguous(), *vectors, out=out)
+    torch.ops.dbf_native.sign_matmul.out(
+        x.contiguous(), signs.contiguous(), *vectors, interleaved=interleaved, fast=fast, out=out
+    )
     return out

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dbf_compile.signs import unpack_signs
+from dbf_compile.signs import deinterleave, unpack_signs
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -24,6 +24,7 @@ def sign_matmul(
     out_scale: Tensor | None = None,
     bias: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    interleaved: bool = False,
 ) -> Tensor:
     """Multiply by a sign matrix: ``y[..., n] = out_scale[n] · Σ_k signs[n, k] · in_scale[k] · x[..., k] + bias[n]``.
 
@@ -34,10 +35,12 @@ def sign_matmul(
         out_scale: floating point [N], or None for ones.
         bias: floating point [N], or None for zeros.
         dtype: of the result; None for that of the sums: float32, or float64 for float64 ``x``.
+        interleaved: whether the words lie as :func:`dbf_compile.signs.interleave` puts them.
 
     Returns:
         [..., N].
     """
+    signs = deinterleave(signs) if interleaved else signs
     wide = accumulator_dtype(x.dtype)
     z = x.to(wide) if in_scale is None else x.to(wide) * in_scale.to(wide)
     y = z @ unpack_signs(signs, x.shape[-1], wide).T
@@ -48,16 +51,18 @@ def sign_matmul(
     return y.to(dtype or wide)
 
 
-def sign_matmul_transposed(grad: Tensor, signs: Tensor, cols: int) -> Tensor:
+def sign_matmul_transposed(grad: Tensor, signs: Tensor, cols: int, interleaved: bool = False) -> Tensor:
     """Multiply by the transpose: ``g_x[..., k] = Σ_n signs[n, k] · g_y[..., n]``.
 
     Args:
         grad: floating point [..., N].
         signs: int32 words [N, W].
         cols: K.
+        interleaved: as for :func:`sign_matmul`.
 
     Returns:
         [..., K] in the accumulator's dtype.
     """
+    signs = deinterleave(signs) if interleaved else signs
     dtype = accumulator_dtype(grad.dtype)
     return grad.to(dtype) @ unpack_signs(signs, cols, dtype)

@@ -82,14 +82,14 @@ def test_an_edited_lowering_is_seen_by_the_next_process(tmp_path):
     again = process(tmp_path, package=copy)
     assert again["autograd_cache_hit"] == 1 and again["y"] == first["y"]
 
-    # Let every product come out doubled.
+    # Let every layer come out doubled.
     lowerings = copy / "dbf_compile" / "lowerings.py"
     lowerings.write_text(
         lowerings.read_text()
         + """
 from torch._inductor import lowering as _lowering
-_unedited = sign_matmul
-def sign_matmul(*operands):
+_unedited = double_binary_linear
+def double_binary_linear(*operands):
     return _lowering.lowerings[torch.ops.aten.mul.Tensor](_unedited(*operands), 2.0)
 """
     )

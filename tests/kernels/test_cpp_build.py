@@ -75,8 +75,8 @@ def test_a_changed_source_is_another_library(source: Path, pretender: Path) -> N
 
 
 @pytest.mark.usefixtures("cache", "pretender")
-@pytest.mark.parametrize("what", ["compiler", "torch", "processor", "flags"])
-def test_the_machine_is_part_of_the_name(
+@pytest.mark.parametrize("what", ["compiler", "torch", "architecture", "flags", "header"])
+def test_all_that_decides_is_part_of_the_name(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     before = build(source)
@@ -84,8 +84,10 @@ def test_the_machine_is_part_of_the_name(
         monkeypatch.setenv("CXX", str(script(tmp_path / "other", PRETENDER)))
     elif what == "torch":
         monkeypatch.setattr(cpp_build.torch, "__version__", "0.0.0")
-    elif what == "processor":
-        monkeypatch.setattr(cpp_build, "_processor", lambda: b"flags: abacus")
+    elif what == "architecture":
+        monkeypatch.setattr(cpp_build.platform, "machine", lambda: "abacus")
+    elif what == "header":
+        (source.parent / "included.h").write_text("// new\n")
     else:
         monkeypatch.setattr(cpp_build, "FLAGS", ("-O0",))
     assert build(source) != before

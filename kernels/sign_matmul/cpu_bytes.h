@@ -1,0 +1,66 @@
+// Look-ups where a register holds one byte of each of several rows, for instruction sets that look up 16 bytes.
+// No #pragma once: every instruction set includes this in a namespace of its own, in which it has defined
+//
+//     DBF_TARGET                 the attribute of functions that use it
+//     Bytes, kBytes              a register and its size, a multiple of 16
+//     load_columns(tile, pass, w, c)  c[j], j < 4: byte j of word w of kBytes rows, in an order of its own
+//     row_of(pass, position)     the row of the tile that stands at a position of c[j]
+//     zero, low_nibbles, high_nibbles, look_up(table, index), add8, add16, high_bytes (of 16-bit lanes),
+//     load, store
+//
+// Entries are cut into planes of 6 bits: four look-ups then add up within a byte. Pairs of bytes are summed up as 16-bit
+// numbers: `all` of both, modulo 2^16, and `odd` of the upper ones, so that nothing has to be unpacked.
+// Tables of a word: [half][plane][byte 2 half + j][nibble][16 entries], so that a step reads them from front to back.
+
+constexpr int kPlaneBits = 6;
+constexpr int64_t kWordsPerFlush = 128;  // 2 * 128 sums of at most 4 * 63 stay below 2^16
+
+inline constexpr int planes_of(int bits) { return (bits + kPlaneBits - 1) / kPlaneBits; }
+
+inline int64_t table_bytes(int64_t words, int bits) { return words * kGroupsPerWord * planes_of(bits) * kEntries; }
+
+template <int Planes>
+DBF_TARGET void multiply_planes(const Tile& tile, const uint8_t* table, int bits, double unit, int64_t pass, float* y) {
+  uint32_t even[Planes][kBytes / 2] = {}, odd[Planes][kBytes / 2] = {};
+  for (int64_t first = 0; first < tile.count; first += kWordsPerFlush) {
+    Bytes all[Planes], upper[Planes];
+    for (int p = 0; p < Planes; ++p) all[p] = upper[p] = zero();
+    const int64_t last = std::min(first + kWordsPerFlush, tile.count);
+    for (int64_t w = first; w < last; ++w) {
+      Bytes c[4];
+      load_columns(tile, pass, w, c);
+      for (int half = 0; half < 2; ++half) {
+        const Bytes a = low_nibbles(c[2 * half]), b = high_nibbles(c[2 * half]);
+        const Bytes d = low_nibbles(c[2 * half + 1]), e = high_nibbles(c[2 * half + 1]);
+        for (int p = 0; p < Planes; ++p, table += 4 * kEntries) {
+          const Bytes ab = add8(look_up(table, a), look_up(table + kEntries, b));
+          const Bytes de = add8(look_up(table + 2 * kEntries, d), look_up(table + 3 * kEntries, e));
+          const Bytes sum = add8(ab, de);
+          all[p] = add16(all[p], sum);
+          upper[p] = add16(upper[p], high_bytes(sum));
+        }
+      }
+    }
+    for (int p = 0; p < Planes; ++p) {
+      alignas(64) uint16_t both[kBytes / 2], high[kBytes / 2];
+      store(both, all[p]);
+      store(high, upper[p]);
+      for (int i = 0; i < kBytes / 2; ++i) even[p][i] += static_cast<uint16_t>(both[i] - (high[i] << 8));
+      for (int i = 0; i < kBytes / 2; ++i) odd[p][i] += high[i];
+    }
+  }
+  for (int i = 0; i < kBytes; ++i) {
+    double sum = 0.0;
+    for (int p = Planes - 1; p >= 0; --p) sum = sum * (1 << kPlaneBits) + (i % 2 == 0 ? even : odd)[p][i / 2];
+    y[row_of(pass, i)] = finish(sum, tile.count * kGroupsPerWord, bits, unit);
+  }
+}
+
+DBF_TARGET inline void multiply(const Tile& tile, const Tables& tables, int64_t tokens, int bits, float* y) {
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t pass = 0; pass < kTileRows / kBytes; ++pass) {
+      const uint8_t* table = tables.data + t * tables.stride;
+      bits == 24 ? multiply_planes<planes_of(24)>(tile, table, bits, tables.units[t], pass, y + t * kTileRows)
+                 : multiply_planes<planes_of(16)>(tile, table, bits, tables.units[t], pass, y + t * kTileRows);
+    }
+}
