@@ -6,7 +6,7 @@ VENV   := .venv
 RUN    := PYTHONSAFEPATH=1 $(VENV)/bin/python
 PIP    := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench bench-cpu clean
 
 # QUICK=1: two layers of the encoder and fewer measurements.
 demo: $(VENV)/.demo
@@ -23,6 +23,11 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.demo
 	$(VENV)/bin/python benchmarks/compile_time.py
+
+# One layer against its peers, then whole models; about an hour and 10 GB of memory.
+bench-cpu: $(VENV)/.demo
+	$(VENV)/bin/python benchmarks/bench_cpu.py
+	$(VENV)/bin/python benchmarks/decode_cpu.py
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage

@@ -85,22 +85,22 @@ def unpack_signs(words: Tensor, cols: int, dtype: torch.dtype = torch.float32) -
 
 def interleave(words: Tensor) -> Tensor:
     """Return packed words [rows, W] in the order that CPU kernels read; same shape, every word once."""
-    blocks, rest = _blocks(words)
-    return torch.cat([blocks.transpose(1, 2).reshape(-1, words.shape[1]), rest])
+    return _reordered(words, BLOCK_ROWS, words.shape[1])
 
 
 def deinterleave(words: Tensor) -> Tensor:
     """Return packed words [rows, W] row after row; undoes :func:`interleave`."""
-    blocks, rest = _blocks(words)
-    rows = blocks.reshape(-1, words.shape[1], BLOCK_ROWS).transpose(1, 2)
-    return torch.cat([rows.reshape(-1, words.shape[1]), rest])
+    return _reordered(words, words.shape[1], BLOCK_ROWS)
 
 
-def _blocks(words: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the full blocks of rows [blocks, BLOCK_ROWS, W], and the rows behind them."""
-    rows, count = words.shape
-    full = rows - rows % BLOCK_ROWS
-    return words[:full].reshape(full // BLOCK_ROWS, BLOCK_ROWS, count), words[full:]
+def _reordered(words: Tensor, outer: int, inner: int) -> Tensor:
+    """Return a copy in which every full block of rows, seen as [outer, inner], is transposed."""
+    full = words.shape[0] - words.shape[0] % BLOCK_ROWS
+    blocks = full // BLOCK_ROWS
+    result = torch.empty_like(words, memory_format=torch.contiguous_format)
+    result[:full].view(blocks, inner, outer).copy_(words[:full].reshape(blocks, outer, inner).transpose(1, 2))
+    result[full:] = words[full:]
+    return result
 
 
 def check_words(words: Tensor, cols: int) -> None:

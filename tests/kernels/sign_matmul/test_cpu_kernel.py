@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from support.strategies import (
     FLOAT_DTYPES,
     activations,
+    double_binary_factors,
     float_dtypes,
     random_scale,
     random_signs,
@@ -21,10 +23,11 @@ from support.strategies import (
 from torch import Tensor
 
 from dbf_compile.errors import BuildError
+from dbf_compile.factors import DoubleBinaryFactors
 from dbf_compile.kernels import cpp_build
 from dbf_compile.kernels.sign_matmul import cpu_kernel
 from dbf_compile.kernels.sign_matmul.reference import sign_matmul
-from dbf_compile.signs import pack_signs
+from dbf_compile.signs import interleave, pack_signs
 from dbf_compile.testing import assert_close
 
 pytestmark = pytest.mark.skipif(cpp_build.compiler() is None, reason="this machine has no C++ compiler")
@@ -45,27 +48,139 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def poisoned(x: Tensor, words: Tensor) -> Tensor:
+def poisoned(x: Tensor, words: Tensor, **settings: bool) -> Tensor:
     """Run the kernel into memory full of NaN, so that an entry it forgets shows."""
     out = torch.full((*x.shape[:-1], words.shape[0]), torch.nan)
-    result = torch.ops.dbf_native.sign_matmul.out(x, words, out=out)
+    given_words = interleave(words) if settings.get("interleaved") else words
+    result = torch.ops.dbf_native.sign_matmul.out(x, given_words, **settings, out=out)
     assert result is out
     return out
 
 
-def assert_right(y: Tensor, x: Tensor, words: Tensor) -> None:
-    # The error bound of a sum: each term passes through 2 additions in its table and at most ceil(K / 4) behind it,
-    # each of which rounds by 2^-24. 16-bit activations are exact in float32.
-    rounding = (-(-x.shape[-1] // 4) + 2) * 2.0**-24
-    terms = x.double().abs().sum(-1, keepdim=True)
+def assert_right(y: Tensor, x: Tensor, words: Tensor, fast: bool = False) -> None:
+    # An entry is rounded to a whole unit, after three float32 additions of numbers below 2^23 that round by half a unit
+    # altogether. Exact: the unit is a power of two, at most 2 / 8388000 of the largest group; fast: 1 / 32767 of it.
+    groups = -(-x.shape[-1] // 4)
+    padded = torch.nn.functional.pad(x.double().abs(), (0, 4 * groups - x.shape[-1]))
+    largest = padded.unflatten(-1, (groups, 4)).sum(-1).amax(-1, keepdim=True) if groups else torch.zeros(1)
+    rounding = 1 / 32767 if fast else 2 / 8388000
+    truth = sign_matmul(x.double(), words)
     assert y.dtype == torch.float32
-    assert_close(y, sign_matmul(x.double(), words), bound=rounding / (1 - rounding) * terms)
+    # At the end the sum is rounded to float32, be it a denormal one.
+    assert_close(y, truth, bound=groups * rounding * largest + 2.0**-24 * truth.abs() + 2.0**-150)
 
 
-@given(sizes, sizes, seeds, st.data())
-def test_odd_shapes_and_all_dtypes(rows: int, cols: int, seed: int, data: st.DataObject) -> None:
+@given(sizes, sizes, seeds, st.booleans(), st.booleans(), st.data())
+def test_odd_shapes_and_all_dtypes(
+    rows: int, cols: int, seed: int, interleaved: bool, fast: bool, data: st.DataObject
+) -> None:
     words, x = pack_signs(random_signs(rows, cols, seed)), data.draw(activations(cols))
-    assert_right(poisoned(x, words), x, words)
+    assert_right(poisoned(x, words, interleaved=interleaved, fast=fast), x, words, fast)
+
+
+ISAS = {"x86_64": ("portable", "avx2", "avx512", "avx512_vbmi"), "aarch64": ("portable", "neon")}
+
+
+@pytest.fixture(params=ISAS.get(platform.machine(), ("portable",)))
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every instruction set in turn; those that this processor does not have are skipped."""
+    monkeypatch.setenv("DBF_CPU_ISA", request.param)
+    try:
+        poisoned(torch.ones(1, 1), torch.ones(1, 1, dtype=INT))
+    except RuntimeError as error:
+        pytest.skip(str(error).splitlines()[0])
+    return str(request.param)
+
+
+def adversaries(cols: int) -> dict[str, Tensor]:
+    """Return activations that are hard on fixed point: by name, each [3, cols] in float32."""
+    generator = torch.Generator().manual_seed(cols)
+    normal = torch.randn(3, cols, generator=generator)
+    decades = torch.randint(-20, 20, (3, cols), generator=generator)
+    one_hot = torch.zeros(3, cols)
+    one_hot[range(3), torch.arange(3) % cols] = torch.tensor([1.0, -3.5e38 / 2, 1e-45])
+    return {
+        "normal": normal,
+        "huge dynamic range": normal * 10.0**decades,
+        "outliers": torch.where(torch.rand(3, cols, generator=generator) < 0.01, 1000 * normal, normal),
+        "all equal": torch.full((3, cols), 0.1),
+        "one hot": one_hot,
+        "zeros": torch.zeros(3, cols),
+        "denormals": normal * 1e-40,
+        "near the end of the range": normal.clamp(-2, 2) * 2.0**126 / cols,
+    }
+
+
+@pytest.mark.parametrize("cols", [1, 33, 4099])
+@pytest.mark.parametrize("fast", [False, True])
+def test_adversaries_on_every_instruction_set(isa: str, cols: int, fast: bool) -> None:
+    words = pack_signs(random_signs(83, cols, 0))
+    for name, x in adversaries(cols).items():
+        for interleaved in (False, True):
+            y = poisoned(x, words, interleaved=interleaved, fast=fast)
+            assert_right(y, x, words, fast)
+            truth = sign_matmul(x.double(), words)
+            if name in ("normal", "all equal", "zeros", "huge dynamic range") and cols > 1:
+                # The accuracy that is promised, over all rows.
+                assert (y - truth).norm() <= (1e-4 if fast else 1e-6) * truth.norm()
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_every_instruction_set_and_layout_gives_the_same_bits(
+    isa: str, dtype: torch.dtype, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 9 tokens: more than a kernel takes at once, and an odd number.
+    for rows, cols, tokens in ((1, 1, 1), (64, 4096, 1), (131, 517, 9), (259, 8200, 2)):
+        words = pack_signs(random_signs(rows, cols, rows))
+        x = torch.randn(tokens, cols, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        monkeypatch.setenv("DBF_CPU_ISA", "portable")
+        expected = poisoned(x, words, fast=fast)
+        monkeypatch.setenv("DBF_CPU_ISA", isa)
+        for interleaved in (False, True):
+            assert torch.equal(poisoned(x, words, interleaved=interleaved, fast=fast), expected)
+
+
+def test_an_instruction_set_that_is_not_there_is_refused_with_those_that_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DBF_CPU_ISA", "abacus")
+    with pytest.raises(RuntimeError, match=r"DBF_CPU_ISA=abacus; allowed here: .*portable; unset it"):
+        poisoned(torch.ones(1, 1), torch.ones(1, 1, dtype=INT))
+
+
+@given(
+    factors=double_binary_factors(),
+    seed=seeds,
+    tokens=st.sampled_from((0, 1, 2, 9, 70)),
+    dtype=float_dtypes,
+    bias=st.booleans(),
+    interleaved=st.booleans(),
+    fast=st.booleans(),
+)
+def test_a_whole_layer_is_its_two_products_bit_for_bit(
+    factors: DoubleBinaryFactors,
+    seed: int,
+    tokens: int,
+    dtype: torch.dtype,
+    bias: bool,
+    interleaved: bool,
+    fast: bool,
+) -> None:
+    x = torch.randn(tokens, factors.in_features, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    shift = random_scale(factors.out_features, seed, dtype) if bias else None
+    tensors = factors.tensors()
+    if interleaved:
+        tensors |= {name: interleave(tensors[name]) for name in ("signs_in", "signs_out")}
+    settings = {"interleaved": interleaved, "fast": fast}
+    h = cpu_kernel.sign_matmul_cpu(x, tensors["signs_in"], tensors["scale_in"], **settings)
+    expected = cpu_kernel.sign_matmul_cpu(
+        h, tensors["signs_out"], tensors["scale_mid"], tensors["scale_out"], shift, dtype, **settings
+    )
+    out = torch.full((tokens, factors.out_features), torch.nan, dtype=dtype)
+    torch.ops.dbf_native.double_binary_linear.out(x, **tensors, bias=shift, **settings, out=out)
+    # Infinite results of float16 included.
+    assert torch.equal(out.nan_to_num(nan=1.5), expected.nan_to_num(nan=1.5))
 
 
 @pytest.mark.parametrize("tokens", range(34))

@@ -1,0 +1,400 @@
+"""One layer on the CPU: dbf in every accuracy and instruction set against torch's and llama.cpp's products.
+
+All contenders of a shape take turns in one process, each call on the next of so many weights that none is in a cache.
+Weights are random; times do not depend on their values. A layer of dbf is both stages with scales and bias; peers
+multiply by the dense matrix that it stands for. "compiled" is the layer through torch.compile, guards included.
+
+    make bench-cpu                 all shapes, one and two threads, 512 tokens on the first shape
+    python benchmarks/bench_cpu.py --shapes 4096x4096 --threads 1
+
+llama.cpp's types join in where the package llama-cpp-python is installed: pip install llama-cpp-python
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import ctypes
+import datetime
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from measure import commit, processor, versions
+from torch import Tensor
+
+import dbf_compile.ops
+from dbf_compile.factors import mid_features_for, stored_bits
+from dbf_compile.kernels import cpp_build
+from dbf_compile.kernels.sign_matmul import cpu_kernel
+
+RESULTS = Path(__file__).parent / "results"
+# out_features x in_features
+SHAPES = {
+    "4096x4096": "Llama-2-7B, Llama-3-8B q and o",
+    "11008x4096": "Llama-2-7B gate and up",
+    "4096x11008": "Llama-2-7B down",
+    "14336x4096": "Llama-3-8B gate and up",
+    "3072x1024": "Qwen3-0.6B gate and up",
+    "9728x2560": "Qwen3-4B gate and up",
+}
+ISAS = ("avx512_vbmi", "avx512", "avx2", "neon", "portable")
+
+
+class Contender(NamedTuple):
+    """A layer with many weights.
+
+    Args:
+        name: for the table.
+        bits: stored bits per weight.
+        bytes: of one weight.
+        run: multiplies by the weight of this number.
+        count: number of weights.
+        error: relative to float64 over all rows.
+    """
+
+    name: str
+    bits: float
+    bytes: int
+    run: Callable[[int], object]
+    count: int
+    error: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="NxK")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1])
+    parser.add_argument("--prefill", nargs="*", type=int, default=[16, 512], help="tokens on the first shape")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of measuring, per contender")
+    parser.add_argument("--megabytes", type=int, default=400, help="of weights, per contender")
+    arguments = parser.parse_args()
+    print(f"{processor()}; {versions()}; commit {commit()}")
+    if not cpu_kernel.available():
+        raise SystemExit("the C++ kernel could not be built")
+    rows: list[dict] = []
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        bandwidth = read_bandwidth(threads)
+        print(f"\n{threads} thread(s): reading memory {bandwidth:.1f} GB/s")
+        cases = [(shape, tokens) for shape in arguments.shapes for tokens in arguments.tokens]
+        cases += [(arguments.shapes[0], tokens) for tokens in arguments.prefill]
+        for shape, tokens in cases:
+            N, K = map(int, shape.split("x"))
+            rows += measure(N, K, tokens, threads, bandwidth, arguments.seconds, arguments.megabytes)
+    write(rows)
+    plot(rows)
+
+
+def measure(
+    N: int, K: int, M: int, threads: int, bandwidth: float, seconds: float, megabytes: int
+) -> list[dict]:
+    """Time all contenders of one shape, print a table and return its rows."""
+    contenders = make_contenders(N, K, M, megabytes << 20)
+    samples = interleave_calls(contenders, seconds)
+    base = statistics.median(samples["torch bf16"])
+    print(f"\n{N} x {K}, {M} token(s), {threads} thread(s)")
+    print(
+        f"{'':30}{'bits':>6}{'µs':>11}{'best':>11}{'GB/s':>7}{'of read':>9}{'x bf16':>8}{'error':>10}{'calls':>7}"
+    )
+    rows = []
+    for contender in contenders:
+        times = samples[contender.name]
+        median = statistics.median(times)
+        rate = contender.bytes / median / 1e9
+        print(
+            f"{contender.name:30}{contender.bits:6.2f}{1e6 * median:11.1f}{1e6 * min(times):11.1f}{rate:7.1f}"
+            f"{rate / bandwidth:9.0%}{base / median:8.2f}{contender.error:10.1e}{len(times):7}",
+            flush=True,
+        )
+        rows.append(
+            {
+                "shape": f"{N}x{K}",
+                "tokens": M,
+                "threads": threads,
+                "contender": contender.name,
+                "bits": round(contender.bits, 3),
+                "median_us": round(1e6 * median, 1),
+                "best_us": round(1e6 * min(times), 1),
+                "gb_per_s": round(rate, 2),
+                "of_read_bandwidth": round(rate / bandwidth, 3),
+                "read_gb_per_s": round(bandwidth, 1),
+                "times_torch_bf16": round(base / median, 2),
+                "relative_error": f"{contender.error:.1e}",
+                "calls": len(times),
+            }
+        )
+    return rows
+
+
+def interleave_calls(contenders: list[Contender], seconds: float) -> dict[str, list[float]]:
+    """Call the contenders in turn, for 5 ms each, until each had its time; return seconds per call."""
+    samples: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    spent = dict.fromkeys(samples, 0.0)
+    position = dict.fromkeys(samples, 0)
+    for contender in contenders:
+        contender.run(0)
+    while any(spent[name] < seconds or len(times) < 9 for name, times in samples.items()):
+        for contender in contenders:
+            if spent[contender.name] >= seconds and len(samples[contender.name]) >= 9:
+                continue
+            turn = 0.0
+            while turn < 0.005:
+                index = position[contender.name] = (position[contender.name] + 1) % contender.count
+                start = time.perf_counter()
+                contender.run(index)
+                elapsed = time.perf_counter() - start
+                turn += elapsed
+                spent[contender.name] += elapsed
+                samples[contender.name].append(elapsed)
+    return samples
+
+
+def make_contenders(N: int, K: int, M: int, budget: int) -> list[Contender]:
+    torch.manual_seed(0)
+    x = torch.randn(M, K)
+    contenders: list[Contender] = []
+    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp16")):
+        # fp16 on many tokens takes seconds: nobody runs it.
+        if M < 100 or dtype != torch.float16:
+            contenders.append(torch_linear(x, N, dtype, f"torch {name}", budget))
+    contenders += torch_packed(x, N, budget)
+    contenders += ggml_types(x, N, budget)
+    for bits in (1.0, 2.0):
+        contenders += dbf_layers(x, N, bits, budget)
+    return contenders
+
+
+def torch_linear(x: Tensor, N: int, dtype: torch.dtype, name: str, budget: int) -> Contender:
+    K = x.shape[1]
+    size = N * K * dtype.itemsize
+    first = torch.randn(N, K)
+    weights = [first.to(dtype) for _ in range(copies(budget, size))]
+    given = x.to(dtype)
+    error = relative_error(F.linear(given, weights[0]), x.double() @ first.double().T)
+    return Contender(
+        name, 8 * dtype.itemsize, size, lambda i: F.linear(given, weights[i]), len(weights), error
+    )
+
+
+def torch_packed(x: Tensor, N: int, budget: int) -> list[Contender]:
+    """The weight-only products of torch: int8 per row, int4 in groups of 128; activations in bf16."""
+    K = x.shape[1]
+    given, weight = x.bfloat16(), torch.randn(N, K)
+    truth = x.double() @ weight.double().T
+    found = []
+    scale8 = weight.abs().amax(1) / 127
+    int8 = (weight / scale8[:, None]).round().to(torch.int8)
+    weights8, scales8 = [int8.clone() for _ in range(copies(budget, N * K))], scale8.bfloat16()
+    run8 = lambda i: torch._weight_int8pack_mm(given, weights8[i], scales8)  # noqa: E731
+    found.append(
+        Contender(
+            "torch int8",
+            8 + 16 / K,
+            N * K + 2 * N,
+            run8,
+            len(weights8),
+            relative_error(run8(0), truth),
+        )
+    )
+    group = 128
+    if K % group == 0 and N % 16 == 0:
+        grouped = weight.view(N, K // group, group)
+        low, high = grouped.amin(-1), grouped.amax(-1)
+        scale = (high - low) / 15
+        zero = low + 8 * scale
+        levels = (
+            ((grouped - low[..., None]) / scale[..., None]).round().clamp(0, 15).to(torch.int32).view(N, K)
+        )
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1)
+        weights4 = [packed.clone() for _ in range(copies(budget, N * K // 2))]
+        pairs = torch.stack([scale.T, zero.T], -1).contiguous().bfloat16()
+        run4 = lambda i: torch.ops.aten._weight_int4pack_mm_for_cpu(given, weights4[i], group, pairs)  # noqa: E731
+        found.append(
+            Contender(
+                "torch int4 (128)",
+                4 + 32 / group,
+                N * K // 2 + 4 * N * K // group,
+                run4,
+                len(weights4),
+                relative_error(run4(0), truth),
+            )
+        )
+    return found
+
+
+def dbf_layers(x: Tensor, N: int, bits: float, budget: int) -> list[Contender]:
+    M, K = x.shape
+    R = mid_features_for(bits, K, N)
+    size = stored_bits(K, R, N) // 8
+
+    def tensors() -> tuple[Tensor, ...]:
+        signs = [
+            torch.randint(-(2**31), 2**31, (rows, -(-columns // 32)), dtype=torch.int32)
+            for rows, columns in ((R, K), (N, R))
+        ]
+        scales = [
+            torch.rand(count, generator=torch.Generator().manual_seed(count)).half() for count in (K, R, N)
+        ]
+        return (*signs, *scales)
+
+    base = tensors()
+    # Signs are taken as interleaved: any words are.
+    layers = [tuple(tensor.clone() for tensor in base) for _ in range(copies(budget, size))]
+    bias = torch.rand(N)
+    truth = dbf_compile.ops.double_binary_linear(
+        x.double(), *base, bias.double(), torch.float64, interleaved=True
+    )
+    out = torch.empty(M, N)
+    op = torch.ops.dbf_native.double_binary_linear.out
+    found = []
+    for isa in usable_isas():
+        if isa == "portable" and M * N * K > 1 << 26:
+            continue
+        for accuracy in ("exact", "fast"):
+            fast = accuracy == "fast"
+
+            def run(i: int, isa: str = isa, fast: bool = fast) -> Tensor:
+                os.environ["DBF_CPU_ISA"] = isa
+                return op(x, *layers[i], bias, interleaved=True, fast=fast, out=out)
+
+            error = relative_error(run(0), truth)
+            name = f"dbf {bits:g} bit {isa} {accuracy}"
+            found.append(Contender(name, 8 * size / (N * K), size, run, len(layers), error))
+    os.environ.pop("DBF_CPU_ISA", None)
+    for accuracy in ("exact", "fast"):
+        torch.compiler.reset()
+        compiled = torch.compile(
+            dbf_compile.ops.double_binary_linear,
+            backend="dbf",
+            dynamic=False,
+            options={"accuracy": accuracy},
+        )
+
+        def run_compiled(i: int, compiled: Callable[..., Tensor] = compiled) -> Tensor:
+            os.environ.pop("DBF_CPU_ISA", None)
+            return compiled(x, *layers[i], bias, torch.float32, interleaved=True)
+
+        with torch.no_grad():
+            error = relative_error(run_compiled(0), truth)
+        name = f"dbf {bits:g} bit compiled {accuracy}"
+        found.append(Contender(name, 8 * size / (N * K), size, run_compiled, len(layers), error))
+    return found
+
+
+def usable_isas() -> list[str]:
+    """Return the instruction sets that this processor has."""
+    found = []
+    one = torch.ones(1, 1, dtype=torch.int32)
+    for isa in ISAS:
+        os.environ["DBF_CPU_ISA"] = isa
+        try:
+            torch.ops.dbf_native.sign_matmul.out(torch.ones(1, 1), one, out=torch.ones(1, 1))
+            found.append(isa)
+        except RuntimeError:
+            continue
+    os.environ.pop("DBF_CPU_ISA", None)
+    return found
+
+
+def ggml_types(x: Tensor, N: int, budget: int) -> list[Contender]:
+    """The products of llama.cpp, from the library inside llama-cpp-python; none where that is missing."""
+    from ggml import load, make_product
+
+    library = load()
+    if library is None:
+        return []
+    found = []
+    for name, bits in (("Q2_K", 2.625), ("TQ2_0", 2.0625), ("Q4_K", 4.5), ("F16", 16.0)):
+        size = int(N * x.shape[1] * bits / 8)
+        product = make_product(library, name, x, N, copies(budget, size), torch.get_num_threads())
+        found.append(Contender(f"llama.cpp {name}", bits, size, product.run, product.count, product.error))
+    return found
+
+
+def copies(budget: int, size: int) -> int:
+    """Return how many weights of ``size`` bytes exceed the last-level cache."""
+    return max(2, -(-budget // size))
+
+
+def relative_error(actual: Tensor, truth: Tensor) -> float:
+    return float((actual.double() - truth).norm() / truth.norm())
+
+
+def read_bandwidth(threads: int) -> float:
+    """Return the GB/s at which memory is read, the median of several runs over 1 GiB."""
+    compiler = cpp_build.compiler()
+    assert compiler is not None
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "read.so"
+        source = Path(__file__).with_name("read_bandwidth.cpp")
+        command = [compiler, "-O3", "-march=native", "-shared", "-fPIC", str(source), "-o", str(library)]
+        subprocess.run(command, check=True)
+        read = ctypes.CDLL(str(library)).read_all
+    read.argtypes, read.restype = (ctypes.c_void_p, ctypes.c_int64), ctypes.c_uint64
+    from concurrent.futures import ThreadPoolExecutor
+
+    memory = torch.ones(1 << 27, dtype=torch.int64)
+    part = memory.numel() // threads
+    rates = []
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(9):
+            start = time.perf_counter()
+            list(pool.map(lambda t: read(memory.data_ptr() + 8 * part * t, part), range(threads)))
+            rates.append(8 * part * threads / (time.perf_counter() - start) / 1e9)
+    return statistics.median(rates)
+
+
+def write(rows: list[dict]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    common = {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "machine": processor(),
+        "versions": versions(),
+    }
+    path = RESULTS / "cpu_layer.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *common])
+        writer.writeheader()
+        writer.writerows({**row, **common} for row in rows)
+    print(f"\nwritten to {path.relative_to(RESULTS.parent.parent)}")
+
+
+def plot(rows: list[dict]) -> None:
+    """Draw the times of one token on one thread, shape by shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    chosen = [row for row in rows if row["tokens"] == 1 and row["threads"] == rows[0]["threads"]]
+    shapes = list(dict.fromkeys(row["shape"] for row in chosen))
+    figure, axes = plt.subplots(1, len(shapes), figsize=(3.2 * len(shapes), 6), squeeze=False, sharey=True)
+    for axis, shape in zip(axes[0], shapes, strict=True):
+        of_shape = [row for row in chosen if row["shape"] == shape]
+        colors = ["tab:orange" if row["contender"].startswith("dbf") else "tab:gray" for row in of_shape]
+        axis.barh(
+            [row["contender"] for row in of_shape], [row["median_us"] for row in of_shape], color=colors
+        )
+        axis.set_xscale("log")
+        axis.set_title(shape)
+        axis.set_xlabel("µs, median")
+    axes[0][0].invert_yaxis()
+    figure.suptitle(f"one token, {rows[0]['threads']} thread(s), {processor()}")
+    figure.tight_layout()
+    figure.savefig(RESULTS / "cpu_layer.png", dpi=100)
+
+
+if __name__ == "__main__":
+    main()

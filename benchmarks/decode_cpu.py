@@ -1,0 +1,304 @@
+"""A whole Llama on the CPU: tokens per second of prefill and decode, memory, time to load; weights are random.
+
+Every variant runs in a process of its own; variants take turns. The memory of the model is what the resident memory
+grows by from a process that has run a tiny model of the same kind, and so has loaded all libraries. Decoding is greedy with a static cache, one token after the other, as `generate` does it:
+prefill eager, decoding compiled. dbf keeps embeddings dense in bfloat16; "+ head" factors the output head as well.
+
+    python benchmarks/decode_cpu.py                          all models and variants
+    python benchmarks/decode_cpu.py --models llama-3.2-1b --variants "bf16 inductor" "dbf 2 bit"
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from measure import commit, processor, versions
+
+RESULTS = Path(__file__).parent / "results" / "cpu_decode.csv"
+MODELS = {
+    "llama-3.2-1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-0.6b": {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "llama-2-7b, 4 layers": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+        "tie_word_embeddings": False,
+    },
+}
+VARIANTS = ("bf16 eager", "bf16 inductor", "dbf 2 bit", "dbf 1 bit", "dbf 2 bit + head", "dbf 1 bit + head")
+MEASURES = (
+    "decode_tokens_per_s",
+    "prefill_tokens_per_s",
+    "model_mb",
+    "process_mb",
+    "load_s",
+    "compile_s",
+)
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "tie_word_embeddings": True,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--prompt", type=int, default=128, help="tokens")
+    parser.add_argument("--new", type=int, default=64, help="tokens that are decoded and timed")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--profile", action="store_true", help="show where the time of decoding goes")
+    parser.add_argument("--worker", nargs=2, metavar=("MODEL", "VARIANT"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        print(json.dumps(work(*arguments.worker, arguments)))
+        return
+    print(f"{processor()}, {arguments.threads} threads; {versions()}; commit {commit()}")
+    rows = []
+    for model in arguments.models:
+        rows += measure(model, arguments)
+    write(rows)
+
+
+def measure(model: str, arguments: argparse.Namespace) -> list[dict]:
+    found: dict[str, list[dict]] = {}
+    for variant in arguments.variants:
+        process(model, variant, arguments)  # leaves what Inductor compiled in its cache, and is not counted
+    for _ in range(arguments.rounds):
+        for variant in arguments.variants:
+            found.setdefault(variant, []).append(process(model, variant, arguments))
+    print(f"\n{model}, prompt of {arguments.prompt}, {arguments.new} new tokens")
+    print(f"{'':20}" + "".join(f"{name:>22}" for name in MEASURES))
+    medians = {
+        variant: {name: statistics.median(result[name] for result in results) for name in MEASURES}
+        for variant, results in found.items()
+    }
+    base = medians.get("bf16 inductor")
+    rows = []
+    for variant, values in medians.items():
+        cells = []
+        for name in MEASURES:
+            ratio = f" ({values[name] / base[name]:.2f}x)" if base else ""
+            cells.append(f"{values[name]:.1f}{ratio}")
+        print(f"{variant:20}" + "".join(f"{cell:>22}" for cell in cells))
+        rows.append(
+            {
+                "model": model,
+                "variant": variant,
+                "threads": arguments.threads,
+                "prompt": arguments.prompt,
+                "new": arguments.new,
+                "rounds": arguments.rounds,
+                **{name: round(value, 2) for name, value in values.items()},
+            }
+        )
+        for line in found[variant][-1].get("profile", []):
+            print("    " + line)
+    return rows
+
+
+def process(model: str, variant: str, arguments: argparse.Namespace) -> dict:
+    command = [sys.executable, __file__, "--worker", model, variant, "--threads", str(arguments.threads)]
+    command += ["--prompt", str(arguments.prompt), "--new", str(arguments.new)]
+    command += ["--profile"] if arguments.profile else []
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def write(rows: list[dict]) -> None:
+    RESULTS.parent.mkdir(exist_ok=True)
+    common = {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "machine": processor(),
+        "versions": versions(),
+    }
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *common])
+        writer.writeheader()
+        writer.writerows({**row, **common} for row in rows)
+    print(f"\nwritten to {RESULTS.relative_to(Path(__file__).parent.parent)}")
+
+
+# --- in a process of its own ----------------------------------------------------------------------------------------
+
+
+def work(model_name: str, variant: str, arguments: argparse.Namespace) -> dict:
+    import gc
+
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    run(TINY, variant, 8, 4, profile=False)
+    torch.compiler.reset()
+    gc.collect()
+    before = resident_mb()
+    found = run(MODELS[model_name], variant, arguments.prompt, arguments.new, arguments.profile)
+    return {**found, "model_mb": found["process_mb"] - before}
+
+
+def run(sizes: dict, variant: str, prompt_length: int, new: int, profile: bool) -> dict:
+    """Make a model, run it and time it."""
+    import torch
+    from transformers import StaticCache
+
+    start = time.perf_counter()
+    model = make(sizes, variant)
+    load = time.perf_counter() - start
+
+    step = model.forward
+    if not variant.endswith("eager"):
+        backend = "inductor" if variant.startswith("bf16") else "dbf"
+        step = torch.compile(model.forward, backend=backend, fullgraph=True, dynamic=False)
+    cache = StaticCache(config=model.config, max_cache_len=prompt_length + new + 8)
+    prompt = torch.randint(0, model.config.vocab_size, (1, prompt_length))
+    with torch.inference_mode():
+
+        def prefill() -> torch.Tensor:
+            cache.reset()
+            positions = torch.arange(prompt_length)[None]
+            out = model(prompt, past_key_values=cache, position_ids=positions, logits_to_keep=1)
+            return out.logits[:, -1].argmax(-1)[:, None]
+
+        def decode(token: torch.Tensor, position: int) -> torch.Tensor:
+            positions = torch.tensor([[position]])
+            return (
+                step(token, past_key_values=cache, position_ids=positions).logits[:, -1].argmax(-1)[:, None]
+            )
+
+        prefill()
+        start = time.perf_counter()
+        token = prefill()
+        prefill_seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        token = decode(token, prompt_length)
+        compile_seconds = time.perf_counter() - start
+        token = decode(token, prompt_length + 1)
+        times = []
+        for index in range(2, new):
+            start = time.perf_counter()
+            token = decode(token, prompt_length + index)
+            times.append(time.perf_counter() - start)
+        lines: list[str] = []
+        if profile:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+                for _ in range(8):
+                    decode(token, prompt_length + 1)
+            table = trace.key_averages().table(sort_by="self_cpu_time_total", row_limit=12)
+            lines = [line[:110] for line in table.splitlines()]
+    return {
+        "decode_tokens_per_s": 1 / statistics.median(times),
+        "prefill_tokens_per_s": prompt_length / prefill_seconds,
+        "process_mb": resident_mb(),
+        "load_s": load,
+        "compile_s": compile_seconds,
+        "profile": lines,
+    }
+
+
+def make(sizes: dict, variant: str):
+    """Return a model of random bfloat16 weights, its layers factored as the variant says."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**sizes, max_position_embeddings=2048, dtype=torch.bfloat16)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).bfloat16()
+    if variant.startswith("dbf"):
+        bits = float(variant.split()[1])
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, torch.nn.Linear) and (name != "lm_head" or variant.endswith("+ head")):
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, random_layer(layer, bits))
+    materialize(model)
+    return model.eval().requires_grad_(False)
+
+
+def random_layer(layer, bits: float):
+    """Return a factored layer of random signs, as many as the layer would have at these bits per weight."""
+    import torch
+
+    from dbf_compile import DoubleBinaryFactors, DoubleBinaryLinear
+    from dbf_compile.factors import mid_features_for
+    from dbf_compile.signs import pack_signs
+
+    K, N = layer.in_features, layer.out_features
+    R = mid_features_for(bits, K, N)
+    signs = [
+        # Whole words are random at once; what lies behind the last column of a row is packed.
+        torch.randint(-(2**31), 2**31, (rows, columns // 32), dtype=torch.int32)
+        if columns % 32 == 0
+        else pack_signs(torch.randint(0, 2, (rows, columns), dtype=torch.int8) * 2 - 1)
+        for rows, columns in ((R, K), (N, R))
+    ]
+    size = (1 / (K * R) ** 0.5) ** 0.5
+    scales = [torch.full((count,), size).half() for count in (K, R, N)]
+    return DoubleBinaryLinear(DoubleBinaryFactors(*signs, *scales))
+
+
+def materialize(model) -> None:
+    """Give parameters and buffers on the meta device memory and random values; tied ones stay tied."""
+    import torch
+
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and parameter.is_meta:
+                if id(parameter) not in made:
+                    values = torch.empty(parameter.shape, dtype=parameter.dtype).normal_(std=0.02)
+                    made[id(parameter)] = torch.nn.Parameter(values, requires_grad=False)
+                module._parameters[name] = made[id(parameter)]
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(model.config)
+
+
+def resident_mb() -> float:
+    """Return the resident memory of this process in units of 10^6 bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS"):
+            return int(line.split()[1]) * 1024 / 1e6
+    raise SystemExit("no VmRSS in /proc/self/status")
+
+
+if __name__ == "__main__":
+    main()
