@@ -17,7 +17,7 @@ using torch::stable::Tensor;
 
 int64_t columns_of(const Tensor& x) { return x.size(x.dim() - 1); }
 
-const dbf::Kernel& kernel() {
+const dbf::Kernel& chosen_kernel() {
   const dbf::Kernel* chosen = dbf::choose_kernel();
   STD_TORCH_CHECK(chosen != nullptr, "DBF_CPU_ISA=", std::getenv("DBF_CPU_ISA"), "; allowed here: ",
                   dbf::usable_names(), "; unset it for the fastest");
@@ -30,11 +30,11 @@ int64_t bytes_of(ScalarType dtype, const char* what) {
   return dtype == ScalarType::Float ? 4 : 2;
 }
 
-void to_float(const void* from, ScalarType dtype, int64_t count, float* to) {
+void to_float(const dbf::Kernel& kernel, const void* from, ScalarType dtype, int64_t count, float* to) {
   if (dtype == ScalarType::Float) {
     std::memcpy(to, from, count * sizeof(float));
   } else if (dtype == ScalarType::Half) {
-    kernel().half_to_float(static_cast<const uint16_t*>(from), count, to);
+    kernel.half_to_float(static_cast<const uint16_t*>(from), count, to);
   } else {
     const auto* halves = static_cast<const uint16_t*>(from);
     auto* bits = reinterpret_cast<uint32_t*>(to);
@@ -42,11 +42,11 @@ void to_float(const void* from, ScalarType dtype, int64_t count, float* to) {
   }
 }
 
-void from_float(const float* from, ScalarType dtype, int64_t count, void* to) {
+void from_float(const dbf::Kernel& kernel, const float* from, ScalarType dtype, int64_t count, void* to) {
   if (dtype == ScalarType::Float) {
     std::memcpy(to, from, count * sizeof(float));
   } else if (dtype == ScalarType::Half) {
-    kernel().float_to_half(from, count, static_cast<uint16_t*>(to));
+    kernel.float_to_half(from, count, static_cast<uint16_t*>(to));
   } else {
     auto* halves = static_cast<uint16_t*>(to);
     for (int64_t i = 0; i < count; ++i) {
@@ -58,30 +58,31 @@ void from_float(const float* from, ScalarType dtype, int64_t count, void* to) {
   }
 }
 
-// A scale or a bias in float32; nothing where there is none.
+// A scale or a bias in float32; nothing where there is none. Its memory is kept for the next call.
 class Vector {
  public:
-  Vector(const std::optional<Tensor>& given, int64_t size, const char* name) {
+  void load(const dbf::Kernel& kernel, const std::optional<Tensor>& given, int64_t size, const char* name) {
+    values_ = nullptr;
     if (!given) return;
     STD_TORCH_CHECK(given->dim() == 1 && given->size(0) == size && given->is_contiguous(),
                     "dbf_native needs a contiguous vector of one value per feature as ", name);
     bytes_of(given->scalar_type(), name);
-    values_.resize(size);
-    to_float(given->const_data_ptr(), given->scalar_type(), size, values_.data());
-    given_ = true;
+    float* values = memory_.get(size);
+    to_float(kernel, given->const_data_ptr(), given->scalar_type(), size, values);
+    values_ = values;
   }
   void multiply(float* x, int64_t first, int64_t count) const {
-    if (given_)
+    if (values_ != nullptr)
       for (int64_t i = 0; i < count; ++i) x[i] *= values_[first + i];
   }
   void add(float* x, int64_t first, int64_t count) const {
-    if (given_)
+    if (values_ != nullptr)
       for (int64_t i = 0; i < count; ++i) x[i] += values_[first + i];
   }
 
  private:
-  std::vector<float> values_;
-  bool given_ = false;
+  dbf::Scratch<float> memory_;
+  const float* values_ = nullptr;
 };
 
 dbf::Signs checked_signs(const Tensor& signs, int64_t columns, bool interleaved) {
@@ -107,23 +108,24 @@ const auto parallel = [](int64_t count, int64_t grain, const auto& body) {
 };
 
 // Rows of a tensor as float32 activations, scaled.
-auto reader(const Tensor& x, const Vector& scale) {
+auto reader(const dbf::Kernel& kernel, const Tensor& x, const Vector& scale) {
   const int64_t columns = columns_of(x), stride = columns * bytes_of(x.scalar_type(), "x");
   const auto* data = static_cast<const char*>(x.const_data_ptr());
-  return [=, dtype = x.scalar_type(), &scale](int64_t token, float* values) {
-    to_float(data + token * stride, dtype, columns, values);
+  return [=, dtype = x.scalar_type(), &kernel, &scale](int64_t token, float* values) {
+    to_float(kernel, data + token * stride, dtype, columns, values);
     scale.multiply(values, 0, columns);
   };
 }
 
 // Sums, scaled and shifted, into rows of a tensor.
-auto writer(const Tensor& out, const Vector& scale, const Vector& bias) {
+auto writer(const dbf::Kernel& kernel, const Tensor& out, const Vector& scale, const Vector& bias) {
   const int64_t rows = columns_of(out), size = bytes_of(out.scalar_type(), "out");
   auto* data = static_cast<char*>(out.mutable_data_ptr());
-  return [=, dtype = out.scalar_type(), &scale, &bias](int64_t token, int64_t row, int64_t count, float* sums) {
+  return [=, dtype = out.scalar_type(), &kernel, &scale, &bias](int64_t token, int64_t row, int64_t count,
+                                                                float* sums) {
     scale.multiply(sums, row, count);
     bias.add(sums, row, count);
-    from_float(sums, dtype, count, data + (token * rows + row) * size);
+    from_float(kernel, sums, dtype, count, data + (token * rows + row) * size);
   };
 }
 
@@ -132,6 +134,7 @@ int bits_of(bool fast) { return fast ? 16 : 24; }
 // Memory of the calling thread, kept from call to call.
 struct Workspace {
   dbf::TokenBlock first, second;
+  Vector before, between, after, shift;
   dbf::Scratch<float> middle;
 };
 Workspace& workspace() {
@@ -145,14 +148,17 @@ Tensor sign_matmul_out(const Tensor& x, const Tensor& signs, std::optional<Tenso
   STD_TORCH_CHECK(x.dim() > 0, "dbf_native takes no activations of such sizes: a single number");
   const dbf::Signs matrix = checked_signs(signs, columns_of(x), interleaved);
   const int64_t tokens = checked_tokens(x, out, matrix.columns, matrix.rows), bits = bits_of(fast);
-  const Vector before(in_scale, matrix.columns, "in_scale"), after(out_scale, matrix.rows, "out_scale"),
-      shift(bias, matrix.rows, "bias");
-  const auto read = reader(x, before);
-  const auto write = writer(out, after, shift);
-  const int64_t step = dbf::tokens_per_block(kernel(), matrix.columns, bits);
+  const dbf::Kernel& kernel = chosen_kernel();
+  Workspace& space = workspace();
+  space.before.load(kernel, in_scale, matrix.columns, "in_scale");
+  space.after.load(kernel, out_scale, matrix.rows, "out_scale");
+  space.shift.load(kernel, bias, matrix.rows, "bias");
+  const auto read = reader(kernel, x, space.before);
+  const auto write = writer(kernel, out, space.after, space.shift);
+  const int64_t step = dbf::tokens_per_block(kernel, matrix.columns, bits);
   for (int64_t first = 0; first < tokens; first += step)
     dbf::multiply_block(
-        kernel(), matrix, bits, std::min(step, tokens - first), workspace().first, parallel,
+        kernel, matrix, bits, std::min(step, tokens - first), space.first, parallel,
         [&](int64_t t, float* values) { read(first + t, values); },
         [&](int64_t t, int64_t row, int64_t count, float* sums) { write(first + t, row, count, sums); });
   return out;
@@ -165,26 +171,30 @@ Tensor double_binary_linear_out(const Tensor& x, const Tensor& signs_in, const T
   const dbf::Signs inner = checked_signs(signs_in, columns_of(x), interleaved);
   const dbf::Signs outer = checked_signs(signs_out, inner.rows, interleaved);
   const int64_t tokens = checked_tokens(x, out, inner.columns, outer.rows), bits = bits_of(fast), middle = inner.rows;
-  const Vector before(scale_in, inner.columns, "scale_in"), between(scale_mid, middle, "scale_mid"),
-      after(scale_out, outer.rows, "scale_out"), shift(bias, outer.rows, "bias");
-  const auto read = reader(x, before);
-  const auto write = writer(out, after, shift);
-  const int64_t step = std::min(dbf::tokens_per_block(kernel(), inner.columns, bits),
-                                dbf::tokens_per_block(kernel(), middle, bits));
-  float* h = workspace().middle.get(std::min(step, tokens) * middle);
+  const dbf::Kernel& kernel = chosen_kernel();
+  Workspace& space = workspace();
+  space.before.load(kernel, scale_in, inner.columns, "scale_in");
+  space.between.load(kernel, scale_mid, middle, "scale_mid");
+  space.after.load(kernel, scale_out, outer.rows, "scale_out");
+  space.shift.load(kernel, bias, outer.rows, "bias");
+  const auto read = reader(kernel, x, space.before);
+  const auto write = writer(kernel, out, space.after, space.shift);
+  const int64_t step = std::min(dbf::tokens_per_block(kernel, inner.columns, bits),
+                                dbf::tokens_per_block(kernel, middle, bits));
+  float* h = space.middle.get(std::min(step, tokens) * middle);
   for (int64_t first = 0; first < tokens; first += step) {
     const int64_t count = std::min(step, tokens - first);
     dbf::multiply_block(
-        kernel(), inner, bits, count, workspace().first, parallel,
+        kernel, inner, bits, count, space.first, parallel,
         [&](int64_t t, float* values) { read(first + t, values); },
         [&](int64_t t, int64_t row, int64_t rows, float* sums) {
           std::copy_n(sums, rows, h + t * middle + row);
         });
     dbf::multiply_block(
-        kernel(), outer, bits, count, workspace().second, parallel,
+        kernel, outer, bits, count, space.second, parallel,
         [&](int64_t t, float* values) {
           std::copy_n(h + t * middle, middle, values);
-          between.multiply(values, 0, middle);
+          space.between.multiply(values, 0, middle);
         },
         [&](int64_t t, int64_t row, int64_t rows, float* sums) { write(first + t, row, rows, sums); });
   }

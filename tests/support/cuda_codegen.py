@@ -111,6 +111,7 @@ def _generate(case: Case) -> Program:
     with FakeTensorMode(shape_env=ShapeEnv()), torch.no_grad():
         for name, tensor in [*layer.named_buffers()]:
             setattr(layer, name, torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda"))
+        layer.interleaved = False  # as after layer.cuda()
         layer.bias = Parameter(torch.empty(case.N, dtype=dtype, device="cuda"), requires_grad=False)
         x = torch.empty(case.M, case.K, dtype=dtype, device="cuda")
         if case.dynamic:
