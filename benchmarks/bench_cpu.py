@@ -13,9 +13,7 @@ llama.cpp's types join in where the package llama-cpp-python is installed: pip i
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
-import datetime
 import os
 import statistics
 import subprocess
@@ -27,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from measure import commit, processor, versions
+from measure import RESULTS, commit, processor, versions, write_results
 from torch import Tensor
 
 import dbf_compile.ops
@@ -35,7 +33,6 @@ from dbf_compile.factors import mid_features_for, stored_bits
 from dbf_compile.kernels import cpp_build
 from dbf_compile.kernels.sign_matmul import cpu_kernel
 
-RESULTS = Path(__file__).parent / "results"
 # out_features x in_features
 SHAPES = {
     "4096x4096": "Llama-2-7B, Llama-3-8B q and o",
@@ -92,8 +89,9 @@ def main() -> None:
         for shape, tokens in cases:
             N, K = map(int, shape.split("x"))
             rows += measure(N, K, tokens, threads, bandwidth, arguments.seconds, arguments.megabytes)
-    write(rows)
+            path = write_results("cpu_layer", rows)
     plot(rows)
+    print(f"\nwritten to {path}")
 
 
 def measure(
@@ -355,22 +353,6 @@ def read_bandwidth(threads: int) -> float:
             list(pool.map(lambda t: read(memory.data_ptr() + 8 * part * t, part), range(threads)))
             rates.append(8 * part * threads / (time.perf_counter() - start) / 1e9)
     return statistics.median(rates)
-
-
-def write(rows: list[dict]) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    common = {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit(),
-        "machine": processor(),
-        "versions": versions(),
-    }
-    path = RESULTS / "cpu_layer.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *common])
-        writer.writeheader()
-        writer.writerows({**row, **common} for row in rows)
-    print(f"\nwritten to {path.relative_to(RESULTS.parent.parent)}")
 
 
 def plot(rows: list[dict]) -> None:

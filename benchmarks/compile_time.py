@@ -9,8 +9,6 @@ Both backends take turns in every round. Factors and the C++ kernel are made onc
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import json
 import os
 import statistics
@@ -20,11 +18,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import commit, minilm_folder, processor, versions
+from measure import commit, minilm_folder, processor, versions, write_results
 
 MODELS = ("minilm", "llama")
 BACKENDS = ("inductor", "dbf")
-RESULTS = Path(__file__).parent / "results" / "compile_time.csv"
 STAGES = ("passes", "factors", "inductor", "kernel build")
 
 
@@ -43,7 +40,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for model in MODELS:
             rows += measure(model, arguments.rounds, Path(scratch))
-    write(rows)
+    print(f"\nwritten to {write_results('compile_time', rows)}")
 
 
 def measure(model: str, rounds: int, scratch: Path) -> list[dict]:
@@ -93,21 +90,6 @@ def process(model: str, backend: str, scratch: Path, inductor_cache: Path) -> di
     if done.returncode != 0:
         raise SystemExit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def write(rows: list[dict]) -> None:
-    RESULTS.parent.mkdir(exist_ok=True)
-    common = {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit(),
-        "machine": processor(),
-        "versions": versions(),
-    }
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *common])
-        writer.writeheader()
-        writer.writerows({**row, **common} for row in rows)
-    print(f"\nwritten to {RESULTS.relative_to(Path(__file__).parent.parent)}")
 
 
 # --- in a process of its own ----------------------------------------------------------------------------------------

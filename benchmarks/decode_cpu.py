@@ -11,8 +11,6 @@ prefill eager, decoding compiled. dbf keeps embeddings dense in bfloat16; "+ hea
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import json
 import os
 import statistics
@@ -21,9 +19,8 @@ import sys
 import time
 from pathlib import Path
 
-from measure import commit, processor, versions
+from measure import commit, processor, versions, write_results
 
-RESULTS = Path(__file__).parent / "results" / "cpu_decode.csv"
 MODELS = {
     "llama-3.2-1b": {
         "hidden_size": 2048,
@@ -94,7 +91,7 @@ def main() -> None:
     rows = []
     for model in arguments.models:
         rows += measure(model, arguments)
-    write(rows)
+    print(f"\nwritten to {write_results('cpu_decode', rows)}")
 
 
 def measure(model: str, arguments: argparse.Namespace) -> list[dict]:
@@ -142,21 +139,6 @@ def process(model: str, variant: str, arguments: argparse.Namespace) -> dict:
     if done.returncode != 0:
         raise SystemExit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def write(rows: list[dict]) -> None:
-    RESULTS.parent.mkdir(exist_ok=True)
-    common = {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit(),
-        "machine": processor(),
-        "versions": versions(),
-    }
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *common])
-        writer.writeheader()
-        writer.writerows({**row, **common} for row in rows)
-    print(f"\nwritten to {RESULTS.relative_to(Path(__file__).parent.parent)}")
 
 
 # --- in a process of its own ----------------------------------------------------------------------------------------

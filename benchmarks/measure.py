@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import datetime
 import os
 import platform
 import statistics
@@ -14,6 +16,8 @@ from typing import NamedTuple
 import torch
 
 import dbf_compile
+
+RESULTS = Path(__file__).parent / "results"
 
 
 class Timing(NamedTuple):
@@ -78,6 +82,23 @@ def commit() -> str:
     command = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
+
+
+def write_results(name: str, rows: list[dict]) -> Path:
+    """Write rows to ``results/<name>.csv`` with date, commit, machine and versions; return the path in the tree."""
+    common = {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "machine": processor(),
+        "versions": versions(),
+    }
+    path = RESULTS / f"{name}.csv"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *common])
+        writer.writeheader()
+        writer.writerows({**row, **common} for row in rows)
+    return path.relative_to(RESULTS.parent.parent)
 
 
 def minilm_folder() -> Path:

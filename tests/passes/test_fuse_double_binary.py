@@ -10,27 +10,29 @@ from dbf_compile.passes.fuse_double_binary import fuse_double_binary
 SIGN_MATMUL = torch.ops.dbf.sign_matmul.default
 
 
-def layer(K=37, R=24, N=5, seed=0, dtype=torch.float64, bias=True, result=None, dynamic=(), **settings):
-    """Return a graph of one factored layer: the graph, its input, both products."""
+def layer(
+    K=37, R=24, N=5, seed=0, dtype=torch.float64, bias=True, result=None, dynamic=(), first=None, second=None
+):
+    """Return a graph of one factored layer: the graph, its input, both products.
+
+    ``first`` and ``second`` override arguments of one product by name.
+    """
     hand = HandGraph()
     x = hand.input(torch.randn(3, K, generator=torch.Generator().manual_seed(seed)).to(dtype), dynamic)
-    factors = random_factors(K, R, N, seed=seed)
-    node = {name: hand.constant(tensor) for name, tensor in factors.tensors().items()}
+    node = {
+        name: hand.constant(tensor) for name, tensor in random_factors(K, R, N, seed=seed).tensors().items()
+    }
     shift = hand.constant(torch.randn(N, dtype=dtype)) if bias else None
-    h = hand.call(SIGN_MATMUL, x, node["signs_in"], node["scale_in"], **settings)
-    y = hand.call(
-        SIGN_MATMUL, h, node["signs_out"], node["scale_mid"], node["scale_out"], shift, result, **settings
-    )
+    inner = {"in_scale": node["scale_in"], **(first or {})}
+    outer = {"in_scale": node["scale_mid"], "out_scale": node["scale_out"], "bias": shift, "dtype": result}
+    h = hand.call(SIGN_MATMUL, x, node["signs_in"], **inner)
+    y = hand.call(SIGN_MATMUL, h, node["signs_out"], **{**outer, **(second or {})})
     return hand, x, h, y
-
-
-def fused(hand):
-    return sum(name.startswith("double_binary_linear") for name in targets(hand.graph))
 
 
 @given(K=sizes, R=sizes, N=sizes, seed=seeds, dtype=float_dtypes, bias=st.booleans(), fast=st.booleans())
 def test_two_products_become_one_call_of_equal_value(K, R, N, seed, dtype, bias, fast):
-    hand, _, _, y = layer(K, R, N, seed, dtype, bias, dtype, fast=fast)
+    hand, _, _, y = layer(K, R, N, seed, dtype, bias, dtype, first={"fast": fast}, second={"fast": fast})
     hand.output(hand.call(torch.neg, y))
     (before,) = hand.run()
     assert fuse_double_binary(hand.graph) == 1
@@ -61,48 +63,27 @@ def test_not_where_others_read_the_first_product():
     assert fuse_double_binary(hand.graph) == 0
 
 
-def test_not_for_products_of_two_accuracies():
-    hand = HandGraph()
-    factors = random_factors(37, 24, 5)
-    x = hand.input(torch.randn(3, 37))
-    node = {name: hand.constant(tensor) for name, tensor in factors.tensors().items()}
-    h = hand.call(SIGN_MATMUL, x, node["signs_in"], node["scale_in"], fast=True)
-    y = hand.call(SIGN_MATMUL, h, node["signs_out"], node["scale_mid"], node["scale_out"])
-    hand.output(hand.call(torch.neg, y))
-    assert fuse_double_binary(hand.graph) == 0
-
-
-@pytest.mark.parametrize("missing", ["scale_in", "scale_mid", "scale_out"])
-def test_not_without_a_scale(missing):
-    hand = HandGraph()
-    factors = random_factors(37, 24, 5)
-    x = hand.input(torch.randn(3, 37))
-    node = {name: hand.constant(tensor) for name, tensor in factors.tensors().items()} | {missing: None}
-    h = hand.call(SIGN_MATMUL, x, node["signs_in"], node["scale_in"])
-    y = hand.call(SIGN_MATMUL, h, node["signs_out"], node["scale_mid"], node["scale_out"])
-    hand.output(hand.call(torch.neg, y))
-    assert fuse_double_binary(hand.graph) == 0
-
-
-def test_not_where_the_middle_is_rounded():
-    hand = HandGraph()
-    factors = random_factors(37, 24, 5)
-    x = hand.input(torch.randn(3, 37))
-    node = {name: hand.constant(tensor) for name, tensor in factors.tensors().items()}
-    h = hand.call(SIGN_MATMUL, x, node["signs_in"], node["scale_in"], None, None, torch.bfloat16)
-    y = hand.call(SIGN_MATMUL, h, node["signs_out"], node["scale_mid"], node["scale_out"])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        pytest.param({"fast": True}, {}, id="two accuracies"),
+        pytest.param({"in_scale": None}, {}, id="no scale_in"),
+        pytest.param({}, {"in_scale": None}, id="no scale_mid"),
+        pytest.param({}, {"out_scale": None}, id="no scale_out"),
+        pytest.param({"dtype": torch.bfloat16}, {}, id="a rounded middle"),
+    ],
+)
+def test_not_for_other_pairs_of_products(first, second):
+    hand, _, _, y = layer(dtype=torch.float32, first=first, second=second)
     hand.output(hand.call(torch.neg, y))
     assert fuse_double_binary(hand.graph) == 0
 
 
 def test_not_where_the_input_changes_in_between():
-    hand = HandGraph()
-    factors = random_factors(37, 24, 5)
-    x = hand.input(torch.randn(3, 37))
-    node = {name: hand.constant(tensor) for name, tensor in factors.tensors().items()}
-    h = hand.call(SIGN_MATMUL, x, node["signs_in"], node["scale_in"])
-    hand.call("add_", x, 1.0)
-    y = hand.call(SIGN_MATMUL, h, node["signs_out"], node["scale_mid"], node["scale_out"])
+    hand, x, h, y = layer()
+    with hand.graph.inserting_after(h):
+        write = hand.graph.call_method("add_", (x, 1.0))
+        write.meta["example_value"] = x.meta["example_value"]
     hand.output(hand.call(torch.neg, y))
     (before,) = hand.run()
     assert fuse_double_binary(hand.graph) == 0
