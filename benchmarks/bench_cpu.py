@@ -356,7 +356,7 @@ def read_bandwidth(threads: int) -> float:
 
 
 def plot(rows: list[dict]) -> None:
-    """Draw the times of one token on one thread, shape by shape."""
+    """Draw the speed with one token on one thread, shape by shape."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -369,11 +369,12 @@ def plot(rows: list[dict]) -> None:
         of_shape = [row for row in chosen if row["shape"] == shape]
         colors = ["tab:orange" if row["contender"].startswith("dbf") else "tab:gray" for row in of_shape]
         axis.barh(
-            [row["contender"] for row in of_shape], [row["median_us"] for row in of_shape], color=colors
+            [row["contender"] for row in of_shape],
+            [row["times_torch_bf16"] for row in of_shape],
+            color=colors,
         )
-        axis.set_xscale("log")
         axis.set_title(shape)
-        axis.set_xlabel("µs, median")
+        axis.set_xlabel("times as fast as torch bf16")
     axes[0][0].invert_yaxis()
     figure.suptitle(f"one token, {rows[0]['threads']} thread(s), {processor()}")
     figure.tight_layout()
