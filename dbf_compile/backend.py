@@ -30,7 +30,7 @@ from dbf_compile.kernels.sign_matmul import cpu_kernel
 from dbf_compile.options import CompileOptions, parse
 from dbf_compile.passes.graph import FactorNodes, Weight, example_value, is_tensor
 from dbf_compile.passes.pipeline import run_pipeline, run_post_grad_pipeline
-from dbf_compile.signs import interleave
+from dbf_compile.signs import interleave, interleaved_on
 
 _log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class _Made(NamedTuple):
     @staticmethod
     def from_factors(of: _Seen, factors: DoubleBinaryFactors) -> _Made:
         tensors = factors.tensors()
-        interleaved = factors.scale_in.device.type == "cpu"
+        interleaved = interleaved_on(factors.scale_in.device)
         if interleaved:
             tensors |= {name: interleave(tensors[name]) for name in ("signs_in", "signs_out")}
         return _Made(of, tensors, interleaved)

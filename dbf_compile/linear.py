@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from dbf_compile.errors import ConversionError
 from dbf_compile.factors import TENSOR_NAMES, DoubleBinaryFactors
 from dbf_compile.ops import double_binary_linear
-from dbf_compile.signs import deinterleave, interleave
+from dbf_compile.signs import deinterleave, interleave, interleaved_on
 
 
 class DoubleBinaryLinear(nn.Module):
@@ -37,7 +37,7 @@ class DoubleBinaryLinear(nn.Module):
 
     def __init__(self, factors: DoubleBinaryFactors, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.interleaved = _should_interleave(factors.scale_in)
+        self.interleaved = interleaved_on(factors.scale_in.device)
         for name, tensor in factors.tensors().items():
             signs = self.interleaved and name in _SIGNS
             self.register_buffer(name, _interleaved_once(tensor) if signs else tensor)
@@ -92,7 +92,7 @@ class DoubleBinaryLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DoubleBinaryLinear:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        wanted = _should_interleave(self.scale_in)
+        wanted = interleaved_on(self.scale_in.device)
         if wanted != self.interleaved:
             for name in _SIGNS:
                 setattr(self, name, (interleave if wanted else deinterleave)(getattr(self, name)))
@@ -122,10 +122,6 @@ class DoubleBinaryLinear(nn.Module):
 
 
 _SIGNS = ("signs_in", "signs_out")
-
-
-def _should_interleave(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu"
 
 
 # Packed words -> their version, and the same interleaved: layers that share a first stage go on sharing it.

@@ -83,6 +83,11 @@ def unpack_signs(words: Tensor, cols: int, dtype: torch.dtype = torch.float32) -
     return (2 * bits.flatten(1)[:, :cols] - 1).to(dtype)
 
 
+def interleaved_on(device: torch.device) -> bool:
+    """Return whether layers and compiled graphs keep packed words interleaved on a device."""
+    return device.type == "cpu"
+
+
 def interleave(words: Tensor) -> Tensor:
     """Return packed words [rows, W] in the order that CPU kernels read; same shape, every word once."""
     return _reordered(words, BLOCK_ROWS, words.shape[1])

@@ -215,7 +215,7 @@ def test_other_orders_of_the_words_are_followed_when_a_layer_changes_its_device(
     factors = random_factors(33, 37, 50)
     layer, x = DoubleBinaryLinear(factors), x_for(33)
     before = layer(x)
-    with mock.patch.object(linear, "_should_interleave", lambda tensor: False):
+    with mock.patch.object(linear, "interleaved_on", lambda device: False):
         layer.float()
     assert not layer.interleaved
     assert torch.equal(layer.signs_in, factors.signs_in)
