@@ -1,6 +1,7 @@
 """One layer on the CPU: dbf in every accuracy and instruction set against torch's and llama.cpp's products.
 
-All contenders of a shape take turns in one process, each call on the next of so many weights that none is in a cache.
+All contenders of a shape take turns in one process, each call on the next of so many weights that none is in a cache;
+reading as much memory, front to back, is one of them.
 Weights are random; times do not depend on their values. A layer of dbf is both stages with scales and bias; peers
 multiply by the dense matrix that it stands for. "compiled" is a square layer through torch.compile, guards included.
 
@@ -13,14 +14,10 @@ llama.cpp's types join in where the package llama-cpp-python is installed: pip i
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import statistics
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -30,7 +27,6 @@ from torch import Tensor
 
 import dbf_compile.ops
 from dbf_compile.factors import mid_features_for, stored_bits
-from dbf_compile.kernels import cpp_build
 from dbf_compile.kernels.sign_matmul import cpu_kernel
 
 # out_features x in_features
@@ -42,6 +38,7 @@ SHAPES = {
     "3072x1024": "Qwen3-0.6B gate and up",
     "9728x2560": "Qwen3-4B gate and up",
 }
+READING = "reading memory"
 ISAS = ("avx512_vbmi", "avx512", "avx2", "neon", "portable")
 
 
@@ -82,24 +79,21 @@ def main() -> None:
     rows: list[dict] = []
     for threads in arguments.threads:
         torch.set_num_threads(threads)
-        bandwidth = read_bandwidth(threads)
-        print(f"\n{threads} thread(s): reading memory {bandwidth:.1f} GB/s")
         cases = [(shape, tokens) for shape in arguments.shapes for tokens in arguments.tokens]
         cases += [(arguments.shapes[0], tokens) for tokens in arguments.prefill]
         for shape, tokens in cases:
             N, K = map(int, shape.split("x"))
-            rows += measure(N, K, tokens, threads, bandwidth, arguments.seconds, arguments.megabytes)
+            rows += measure(N, K, tokens, threads, arguments.seconds, arguments.megabytes)
             path = write_results("cpu_layer", rows)
     plot(rows)
     print(f"\nwritten to {path}")
 
 
-def measure(
-    N: int, K: int, M: int, threads: int, bandwidth: float, seconds: float, megabytes: int
-) -> list[dict]:
+def measure(N: int, K: int, M: int, threads: int, seconds: float, megabytes: int) -> list[dict]:
     """Time all contenders of one shape, print a table and return its rows."""
-    contenders = make_contenders(N, K, M, megabytes << 20)
+    contenders = [reader(megabytes << 20), *make_contenders(N, K, M, megabytes << 20)]
     samples = interleave_calls(contenders, seconds)
+    bandwidth = contenders[0].bytes / statistics.median(samples[READING]) / 1e9
     base = statistics.median(samples["torch bf16"])
     print(f"\n{N} x {K}, {M} token(s), {threads} thread(s)")
     print(
@@ -331,28 +325,14 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
     return float((actual.double() - truth).norm() / truth.norm())
 
 
-def read_bandwidth(threads: int) -> float:
-    """Return the GB/s at which memory is read, the median of several runs over 1 GiB."""
-    compiler = cpp_build.compiler()
-    assert compiler is not None
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "read.so"
-        source = Path(__file__).with_name("read_bandwidth.cpp")
-        command = [compiler, "-O3", "-march=native", "-shared", "-fPIC", str(source), "-o", str(library)]
-        subprocess.run(command, check=True)
-        read = ctypes.CDLL(str(library)).read_all
-    read.argtypes, read.restype = (ctypes.c_void_p, ctypes.c_int64), ctypes.c_uint64
-    from concurrent.futures import ThreadPoolExecutor
+def reader(budget: int) -> Contender:
+    """Reading 64 MB of memory, the rate that products with weights are measured against.
 
-    memory = torch.ones(1 << 27, dtype=torch.int64)
-    part = memory.numel() // threads
-    rates = []
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(9):
-            start = time.perf_counter()
-            list(pool.map(lambda t: read(memory.data_ptr() + 8 * part * t, part), range(threads)))
-            rates.append(8 * part * threads / (time.perf_counter() - start) / 1e9)
-    return statistics.median(rates)
+    The dot product of one half with the other is the fastest reader of torch.
+    """
+    size = 64 << 20
+    halves = [torch.ones(2, size // 8) for _ in range(copies(budget, size))]
+    return Contender(READING, 0.0, size, lambda i: torch.dot(*halves[i]), len(halves), 0.0)
 
 
 def plot(rows: list[dict]) -> None:
@@ -362,7 +342,11 @@ def plot(rows: list[dict]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    chosen = [row for row in rows if row["tokens"] == 1 and row["threads"] == rows[0]["threads"]]
+    chosen = [
+        row
+        for row in rows
+        if row["tokens"] == 1 and row["threads"] == rows[0]["threads"] and row["contender"] != READING
+    ]
     shapes = list(dict.fromkeys(row["shape"] for row in chosen))
     figure, axes = plt.subplots(1, len(shapes), figsize=(3.2 * len(shapes), 6), squeeze=False, sharey=True)
     for axis, shape in zip(axes[0], shapes, strict=True):
