@@ -25,7 +25,7 @@ from dbf_compile import inductor, lowerings
 from dbf_compile.compression.cache import tensor_hash
 from dbf_compile.compression.model import LayerFactorizer
 from dbf_compile.errors import ConversionError, TrainingError
-from dbf_compile.factors import DoubleBinaryFactors
+from dbf_compile.factors import SIGN_NAMES, DoubleBinaryFactors
 from dbf_compile.kernels.sign_matmul import cpu_kernel
 from dbf_compile.options import CompileOptions, parse
 from dbf_compile.passes.graph import FactorNodes, Weight, example_value, is_tensor
@@ -134,7 +134,7 @@ class _Made(NamedTuple):
         tensors = factors.tensors()
         interleaved = interleaved_on(factors.scale_in.device)
         if interleaved:
-            tensors |= {name: interleave(tensors[name]) for name in ("signs_in", "signs_out")}
+            tensors |= {name: interleave(tensors[name]) for name in SIGN_NAMES}
         return _Made(of, tensors, interleaved)
 
 

@@ -18,7 +18,8 @@ from dbf_compile.signs import check_words, padding_is_zero, unpack_signs, words_
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SCALE_BITS = 16  # the factorizer stores scales in half precision
-TENSOR_NAMES = ("signs_in", "signs_out", "scale_in", "scale_mid", "scale_out")
+SIGN_NAMES = ("signs_in", "signs_out")
+TENSOR_NAMES = (*SIGN_NAMES, "scale_in", "scale_mid", "scale_out")
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dbf_compile.errors import ConversionError
-from dbf_compile.factors import TENSOR_NAMES, DoubleBinaryFactors
+from dbf_compile.factors import SIGN_NAMES, TENSOR_NAMES, DoubleBinaryFactors
 from dbf_compile.ops import double_binary_linear
 from dbf_compile.signs import deinterleave, interleave, interleaved_on
 
@@ -39,7 +39,7 @@ class DoubleBinaryLinear(nn.Module):
         super().__init__()
         self.interleaved = interleaved_on(factors.scale_in.device)
         for name, tensor in factors.tensors().items():
-            signs = self.interleaved and name in _SIGNS
+            signs = self.interleaved and name in SIGN_NAMES
             self.register_buffer(name, _interleaved_once(tensor) if signs else tensor)
         self.bias: nn.Parameter | None
         if bias is None:
@@ -69,7 +69,7 @@ class DoubleBinaryLinear(nn.Module):
         """The five tensors, checked; signs row after row."""
         tensors = {name: getattr(self, name) for name in TENSOR_NAMES}
         if self.interleaved:
-            tensors |= {name: deinterleave(tensors[name]) for name in _SIGNS}
+            tensors |= {name: deinterleave(tensors[name]) for name in SIGN_NAMES}
         return DoubleBinaryFactors(**tensors)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class DoubleBinaryLinear(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         wanted = interleaved_on(self.scale_in.device)
         if wanted != self.interleaved:
-            for name in _SIGNS:
+            for name in SIGN_NAMES:
                 setattr(self, name, (interleave if wanted else deinterleave)(getattr(self, name)))
             self.interleaved = wanted
         return self
@@ -102,13 +102,13 @@ class DoubleBinaryLinear(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.interleaved:
-            destination |= {prefix + name: deinterleave(destination[prefix + name]) for name in _SIGNS}
+            destination |= {prefix + name: deinterleave(destination[prefix + name]) for name in SIGN_NAMES}
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         # load_state_dict hands over a copy of the user's dictionary.
-        for key in (prefix + name for name in _SIGNS):
+        for key in (prefix + name for name in SIGN_NAMES):
             if self.interleaved and key in state_dict and state_dict[key].dim() == 2:
                 state_dict[key] = interleave(state_dict[key])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -119,9 +119,6 @@ class DoubleBinaryLinear(nn.Module):
             f"in_features={self.in_features}, mid_features={self.mid_features}, "
             f"out_features={self.out_features}, bias={self.bias is not None}"
         )
-
-
-_SIGNS = ("signs_in", "signs_out")
 
 
 # Packed words -> their version, and the same interleaved: layers that share a first stage go on sharing it.

@@ -23,8 +23,7 @@ def allow_fast_sums(graph: Graph, source: WeightSource | None = None) -> int:
     marked = 0
     for node in graph.nodes:
         if node.target in SIGN_MATMUL and not arguments_of(node)["fast"]:
-            position = len(node.args) if len(node.args) < 8 else 7
-            node.args = node.args[:position]
+            node.args = node.args[:7]  # what stands before ``fast``
             node.kwargs = {**node.kwargs, "fast": True}
             marked += 1
     return marked
