@@ -1,8 +1,10 @@
 """A whole Llama on the CPU: tokens per second of prefill and decode, memory, time to load; weights are random.
 
-Every variant runs in a process of its own; variants take turns. The memory of the model is what the resident memory
-grows by from a process that has run a tiny model of the same kind, and so has loaded all libraries. Decoding is greedy with a static cache, one token after the other, as `generate` does it:
-prefill eager, decoding compiled. dbf keeps embeddings dense in bfloat16; "+ head" factors the output head as well.
+Every variant is read from a checkpoint by a process of its own; variants take turns. The memory of the model is what
+the resident memory grows by from a process that has run a tiny model of the same kind, and so has loaded all libraries:
+rows of the embedding that no token has read are not in it, for they are still in the file. The size of the weights is
+that of all tensors. Decoding is greedy with a static cache, one token after the other, as `generate` does it: prefill eager, decoding
+compiled. dbf keeps embeddings dense in bfloat16; "+ head" factors the output head as well.
 
     python benchmarks/decode_cpu.py                          all models and variants
     python benchmarks/decode_cpu.py --models llama-3.2-1b --variants "bf16 inductor" "dbf 2 bit"
@@ -16,6 +18,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -55,11 +58,13 @@ VARIANTS = ("bf16 eager", "bf16 inductor", "dbf 2 bit", "dbf 1 bit", "dbf 2 bit 
 MEASURES = (
     "decode_tokens_per_s",
     "prefill_tokens_per_s",
+    "weights_mb",
     "model_mb",
     "process_mb",
     "load_s",
     "compile_s",
 )
+DENSE, FACTORS = "dense.safetensors", "factors.safetensors"
 TINY = {
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -82,25 +87,36 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64, help="tokens that are decoded and timed")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--profile", action="store_true", help="show where the time of decoding goes")
-    parser.add_argument("--worker", nargs=2, metavar=("MODEL", "VARIANT"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=3, metavar=("MODEL", "VARIANT", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--writer", nargs=3, metavar=("MODEL", "VARIANT", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         print(json.dumps(work(*arguments.worker, arguments)))
         return
+    if arguments.writer:
+        model, variant, folder = arguments.writer
+        write(MODELS[model], variant, Path(folder))
+        return
     print(f"{processor()}, {arguments.threads} threads; {versions()}; commit {commit()}")
     rows = []
     for model in arguments.models:
-        rows += measure(model, arguments)
+        with tempfile.TemporaryDirectory() as folder:
+            rows += measure(model, Path(folder), arguments)
     print(f"\nwritten to {write_results('cpu_decode', rows)}")
 
 
-def measure(model: str, arguments: argparse.Namespace) -> list[dict]:
+def measure(model: str, folder: Path, arguments: argparse.Namespace) -> list[dict]:
     found: dict[str, list[dict]] = {}
     for variant in arguments.variants:
-        process(model, variant, arguments)  # leaves what Inductor compiled in its cache, and is not counted
+        checkpoint = folder / variant
+        checkpoint.mkdir()
+        process("--writer", model, variant, checkpoint, arguments)
+        # Leaves what Inductor compiled in its cache and the file in the system's, and is not counted.
+        process("--worker", model, variant, checkpoint, arguments)
     for _ in range(arguments.rounds):
         for variant in arguments.variants:
-            found.setdefault(variant, []).append(process(model, variant, arguments))
+            printed = process("--worker", model, variant, folder / variant, arguments)
+            found.setdefault(variant, []).append(json.loads(printed.splitlines()[-1]))
     print(f"\n{model}, prompt of {arguments.prompt}, {arguments.new} new tokens")
     print(f"{'':20}" + "".join(f"{name:>22}" for name in MEASURES))
     medians = {
@@ -131,41 +147,44 @@ def measure(model: str, arguments: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def process(model: str, variant: str, arguments: argparse.Namespace) -> dict:
-    command = [sys.executable, __file__, "--worker", model, variant, "--threads", str(arguments.threads)]
+def process(role: str, model: str, variant: str, checkpoint: Path, arguments: argparse.Namespace) -> str:
+    command = [sys.executable, __file__, role, model, variant, str(checkpoint)]
+    command += ["--threads", str(arguments.threads)]
     command += ["--prompt", str(arguments.prompt), "--new", str(arguments.new)]
     command += ["--profile"] if arguments.profile else []
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout
 
 
 # --- in a process of its own ----------------------------------------------------------------------------------------
 
 
-def work(model_name: str, variant: str, arguments: argparse.Namespace) -> dict:
+def work(model_name: str, variant: str, folder: str, arguments: argparse.Namespace) -> dict:
     import gc
 
     import torch
 
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    run(TINY, variant, 8, 4, profile=False)
+    with tempfile.TemporaryDirectory() as tiny:
+        write(TINY, variant, Path(tiny))
+        run(TINY, variant, Path(tiny), 8, 4, profile=False)
     torch.compiler.reset()
     gc.collect()
     before = resident_mb()
-    found = run(MODELS[model_name], variant, arguments.prompt, arguments.new, arguments.profile)
+    found = run(MODELS[model_name], variant, Path(folder), arguments.prompt, arguments.new, arguments.profile)
     return {**found, "model_mb": found["process_mb"] - before}
 
 
-def run(sizes: dict, variant: str, prompt_length: int, new: int, profile: bool) -> dict:
-    """Make a model, run it and time it."""
+def run(sizes: dict, variant: str, folder: Path, prompt_length: int, new: int, profile: bool) -> dict:
+    """Read a model, run it and time it."""
     import torch
     from transformers import StaticCache
 
     start = time.perf_counter()
-    model = make(sizes, variant)
+    model = read(sizes, variant, folder)
     load = time.perf_counter() - start
 
     step = model.forward
@@ -211,6 +230,7 @@ def run(sizes: dict, variant: str, prompt_length: int, new: int, profile: bool) 
     return {
         "decode_tokens_per_s": 1 / statistics.median(times),
         "prefill_tokens_per_s": prompt_length / prefill_seconds,
+        "weights_mb": weights_mb(model),
         "process_mb": resident_mb(),
         "load_s": load,
         "compile_s": compile_seconds,
@@ -218,29 +238,75 @@ def run(sizes: dict, variant: str, prompt_length: int, new: int, profile: bool) 
     }
 
 
-def make(sizes: dict, variant: str):
-    """Return a model of random bfloat16 weights, its layers factored as the variant says."""
+def write(sizes: dict, variant: str, folder: Path) -> None:
+    """Write a checkpoint of random weights, its layers factored as the variant says."""
+    import torch
+    from safetensors.torch import save_file
+
+    import dbf_compile
+
+    torch.manual_seed(0)
+    model = meta_model(sizes)
+    factored = factored_layers(model, variant)
+    if factored:
+        bits = float(variant.split()[1])
+        dbf_compile.save({name: random_factors(layer, bits) for name, layer in factored.items()}, folder / FACTORS)
+    dense = {
+        name: torch.empty(parameter.shape, dtype=parameter.dtype).normal_(std=0.02)
+        for name, parameter in model.named_parameters()  # a tied one once
+        if name.rpartition(".")[0] not in factored
+    }
+    save_file(dense, folder / DENSE)
+
+
+def read(sizes: dict, variant: str, folder: Path):
+    """Return the model of a checkpoint; dense weights stay mapped from the file, as transformers leaves them."""
+    import torch
+    from safetensors.torch import load_file
+
+    import dbf_compile
+
+    model = meta_model(sizes)
+    if factored_layers(model, variant):
+        for name, factors in dbf_compile.load(folder / FACTORS).items():
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, dbf_compile.DoubleBinaryLinear(factors))
+    model.load_state_dict(load_file(folder / DENSE), strict=False, assign=True)
+    if isinstance(model.lm_head, torch.nn.Linear):
+        model.tie_weights()
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(model.config)
+    return model.eval().requires_grad_(False)
+
+
+def meta_model(sizes: dict):
+    """Return a model without memory."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(**sizes, max_position_embeddings=2048, dtype=torch.bfloat16)
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).bfloat16()
-    if variant.startswith("dbf"):
-        bits = float(variant.split()[1])
-        for name, layer in list(model.named_modules()):
-            if isinstance(layer, torch.nn.Linear) and (name != "lm_head" or variant.endswith("+ head")):
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, random_layer(layer, bits))
-    materialize(model)
-    return model.eval().requires_grad_(False)
+        return LlamaForCausalLM(config).bfloat16()
 
 
-def random_layer(layer, bits: float):
-    """Return a factored layer of random signs, as many as the layer would have at these bits per weight."""
+def factored_layers(model, variant: str) -> dict:
+    """Return the layers that a variant factors, by name."""
     import torch
 
-    from dbf_compile import DoubleBinaryFactors, DoubleBinaryLinear
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if variant.startswith("dbf")
+        and isinstance(layer, torch.nn.Linear)
+        and (name != "lm_head" or variant.endswith("+ head"))
+    }
+
+
+def random_factors(layer, bits: float):
+    """Return factors of random signs, as many as the layer would have at these bits per weight."""
+    import torch
+
+    from dbf_compile import DoubleBinaryFactors
     from dbf_compile.factors import mid_features_for
     from dbf_compile.signs import pack_signs
 
@@ -255,23 +321,13 @@ def random_layer(layer, bits: float):
     ]
     size = (1 / (K * R) ** 0.5) ** 0.5
     scales = [torch.full((count,), size).half() for count in (K, R, N)]
-    return DoubleBinaryLinear(DoubleBinaryFactors(*signs, *scales))
+    return DoubleBinaryFactors(*signs, *scales)
 
 
-def materialize(model) -> None:
-    """Give parameters and buffers on the meta device memory and random values; tied ones stay tied."""
-    import torch
-
-    made: dict[int, torch.Tensor] = {}
-    for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None and parameter.is_meta:
-                if id(parameter) not in made:
-                    values = torch.empty(parameter.shape, dtype=parameter.dtype).normal_(std=0.02)
-                    made[id(parameter)] = torch.nn.Parameter(values, requires_grad=False)
-                module._parameters[name] = made[id(parameter)]
-    rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(model.config)
+def weights_mb(model) -> float:
+    """Return the size of all parameters and buffers in units of 10^6 bytes; tied ones count once."""
+    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) / 1e6
 
 
 def resident_mb() -> float:

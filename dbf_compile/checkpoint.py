@@ -127,7 +127,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> di
     with _opened(path) as file:
         layers = _read_layers(_read_header(file))
         # Every tensor once: layers that name the same key get the same object.
-        tensors = {key: file.get_tensor(key).to(device) for key in _checked_keys(file, layers)}
+        tensors = {key: _read_tensor(file, key).to(device) for key in _checked_keys(file, layers)}
         return {name: _make(name, layer, tensors) for name, layer in layers.items()}
 
 
@@ -308,6 +308,13 @@ def _checked_keys(file: Any, layers: Mapping[str, _Layer]) -> set[str]:
             _MAKE_AGAIN,
         )
     return found
+
+
+def _read_tensor(file: Any, key: str) -> Tensor:
+    tensor: Tensor = file.get_tensor(key)
+    # Tensors are the mapped file itself. Layers on the CPU copy signs into another order; a scale that is not copied as
+    # well would keep all of the file in memory beside them.
+    return tensor.clone() if tensor.is_floating_point() else tensor
 
 
 def _make(name: str, layer: _Layer, tensors: Mapping[str, Tensor]) -> DoubleBinaryFactors:

@@ -23,6 +23,7 @@ from dbf_compile import checkpoint
 from dbf_compile.checkpoint import FIRST_STAGE
 from dbf_compile.errors import CheckpointError
 from dbf_compile.factors import TENSOR_NAMES, DoubleBinaryFactors
+from dbf_compile.linear import DoubleBinaryLinear
 
 # One folder for all examples of a test is wanted: each example overwrites the file of the one before.
 one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -131,6 +132,18 @@ def test_loaded_factors_do_not_write_to_the_file(tmp_path: Path) -> None:
     before = path.read_bytes()
     checkpoint.load(path)["layer"].scale_in.zero_()
     assert path.read_bytes() == before
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="memory maps are read from /proc")
+def test_layers_do_not_keep_the_file_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    checkpoint.save({"layer": random_factors(33, 5, 3)}, path)
+    loaded = checkpoint.load(path)
+    assert str(path) in Path("/proc/self/maps").read_text()
+    layers = [DoubleBinaryLinear(factors) for factors in loaded.values()]
+    del loaded
+    assert str(path) not in Path("/proc/self/maps").read_text()
+    assert all(layer(torch.ones(3, layer.in_features)).isfinite().all() for layer in layers)
 
 
 @given(
