@@ -250,7 +250,9 @@ def write(sizes: dict, variant: str, folder: Path) -> None:
     factored = factored_layers(model, variant)
     if factored:
         bits = float(variant.split()[1])
-        dbf_compile.save({name: random_factors(layer, bits) for name, layer in factored.items()}, folder / FACTORS)
+        dbf_compile.save(
+            {name: random_factors(layer, bits) for name, layer in factored.items()}, folder / FACTORS
+        )
     dense = {
         name: torch.empty(parameter.shape, dtype=parameter.dtype).normal_(std=0.02)
         for name, parameter in model.named_parameters()  # a tied one once
