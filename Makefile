@@ -13,7 +13,7 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/python benchmarks/demo.py $(if $(QUICK),--quick)
 
 test: $(VENV)/.test
-	$(RUN) -m pytest -n auto --cov --cov-report=term --cov-fail-under=90
+	$(RUN) -m pytest -n auto --dist loadgroup --cov --cov-report=term --cov-fail-under=90
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .

@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend as _lookup_backend
 from torch._guards import TracingContext
-from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._inductor import config, ir, list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._inductor.lowering import empty_strided, fallback_handler, lowerings, to_dtype
+from torch._inductor.lowering import fallback_handler, lowerings, to_dtype
 from torch._inductor.lowering import register_lowering as _register_lowering
-from torch._inductor.utils import sympy_product
+from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, autotune_select_algorithm
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._sympy.functions import CeilDiv
 
 from dbf_compile.errors import OptionError
 
@@ -236,39 +235,89 @@ def lower_to_out_call(
     return ir.TensorBox.create(call)
 
 
-def lower_to_triton_call(
-    kernel: Any,
-    grid: tuple[Any, Any, Any],
-    arguments: Mapping[str, Any],
-    output: str,
-    size: Sequence[Any],
-    dtype: torch.dtype,
-) -> Any:
-    """Lower to a launch of a ``@triton.jit`` kernel that fills one tensor.
+@cache
+def triton_template(name: str, grid: Callable[..., Any], source: str) -> TritonTemplate:
+    """Return a Triton kernel that Inductor completes with what it fuses; once per process for each name.
 
     Args:
-        kernel: the kernel.
-        grid: numbers of programs; may be symbolic.
-        arguments: all its arguments by name, ``output`` excepted.
-        output: name of the argument that is written.
-        size: of the output; may be symbolic.
-        dtype: of the output.
+        name: of the template.
+        grid: ``grid(*size, settings, cdiv=...)``, three numbers of programs.
+        source: of the kernel, with Inductor's hooks.
     """
-    device = next(item for item in arguments.values() if isinstance(item, ir.IRNode)).get_device()
-    written = empty_strided(list(size), None, dtype=dtype, device=device)
-    if not V.graph.sizevars.statically_known_equals(sympy_product(size), 0):
-        # Whatever is not in a TensorBox counts as a number.
-        boxed = {
-            name: ir.TensorBox(item) if isinstance(item, (ir.StorageBox, ir.ReinterpretView)) else item
-            for name, item in arguments.items()
-        }
-        ir.UserDefinedTritonKernel(
-            kernel_idx=kernel_side_table.add_kernel(kernel),
-            grid=[grid],
-            tma_descriptor_metadata={},
-            kernel_args={**boxed, output: written},
+    return TritonTemplate(name, SymbolicGridFn(grid), source)
+
+
+def lower_to_template(
+    template: TritonTemplate,
+    settings: Sequence[Mapping[str, Any]],
+    constants: Mapping[str, Any],
+    inputs: Sequence[Any],
+    size: Sequence[Any],
+) -> Any:
+    """Lower to a kernel that fills a float32 buffer, and into which Inductor fuses what is done to its values.
+
+    Args:
+        template: made by :func:`triton_template`.
+        settings: launch settings worth trying; the first is taken unless the user lets Inductor tune.
+        constants: further constants of the template.
+        inputs: contiguous tensors of the graph, see :func:`contiguous`.
+        size: of the buffer, two numbers; may be symbolic.
+    """
+    tune = config.max_autotune or config.max_autotune_gemm
+    layout = ir.FixedLayout(inputs[0].get_device(), torch.float32, list(size))
+    choices: list[Any] = []
+    for one in settings if tune else settings[:1]:
+        template.maybe_append_choice(
+            choices, input_nodes=tuple(inputs), layout=layout, call_sizes=list(size), **constants, **one
         )
-    return written
+    found = autotune_select_algorithm(template.name, choices, list(inputs), layout)
+    return found[0] if isinstance(found, tuple) else found  # with the choice since torch 2.12
+
+
+def view(x: Any, size: Sequence[Any]) -> Any:
+    """Return ``x`` in another shape."""
+    return lowerings[torch.ops.aten.view.default](x, list(size))
+
+
+def concatenate(parts: Sequence[Any]) -> Any:
+    """Return tensors one below the other."""
+    return parts[0] if len(parts) == 1 else lowerings[torch.ops.aten.cat.default](list(parts), 0)
+
+
+def subtract(a: Any, b: Any) -> Any:
+    """Return ``a - b`` for Inductor to fuse."""
+    return lowerings[torch.ops.aten.sub.Tensor](a, b)
+
+
+def cut_to_bfloat16(x: Any) -> Any:
+    """Return float32 numbers without the 16 bits that bfloat16 does not have, as float32.
+
+    Casting to bfloat16 and back would not do: within a fused kernel, Inductor leaves both casts out.
+    """
+    bits = lowerings[torch.ops.aten.view.dtype](x, torch.int32)
+    upper = lowerings[torch.ops.aten.bitwise_and.Tensor](bits, -(2**16))
+    return lowerings[torch.ops.aten.view.dtype](upper, torch.float32)
+
+
+def where_finite(condition: Any, x: Any) -> Any:
+    """Return ``x`` where the float32 ``condition`` is finite, else 0, for Inductor to fuse."""
+    size = lowerings[torch.ops.aten.abs.default](condition)
+    finite = lowerings[torch.ops.aten.le.Scalar](size, torch.finfo(torch.float32).max)
+    return lowerings[torch.ops.aten.where.self](finite, x, 0.0)
+
+
+def known_at_most(size: Any, limit: int) -> bool | None:
+    """Return whether a symbolic size is at most ``limit``; None where both may happen."""
+    sizevars: Any = V.graph.sizevars
+    if sizevars.statically_known_leq(size, limit):
+        return True
+    return False if sizevars.statically_known_gt(size, limit) else None
+
+
+def capability(device: torch.device) -> int:
+    """Return the compute capability of a CUDA device that is compiled for: 90 for sm_90."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def size_guess(size: Any) -> int:
@@ -276,8 +325,3 @@ def size_guess(size: Any) -> int:
     sizevars: Any = V.graph.sizevars
     guess = getattr(sizevars, "optimization_hint", None) or sizevars.size_hint  # renamed after torch 2.11
     return int(guess(size))
-
-
-def ceil_div(size: Any, by: int) -> Any:
-    """Return ``ceil(size / by)`` of a symbolic size."""
-    return CeilDiv(size, by)

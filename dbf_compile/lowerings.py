@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from dbf_compile import inductor
 from dbf_compile.kernels.sign_matmul import cpu_kernel
-from dbf_compile.kernels.sign_matmul.reference import accumulator_dtype
+from dbf_compile.kernels.sign_matmul.reference import DECODE_TOKENS, accumulator_dtype
 
 
 @cache
@@ -58,10 +59,11 @@ def sign_matmul(
     interleaved: bool = False,
     fast: bool = False,
 ) -> Any:
-    """Lower ``dbf::sign_matmul``: to the table look-up kernel on the CPU, to the Triton kernel on a GPU.
+    """Lower ``dbf::sign_matmul``: to the table look-up kernel on the CPU, to one of the Triton kernels on a GPU.
 
     The C++ kernel takes scales and bias along, on values that it has in registers anyway: as kernels of their own they
-    would double the number of C++ kernels to compile. Around the Triton kernel they are Inductor's to fuse.
+    would double the number of C++ kernels to compile. Into the Triton kernels Inductor fuses out_scale, bias and what
+    follows; in_scale is the kernel's for few tokens, and part of what comes before for many.
     """
     wide = accumulator_dtype(x.get_dtype())
     result = dtype or wide
@@ -77,16 +79,19 @@ def sign_matmul(
             result,
             {"interleaved": interleaved, "fast": fast},
         )
-    z = (
-        inductor.cast(x, wide)
-        if in_scale is None
-        else inductor.multiply(inductor.cast(x, wide), inductor.cast(in_scale, wide))
-    )
-    if x.get_device().type == "cuda" and wide == torch.float32 and not interleaved:
-        y = _to_triton(z, signs)
+    tokens = math.prod(x.get_size()[:-1])
+    few = inductor.known_at_most(tokens, DECODE_TOKENS)
+    on_gpu = x.get_device().type == "cuda" and wide == torch.float32 and not interleaved
+    if on_gpu and few is not None and 0 not in (tokens, *signs.get_size()):
+        y = _few_tokens(x, signs, in_scale) if few else _many_tokens(x, signs, in_scale, dtype, fast)
     else:
-        y = inductor.lower_to_operator(
-            torch.ops.dbf.sign_matmul.default, z, signs, interleaved=interleaved, fast=fast
+        # The operator looks at the number of tokens when it is called.
+        return inductor.lower_to_operator(
+            torch.ops.dbf.sign_matmul.default,
+            *(x, signs, in_scale, out_scale, bias),
+            dtype=dtype,
+            interleaved=interleaved,
+            fast=fast,
         )
     if out_scale is not None:
         y = inductor.multiply(y, inductor.cast(out_scale, wide))
@@ -106,18 +111,97 @@ def _cpu_kernel_takes(x: Any, result: torch.dtype, vectors: Sequence[Any]) -> bo
     )
 
 
-def _to_triton(x: Any, signs: Any) -> Any:
-    from dbf_compile.kernels.sign_matmul import triton_kernel
+def _few_tokens(x: Any, signs: Any, in_scale: Any) -> Any:
+    from dbf_compile.kernels.sign_matmul import triton_decode
 
-    x, signs = inductor.contiguous(x, signs)
-    *leading, columns = x.get_size()
-    M, N, K = math.prod(leading), int(signs.get_size()[0]), int(columns)
-    blocks = triton_kernel.block_sizes(inductor.size_guess(M), N, K)
-    return inductor.lower_to_triton_call(
-        triton_kernel.sign_matmul_kernel,
-        triton_kernel.grid(M, N, blocks, inductor.ceil_div),
-        {"x_ptr": x, "signs_ptr": signs, "M": M, "N": N, "K": K, **blocks},
-        output="y_ptr",
-        size=[*leading, N],
-        dtype=torch.float32,
+    *leading, K = x.get_size()
+    M, N = math.prod(leading), int(signs.get_size()[0])
+    inputs = inductor.contiguous(inductor.view(x, [M, K]), signs, *([] if in_scale is None else [in_scale]))
+    y = inductor.lower_to_template(
+        _decode_template(),
+        triton_decode.decode_blocks(inductor.size_guess(M), N, int(K)),
+        {"SCALED": in_scale is not None},
+        inputs,
+        [M, N],
     )
+    return inductor.view(y, [*leading, N])
+
+
+def _many_tokens(x: Any, signs: Any, in_scale: Any, dtype: torch.dtype | None, fast: bool) -> Any:
+    from dbf_compile.kernels.sign_matmul import triton_prefill
+
+    *leading, K = x.get_size()
+    M, N = math.prod(leading), int(signs.get_size()[0])
+    z = inductor.cast(x, torch.float32)
+    if in_scale is not None:
+        z = inductor.multiply(z, inductor.cast(in_scale, torch.float32))
+    narrow = triton_prefill.operand_dtype(x.get_dtype(), dtype)
+    terms = []
+    for _ in range(triton_prefill.term_count(x.get_dtype(), dtype, fast) - 1):
+        upper = inductor.cut_to_bfloat16(z)
+        terms.append(inductor.cast(upper, narrow))
+        z = inductor.where_finite(z, inductor.subtract(z, upper))
+    terms.append(inductor.cast(z, narrow))
+    operand = inductor.concatenate([inductor.view(term, [M, K]) for term in terms])
+    inputs = inductor.contiguous(operand, signs)
+    y = inductor.lower_to_template(
+        _prefill_template(),
+        triton_prefill.prefill_blocks(inductor.size_guess(M), N, inductor.capability(x.get_device())),
+        {"TERMS": len(terms)},
+        inputs,
+        [M, N],
+    )
+    return inductor.view(y, [*leading, N])
+
+
+@cache
+def _decode_template() -> Any:
+    from dbf_compile.kernels.sign_matmul import triton_decode
+
+    return _template(
+        "dbf_decode",
+        triton_decode.decode_grid,
+        triton_decode.DEVICE_FUNCTIONS,
+        """
+{% if SCALED %}{{def_kernel("X", "SIGNS", "IN_SCALE")}}{% else %}{{def_kernel("X", "SIGNS")}}{% endif %}
+    M = {{size(None, 0)}}
+    N = {{size(None, 1)}}
+    K = {{size("X", 1)}}
+    m, n = decode_rows(M, BLOCK_M, BLOCK_N)
+    rows = SIGNS + n * {{size("SIGNS", 1)}}
+    y = decode_tile(X, {{"IN_SCALE" if SCALED else "None"}}, rows, m, n, M, N, K, BLOCK_M, BLOCK_N, BLOCK_W)
+""",
+    )
+
+
+@cache
+def _prefill_template() -> Any:
+    from dbf_compile.kernels.sign_matmul import triton_prefill
+
+    return _template(
+        "dbf_prefill",
+        triton_prefill.prefill_grid,
+        triton_prefill.DEVICE_FUNCTIONS,
+        """
+{{def_kernel("X", "SIGNS")}}
+    M = {{size(None, 0)}}
+    N = {{size(None, 1)}}
+    K = {{size("X", 1)}}
+    m, n = prefill_rows(M, N, BLOCK_M, BLOCK_N)
+    rows = SIGNS + n * {{size("SIGNS", 1)}}
+    y = prefill_tile(X, rows, m, n, M, N, K, TERMS, BLOCK_M, BLOCK_N, BLOCK_K)
+""",
+    )
+
+
+def _template(name: str, grid: Callable[..., Any], functions: Sequence[Any], body: str) -> Any:
+    """Return a template around functions of a kernel: their text stands before it, and its tile ``y`` is stored."""
+    texts = ["import triton\nimport triton.language as tl\n"]
+    texts += [inspect.getsource(function.fn) for function in functions]
+    store = """
+    idx_m = m[:, None]
+    idx_n = n[None, :]
+    mask = (idx_m < M) & (idx_n < N)
+    {{store_output(("idx_m", "idx_n"), "y", "mask", val_shape=("BLOCK_M", "BLOCK_N"))}}
+"""
+    return inductor.triton_template(name, grid, "\n\n".join(texts) + body + store)

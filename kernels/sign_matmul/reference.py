@@ -11,6 +11,9 @@ from torch import Tensor
 
 from dbf_compile.signs import deinterleave, unpack_signs
 
+DECODE_TOKENS = 16
+"""Up to so many tokens are added up on a GPU, exactly as float32 does; more go through its tensor cores."""
+
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of sums of ``dtype`` values: float64 for float64, else float32."""

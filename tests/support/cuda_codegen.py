@@ -45,10 +45,14 @@ class Case:
 
 CASES = (
     *(Case(256, 192, 320, M, dtype) for M in (1, 6) for dtype in ("float32", "bfloat16", "float16")),
+    *(Case(256, 192, 320, 40, dtype) for dtype in ("float32", "bfloat16", "float16")),
     Case(256, 192, 320, M=6, dynamic=True),
     Case(67, 33, 129, M=5),
     Case(67, 33, 129, M=5, dtype="float64"),
 )
+
+
+BLOCK_TOKENS = (1, 64)
 
 
 @dataclass(frozen=True)
@@ -97,31 +101,58 @@ def run_program(path: Path, given: str, **environment: str) -> Any:
 def main() -> None:
     """Print the programs of all cases as JSON."""
     pretend_cuda()
-    print(json.dumps({str(case): asdict(_generate(case)) for case in CASES}))
+    programs = {str(case): _generate_layer(case) for case in CASES}
+    programs |= {f"block of {M}": _generate(_Block(), M, 256, torch.bfloat16) for M in BLOCK_TOKENS}
+    print(json.dumps({name: asdict(program) for name, program in programs.items()}))
 
 
-def _generate(case: Case) -> Program:
+class _Block(torch.nn.Module):
+    """Half a block of a Llama: a norm, three factored layers, the activation between them, and the residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.RMSNorm(256)
+        self.gate, self.up = (DoubleBinaryLinear(random_factors(256, 192, 512)) for _ in range(2))
+        self.down = DoubleBinaryLinear(random_factors(512, 192, 256))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.norm(x)
+        return x + self.down(torch.nn.functional.silu(self.gate(z)) * self.up(z))
+
+
+def _generate_layer(case: Case) -> Program:
+    dtype = getattr(torch, case.dtype)
+    layer = DoubleBinaryLinear(random_factors(case.K, case.R, case.N), torch.zeros(case.N, dtype=dtype))
+    return _generate(layer, case.M, case.K, dtype, case.dynamic)
+
+
+def _generate(model: torch.nn.Module, M: int, K: int, dtype: torch.dtype, dynamic: bool = False) -> Program:
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     torch.compiler.reset()
-    dtype = getattr(torch, case.dtype)
-    factors = random_factors(case.K, case.R, case.N)
-    layer = DoubleBinaryLinear(factors, torch.zeros(case.N, dtype=dtype))
     with FakeTensorMode(shape_env=ShapeEnv()), torch.no_grad():
-        for name, tensor in [*layer.named_buffers()]:
-            setattr(layer, name, torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda"))
-        layer.interleaved = False  # as after layer.cuda()
-        layer.bias = Parameter(torch.empty(case.N, dtype=dtype, device="cuda"), requires_grad=False)
-        x = torch.empty(case.M, case.K, dtype=dtype, device="cuda")
-        if case.dynamic:
+        for module in model.modules():
+            for name, tensor in [*module.named_buffers(recurse=False)]:
+                setattr(module, name, torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda"))
+            for name, tensor in [*module.named_parameters(recurse=False)]:
+                made = torch.empty(tensor.shape, dtype=dtype, device="cuda")
+                setattr(module, name, Parameter(made, requires_grad=False))
+            if isinstance(module, DoubleBinaryLinear):
+                module.interleaved = False  # as after layer.cuda()
+        x = torch.empty(M, K, dtype=dtype, device="cuda")
+        if dynamic:
             torch._dynamo.mark_dynamic(x, 0)
-        source = _source_of(torch.compile(layer, backend="dbf", fullgraph=True), x)
+        source = _source_of(torch.compile(model, backend="dbf", fullgraph=True), x)
     found = re.findall(r"(\w+) = async_compile\.triton\('(\w+)', '''\n(.*?)'''", source, re.S)
     return Program(
         call=textwrap.dedent(re.search(r"    def call\(.*?\n        return [^\n]*\n", source, re.S)[0]),
         kernels={name: text for name, _, text in found},
-        cubins={name: _cubin(symbol, text).hex() for name, symbol, text in found if "signs_ptr" in text},
+        cubins={
+            name: _cubin(symbol, text).hex()
+            for name, symbol, text in found
+            if "decode_tile" in text or "prefill_tile" in text
+        },
     )
 
 
@@ -154,7 +185,10 @@ def _cubin(name: str, source: str) -> bytes:
     from torch._inductor.codecache import PyCodeCache
 
     kernel = getattr(PyCodeCache.load(source), name)
-    kernel.precompile(warm_cache_only=True)
+    with torch._inductor.config.patch(
+        use_static_cuda_launcher=False
+    ):  # which would let go of the machine code
+        kernel.precompile(warm_cache_only=True)
     compiled = kernel.compile_results[0].kernel
     return bytes(compiled.asm["cubin"])
 

@@ -1,6 +1,6 @@
 """What a Triton kernel becomes in NVIDIA's machine code: compile without a GPU, disassemble, find the loops.
 
-Known limits: made for sm_80 to sm_90; integer multiply-adds (IMAD) count as address arithmetic.
+Known limits: made for sm_80 to sm_120; integer multiply-adds (IMAD) count as address arithmetic.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-TARGETS = (80, 89, 90)
+TARGETS = (80, 86, 89, 90, 100, 120)
 
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 _BRANCH_TARGET = re.compile(r"(\.L_x_\d+)")
-# Floating multiplications, fused or not, matrix units, and dot products of bytes.
-_MULTIPLICATION = re.compile(r"[FHD](?:MUL|FMA)\d*|\w*MMA|IDP\w*")
+_MATRIX = re.compile(r"\w*MMA|IDP\w*")
+_MULTIPLICATION = re.compile(r"[FHD](?:MUL|FMA)\d*")
 _FLOAT32_ADDITION = re.compile(r"FADD\d*")
 _LOCAL_MEMORY = re.compile(r"LDL|STL")
 
@@ -36,64 +36,100 @@ class Instruction:
         """The operation without its modifiers: ``HADD2`` for ``HADD2.F32``."""
         return self.opcode.partition(".")[0]
 
-    def is_constant(self) -> bool:
-        """Return whether this is ``HFMA2 R, -RZ, RZ, …``: zero times zero plus a constant, to load it."""
+    def additions(self) -> int:
+        """Return how many float32 numbers this adds: FADD2 of Blackwell adds two."""
+        return (2 if self.name == "FADD2" else 1) if _FLOAT32_ADDITION.fullmatch(self.name) else 0
+
+    def multiplies_matrices(self) -> bool:
+        """Return whether this is for a matrix unit, or a dot product of bytes."""
+        return bool(_MATRIX.fullmatch(self.name)) and not self._is_constant()
+
+    def multiplies(self) -> bool:
+        """Return whether this multiplies floats, fused with an addition or not, in whatever unit."""
+        scalar = bool(_MULTIPLICATION.fullmatch(self.name)) and not self._is_constant()
+        return scalar or self.multiplies_matrices()
+
+    def spills(self) -> bool:
+        """Return whether this goes to local memory, where registers go that do not fit."""
+        return bool(_LOCAL_MEMORY.fullmatch(self.name))
+
+    def loads_16_bytes(self) -> bool:
+        """Return whether a thread reads 16 bytes of global memory at once."""
+        return self.name in ("LDG", "LDGSTS") and ".128" in self.opcode
+
+    def _is_constant(self) -> bool:
+        # HFMA2 R, -RZ, RZ, …: zero times zero plus a constant, to load it.
         _, *factors = (operand.strip(" -|") for operand in self.operands.split(",")[:3])
         return self.name == "HFMA2" and factors == ["RZ", "RZ"]
 
 
-@dataclass(frozen=True)
-class Loop:
-    """The body of an innermost loop, from the target of its backward branch to the branch."""
-
-    body: tuple[Instruction, ...]
-
-    def additions(self) -> list[Instruction]:
-        """Return the float32 additions."""
-        return [one for one in self.body if _FLOAT32_ADDITION.fullmatch(one.name)]
-
-    def multiplications(self) -> list[Instruction]:
-        """Return whatever multiplies floats, or anything in a matrix unit."""
-        return [one for one in self.body if _MULTIPLICATION.fullmatch(one.name) and not one.is_constant()]
-
-    def spills(self) -> list[Instruction]:
-        """Return the accesses to local memory, where registers go that do not fit."""
-        return [one for one in self.body if _LOCAL_MEMORY.fullmatch(one.name)]
+Code = tuple[Instruction, ...]
 
 
-def compile_kernel(kernel: Any, capability: int, dtype: str, M: int, blocks: Mapping[str, int]) -> bytes:
+def compile_kernel(
+    kernel: Any, target: int | str, dtype: str, M: int, settings: Mapping[str, int], scaled: bool = False
+) -> Any:
     """Compile a sign product as a launch would, for aligned tensors and N, K divisible by 16.
 
     Args:
-        kernel: a ``triton.jit`` function with the arguments of ``sign_matmul_kernel``.
-        capability: 80 for sm_80, and so on.
+        kernel: a ``triton.jit`` function with the arguments of ``decode_kernel`` or ``prefill_kernel``.
+        target: 80 for sm_80, and so on; the name of an AMD architecture.
         dtype: Triton's name of the dtype of x: fp32, bf16, fp16.
         M: rows of x; 1 is compiled in, as Triton does at a launch.
-        blocks: the constexpr arguments.
+        settings: the constexpr arguments, num_warps and num_stages.
+        scaled: with scales and bias; else without any.
 
     Returns:
-        The machine code, a cubin.
+        What Triton compiled: ``asm["cubin"]`` is the machine code, or ``asm["amdgcn"]`` its text.
     """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    constants = {**blocks, **({"M": 1} if M == 1 else {})}
+    options = {name: settings[name] for name in ("num_warps", "num_stages") if name in settings}
+    vectors = dict.fromkeys(("in_scale_ptr", "out_scale_ptr", "bias_ptr"), "*fp16")
+    constants = {name: value for name, value in settings.items() if name not in options}
+    constants |= {} if scaled else dict.fromkeys(vectors)
+    constants |= {"M": 1} if M == 1 else {}
     types = {"x_ptr": f"*{dtype}", "signs_ptr": "*i32", "y_ptr": "*fp32", "M": "i32", "N": "i32", "K": "i32"}
+    types |= vectors
     names = kernel.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
     source = ASTSource(
         fn=kernel,
         signature={name: "constexpr" if name in constants else types[name] for name in names},
         constexprs=constants,
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in types if name != "M"},
+        attrs={
+            (index,): [["tt.divisibility", 16]]
+            for index, name in enumerate(names)
+            if name not in constants and name != "M"
+        },
     )
+    gpu = GPUTarget("cuda", target, 32) if isinstance(target, int) else GPUTarget("hip", target, 64)
     # Fusion is allowed: nothing may hang on the compiler's being told not to multiply.
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": True}
-    )
-    cubin = compiled.asm["cubin"]
-    assert isinstance(cubin, bytes)
-    return cubin
+    return triton.compile(source, target=gpu, options={**options, "enable_fp_fusion": True})
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a kernel takes of a multiprocessor: registers of a thread, bytes of its stack."""
+
+    registers: int
+    stack: int
+
+
+def resources(cubin: bytes) -> Resources:
+    """Return what cuobjdump says of a compiled kernel."""
+    from triton import knobs
+
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        tool = Path(knobs.nvidia.nvdisasm.path).with_name("cuobjdump")
+        done = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
+    assert found is not None, done.stdout
+    return Resources(int(found[1]), int(found[2]))
 
 
 def missing_tools() -> str | None:
@@ -118,8 +154,18 @@ def disassemble(cubin: bytes) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def innermost_loops(sass: str) -> list[Loop]:
-    """Return the loops of a disassembled kernel that hold no other loop."""
+def instructions(sass: str) -> Code:
+    """Return all instructions of a disassembled kernel."""
+    return _parse(sass)[0]
+
+
+def innermost_loops(sass: str) -> list[Code]:
+    """Return the loops of a disassembled kernel that hold no other: from the target of a backward branch to the branch."""
+    code, spans = _parse(sass)
+    return [code[first : last + 1] for first, last in spans if not _holds_another((first, last), spans)]
+
+
+def _parse(sass: str) -> tuple[Code, list[tuple[int, int]]]:
     code: list[Instruction] = []
     labels: dict[str, int] = {}
     spans: list[tuple[int, int]] = []
@@ -133,11 +179,7 @@ def innermost_loops(sass: str) -> list[Loop]:
             # Every kernel ends in a branch to itself, which is no loop.
             if code[-1].name == "BRA" and target and labels.get(target[1], here) < here:
                 spans.append((labels[target[1]], here))
-    return [
-        Loop(tuple(code[first : last + 1]))
-        for first, last in spans
-        if not _holds_another((first, last), spans)
-    ]
+    return tuple(code), spans
 
 
 def _holds_another(span: tuple[int, int], spans: Iterable[tuple[int, int]]) -> bool:

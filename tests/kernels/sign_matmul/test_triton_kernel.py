@@ -1,56 +1,108 @@
-"""The Triton kernel against the truth in float64, run by Triton's interpreter: no GPU is needed."""
+"""The Triton kernels against the truth in float64, run by Triton's interpreter: no GPU is needed."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
-from support.triton_interpreter_cases import CASES, Case, Report, run_all
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.triton_interpreter_cases import CASES, Case, run_all
 
 pytest.importorskip("triton")
 
-from dbf_compile.kernels.sign_matmul.triton_kernel import block_sizes, grid
+from dbf_compile.kernels.sign_matmul.triton_decode import decode_blocks, decode_grid
+from dbf_compile.kernels.sign_matmul.triton_prefill import (
+    operand_dtype,
+    prefill_blocks,
+    prefill_grid,
+    split_terms,
+    term_count,
+)
+
+pytestmark = pytest.mark.xdist_group("interpreter")  # one process runs all cases
+sizes = st.integers(1, 2**15)
 
 
 @pytest.fixture(scope="module")
-def reports() -> dict[str, Report]:
+def found() -> dict[str, Any]:
     return run_all()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_agrees_with_the_truth(case: Case, reports: dict[str, Report]) -> None:
-    report = reports[str(case)]
+def test_agrees_with_the_truth(case: Case, found: dict[str, Any]) -> None:
+    report = found["reports"][str(case)]
     assert report.poisoned
-    assert (report.shape, report.dtype) == ([*case.lead, case.N], "float32")
+    assert (report.shape, report.dtype) == ([*case.lead, case.N], case.result)
     assert report.exact
     assert report.worst <= 1
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_any_tile_is_correct(case: Case, reports: dict[str, Report]) -> None:
-    assert reports[str(case)].exact_with_other_tiles
+def test_any_tile_is_correct(case: Case, found: dict[str, Any]) -> None:
+    assert found["reports"][str(case)].exact_with_other_tiles
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if math.prod(case.lead) * case.N * case.K], ids=str)
-def test_the_tolerance_sees_one_wrong_sign(case: Case, reports: dict[str, Report]) -> None:
-    assert reports[str(case)].worst_with_wrong_sign > 10
+@pytest.mark.parametrize(
+    "case",
+    [case for case in CASES if math.prod(case.lead) * case.N * case.K and case.result == "float32"],
+    ids=str,
+)
+def test_the_tolerance_sees_one_wrong_sign(case: Case, found: dict[str, Any]) -> None:
+    # One sign in 97 is hardly more than 97 roundings to bfloat16 at their worst.
+    rounded = math.prod(case.lead) > 16 and case.dtype != "float32" and case.scaled
+    assert found["reports"][str(case)].worst_with_wrong_sign > (1 if rounded else 10)
 
 
-@pytest.mark.parametrize("M", [0, 1, 2, 3, 5, 4096])
-@pytest.mark.parametrize("N", [1, 3, 37, 4096])
-@pytest.mark.parametrize("K", [0, 1, 33, 97, 4096])
-def test_tiles_cover_y_and_are_powers_of_two(M: int, N: int, K: int) -> None:
-    blocks = block_sizes(M, N, K)
-    assert all(size > 0 and size & (size - 1) == 0 for size in blocks.values())
-    programs, *rest = grid(M, N, blocks)
-    assert rest == [1, 1]
-    assert programs * blocks["BLOCK_M"] * blocks["BLOCK_N"] >= M * N
+def test_infinite_and_undefined_activations_propagate(found: dict[str, Any]) -> None:
+    assert found["not_finite"] == []
 
 
-def test_grid_takes_an_expression_for_the_rows() -> None:
-    sympy = pytest.importorskip("sympy")
-    rows = sympy.Symbol("rows", integer=True, positive=True)
-    programs, _, _ = grid(
-        rows, 37, block_sizes(64, 37, 100), cdiv=lambda a, b: sympy.ceiling(sympy.sympify(a) / b)
-    )
-    assert programs.subs(rows, 9) == 3 * 3
+@given(st.integers(1, 16), sizes, sizes)
+def test_tiles_of_few_tokens_cover_y(M: int, N: int, K: int) -> None:
+    for settings in decode_blocks(M, N, K):
+        assert all(settings[name] & (settings[name] - 1) == 0 for name in ("BLOCK_M", "BLOCK_N", "BLOCK_W"))
+        programs, *rest = decode_grid(M, N, settings)
+        assert rest == [1, 1]
+        assert programs * settings["BLOCK_M"] * settings["BLOCK_N"] >= M * N
+
+
+@given(st.integers(1, 2**15), sizes, st.sampled_from((75, 80, 86, 89, 90, 100, 120)))
+def test_tiles_of_many_tokens_cover_y(M: int, N: int, capability: int) -> None:
+    for settings in prefill_blocks(M, N, capability):
+        # What tl.dot needs at least.
+        assert all(settings[name] >= 16 for name in ("BLOCK_M", "BLOCK_N"))
+        assert settings["BLOCK_K"] % 32 == 0
+        programs, *rest = prefill_grid(M, N, settings)
+        assert rest == [1, 1]
+        assert programs * settings["BLOCK_M"] * settings["BLOCK_N"] >= M * N
+
+
+@given(st.lists(st.floats(width=32), min_size=1, max_size=20))
+def test_three_terms_hold_a_float32(values: list[float]) -> None:
+    z = torch.tensor([values])
+    terms = split_terms(z, torch.bfloat16, 3)
+    assert terms.dtype == torch.bfloat16
+    # What is smaller than the smallest bfloat16 that is not denormal may be lost.
+    tiny = z.abs() < 2.0**-110
+    total = terms.double().sum(0)
+    assert torch.equal(total[~tiny].nan_to_num(), z.double()[~tiny].nan_to_num())
+    assert (total - z.double())[tiny].abs().nan_to_num().le(2.0**-126).all()
+
+
+@pytest.mark.parametrize(
+    ("x", "result", "fast", "operand", "terms"),
+    [
+        (torch.bfloat16, None, False, torch.bfloat16, 1),
+        (torch.float16, torch.bfloat16, False, torch.float16, 1),
+        (torch.float32, torch.float16, False, torch.float16, 1),
+        (torch.float32, None, False, torch.bfloat16, 3),
+        (torch.float32, torch.float32, True, torch.bfloat16, 2),
+    ],
+)
+def test_what_tensor_cores_get(
+    x: torch.dtype, result: torch.dtype | None, fast: bool, operand: torch.dtype, terms: int
+) -> None:
+    assert (operand_dtype(x, result), term_count(x, result, fast)) == (operand, terms)

@@ -1,0 +1,408 @@
+"""One NVIDIA GPU: the kernels checked on fresh data, then timed against their peers, then whole models.
+
+    python benchmarks/bench_gpu.py                       all of it, within 8 minutes
+    python benchmarks/bench_gpu.py --parts check layers --shapes 4096x4096
+
+Checks compare with float64 on the same device; memory for results is full of NaN before. Layers are timed inside CUDA
+graphs, each call on the next of so many weights that none is in the cache; contenders take turns. A layer of dbf is
+both stages with scales; peers multiply by the dense matrix that it stands for. Models have random weights, a static
+cache and ``mode="reduce-overhead"``. GemLite joins in where it is installed: pip install gemlite
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from decode_cpu import factored_layers, meta_model, random_factors
+from measure import commit, write_results
+from torch import Tensor, nn
+
+import dbf_compile.ops
+from dbf_compile import DoubleBinaryLinear
+from dbf_compile.factors import mid_features_for
+from dbf_compile.kernels.sign_matmul.reference import DECODE_TOKENS, sign_matmul
+from dbf_compile.signs import pack_signs, words_per_row
+
+# out_features x in_features
+SHAPES = {
+    "4096x4096": "Llama-2-7B o",
+    "12288x4096": "Llama-2-7B qkv",
+    "22016x4096": "Llama-2-7B gate and up",
+    "4096x11008": "Llama-2-7B down",
+    "6144x4096": "Llama-3-8B and Qwen3-8B qkv",
+    "28672x4096": "Llama-3-8B gate and up",
+    "24576x4096": "Qwen3-8B gate and up",
+    "6144x2560": "Qwen3-4B qkv",
+    "19456x2560": "Qwen3-4B gate and up",
+    "4096x1024": "Qwen3-0.6B qkv",
+    "6144x1024": "Qwen3-0.6B gate and up",
+}
+TOKENS = (1, 2, 4, 8, 16, 512, 2048, 4096)
+MODELS = {
+    "llama-2-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+        "tie_word_embeddings": False,
+    },
+    "qwen3-0.6b": {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+}
+VARIANTS = ("bf16 inductor", "dbf 1 bit", "dbf 1.5 bit", "dbf 2 bit")
+PARTS = ("check", "layers", "models")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each contender")
+    parser.add_argument("--new", type=int, default=64, help="tokens that a model decodes")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA device here: run this on a machine with one")
+    print(f"{gpu()}; {versions()}; commit {commit()}", flush=True)
+    if "check" in arguments.parts:
+        check("cuda", [tuple(map(int, shape.split("x"))) for shape in ("4096x4096", "6144x2560")])
+    if "layers" in arguments.parts:
+        bandwidth = copy_bandwidth()
+        print(f"copying memory: {bandwidth:.0f} GB/s")
+        rows = []
+        for shape in arguments.shapes:
+            N, K = map(int, shape.split("x"))
+            present = list(contenders(N, K))
+            for tokens in arguments.tokens:
+                rows += time_layer(shape, present, tokens, arguments.rounds, bandwidth)
+        report("gpu_layer", rows)
+    if "models" in arguments.parts:
+        rows = [
+            time_model(model, variant, arguments.new)
+            for model in arguments.models
+            for variant in arguments.variants
+        ]
+        report("gpu_decode", rows)
+
+
+# --- correctness ----------------------------------------------------------------------------------------------------
+
+
+def check(device: str, large: list[tuple[int, int]]) -> None:
+    """Compare the operator with the reference in float64, and a compiled layer with the eager one; stop at a difference.
+
+    Args:
+        device: of all tensors.
+        large: shapes beside odd ones, rows and columns.
+    """
+    torch.manual_seed(time.time_ns() % 2**31)
+    # Deterministic algorithms fill new memory with NaN: what a kernel forgets is seen.
+    torch.use_deterministic_algorithms(True)
+    count = 0
+    for N, K in [(1, 1), (7, 31), (33, 97), (130, 257), *large]:
+        signs = torch.randint(0, 2, (N, K), device=device, dtype=torch.int8) * 2 - 1
+        words = pack_signs(signs)
+        vectors = [torch.rand(size, device=device) + 0.5 for size in (K, N, N)]
+        for M in (1, 2, 3, 8, DECODE_TOKENS, DECODE_TOKENS + 1, 100, 513):
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                x = torch.randn(M, K, device=device).to(dtype)
+                call = (x, words, *vectors, dtype)
+                y = torch.ops.dbf.sign_matmul(*call)
+                truth = sign_matmul(x.double(), words, *(v.double() for v in vectors))
+                # The result is rounded once, and so are the operands of tensor cores: by half an eps, at random.
+                allowed = torch.finfo(dtype).eps + 2e-6
+                error = ((y.double() - truth).norm() / truth.norm()).item()
+                if not error <= allowed or not torch.equal(y, torch.ops.dbf.sign_matmul(*call)):
+                    raise SystemExit(
+                        f"WRONG: {M} tokens, {N}x{K}, {dtype}: error {error:.1e} of {allowed:.1e}"
+                    )
+                count += 1
+    for M in (1, 5, 40):
+        with torch.device(device):
+            layer = DoubleBinaryLinear(random_factors(nn.Linear(96, 224, device="meta"), 2.0)).bfloat16()
+        x = torch.randn(M, 96, device=device, dtype=torch.bfloat16)
+        with torch.inference_mode():
+            compiled = torch.compile(layer, backend="dbf", fullgraph=True, dynamic=False)
+            truth = layer(x).float()
+            error = ((compiled(x).float() - truth).norm() / truth.norm()).item()
+        if not error <= 2 * torch.finfo(torch.bfloat16).eps:
+            raise SystemExit(f"WRONG: a compiled layer of {M} tokens: error {error:.1e}")
+        count += 1
+    torch.use_deterministic_algorithms(False)
+    print(f"{count} checks passed", flush=True)
+
+
+# --- layers ---------------------------------------------------------------------------------------------------------
+
+
+class Contender(NamedTuple):
+    """A layer with many weights.
+
+    Args:
+        name: for the table.
+        bytes: of one weight.
+        run: multiplies x by the weight of this number.
+        count: number of weights.
+    """
+
+    name: str
+    bytes: int
+    run: Callable[[Tensor, int], object]
+    count: int
+
+
+def contenders(N: int, K: int) -> Iterator[Contender]:
+    """Yield all contenders of a shape; each holds more weights than the cache does."""
+    enough = lambda size: max(2, -(-(256 << 20) // size))  # noqa: E731
+    for dtype in (torch.bfloat16, torch.float16):
+        size = 2 * N * K
+        weights = [torch.randn(N, K, device="cuda", dtype=dtype) for _ in range(enough(size))]
+        name = f"cuBLAS {str(dtype).removeprefix('torch.')}"
+        yield Contender(name, size, lambda x, i, w=weights: F.linear(x.to(w[i].dtype), w[i]), len(weights))
+    if N % 64 == 0 and K % 1024 == 0:
+        yield _int4(N, K, enough)
+    yield from _gemlite(N, K)
+    for bits in (1.0, 1.5, 2.0):
+        R = mid_features_for(bits, K, N)
+        size = 4 * (R * words_per_row(K) + N * words_per_row(R)) + 2 * (K + R + N)
+        layers = [random_cuda_factors(N, K, bits) for _ in range(enough(size))]
+        run = lambda x, i, f=layers: dbf_compile.ops.double_binary_linear(  # noqa: E731
+            x, *f[i].tensors().values(), None, x.dtype
+        )
+        yield Contender(f"dbf {bits:g} bit", size, run, len(layers))
+
+
+def random_cuda_factors(N: int, K: int, bits: float) -> dbf_compile.DoubleBinaryFactors:
+    with torch.device("cuda"):
+        return random_factors(nn.Linear(K, N, device="meta"), bits)
+
+
+def _int4(N: int, K: int, enough: Callable[[int], int]) -> Contender:
+    size = N * K // 2 + 4 * N * K // 128
+    packed = torch.randint(0, 255, (N, K // 2), dtype=torch.uint8, device="cuda")
+    weights = [torch.ops.aten._convert_weight_to_int4pack(packed, 8).clone() for _ in range(enough(size))]
+    scales = torch.ones(K // 128, N, 2, dtype=torch.bfloat16, device="cuda")
+    run = lambda x, i: torch.ops.aten._weight_int4pack_mm(x, weights[i], 128, scales)  # noqa: E731
+    return Contender("torch int4", size, run, len(weights))
+
+
+def _gemlite(N: int, K: int) -> Iterator[Contender]:
+    """Yield two products with GemLite's 1-bit weights, the two stages of a layer of 2 bits, if it is installed."""
+    try:
+        from gemlite import DType, GemLiteLinearTriton
+    except ImportError:
+        return
+    if K % 128 or N % 128:
+        return
+    R = mid_features_for(2.0, K, N) // 128 * 128
+
+    def stage(rows: int, columns: int) -> nn.Module:
+        layer = GemLiteLinearTriton(
+            W_nbits=1,
+            group_size=128,
+            in_features=columns,
+            out_features=rows,
+            input_dtype=DType.FP16,
+            output_dtype=DType.FP16,
+        )
+        signs = torch.randint(0, 2, (rows, columns), dtype=torch.uint8, device="cuda")
+        groups = (rows * columns // 128, 1)
+        scales = torch.full(groups, 2.0, dtype=torch.float16, device="cuda")
+        layer.pack(signs, scales, torch.full_like(scales, 0.5), None)
+        return layer
+
+    size = R * (K + N) // 8 + 4 * R * (K + N) // 128
+    pairs = [(stage(R, K), stage(N, R)) for _ in range(max(2, (256 << 20) // size))]
+    yield Contender("GemLite 1-bit pair", size, lambda x, i: pairs[i][1](pairs[i][0](x.half())), len(pairs))
+
+
+def time_layer(
+    shape: str, present: list[Contender], tokens: int, rounds: int, bandwidth: float
+) -> list[dict]:
+    """Time all contenders of a shape against each other."""
+    x = torch.randn(tokens, int(shape.split("x")[1]), device="cuda", dtype=torch.bfloat16)
+    graphs: dict[str, tuple[Contender, torch.cuda.CUDAGraph, int]] = {}
+    with torch.inference_mode():
+        for contender in present:
+            # Many tokens take long enough alone; few ones go through all weights.
+            calls = contender.count if tokens <= 16 else 2
+            try:
+                graphs[contender.name] = (contender, capture(contender, x, calls), calls)
+            except Exception as error:
+                print(f"{contender.name} left out for {shape}, {tokens} tokens: {str(error).splitlines()[0]}")
+    samples: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(rounds):
+        for name, (_, graph, calls) in graphs.items():
+            samples[name].append(milliseconds(graph.replay) / calls)
+    medians = {name: statistics.median(values) for name, values in samples.items()}
+    rows = []
+    for name, (contender, *_) in graphs.items():
+        rate = contender.bytes / medians[name] / 1e6
+        rows.append(
+            {
+                "shape": shape,
+                "tokens": tokens,
+                "contender": name,
+                "median_us": round(1e3 * medians[name], 2),
+                "best_us": round(1e3 * min(samples[name]), 2),
+                "gb_per_s": round(rate),
+                "of_copy_bandwidth": round(rate / bandwidth, 3),
+                "times_cublas_bf16": round(medians["cuBLAS bfloat16"] / medians[name], 2),
+                "rounds": rounds,
+            }
+        )
+    return rows
+
+
+def capture(contender: Contender, x: Tensor, calls: int) -> torch.cuda.CUDAGraph:
+    """Return a CUDA graph of ``calls`` calls, each on another weight."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for index in range(min(2, calls)):
+            contender.run(x, index)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index in range(calls):
+            contender.run(x, index)
+    return graph
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    """Return the time of one call on the device."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def copy_bandwidth() -> float:
+    """Return how fast the device copies memory, in GB/s, bytes read and written both counted."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    times = [milliseconds(lambda: target.copy_(source)) for _ in range(12)]
+    return 2 * source.numel() / statistics.median(times[2:]) / 1e6
+
+
+# --- whole models ---------------------------------------------------------------------------------------------------
+
+
+def time_model(name: str, variant: str, new: int) -> dict:
+    """Decode with a model of random weights and time the tokens."""
+    from transformers import StaticCache
+
+    torch.compiler.reset()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    model = random_model(MODELS[name], variant)
+    weights = torch.cuda.memory_allocated()
+    settings = {"backend": "dbf"} if variant.startswith("dbf") else {}
+    step = torch.compile(model, mode="reduce-overhead", fullgraph=True, dynamic=False, **settings)
+    prompt, cache = 128, StaticCache(config=model.config, max_cache_len=128 + new + 8)
+    tokens = torch.randint(0, model.config.vocab_size, (1, prompt), device="cuda")
+    with torch.inference_mode():
+        positions = torch.arange(prompt, device="cuda")[None]
+        logits = model(tokens, past_key_values=cache, position_ids=positions, logits_to_keep=1).logits
+        token = logits[:, -1:].argmax(-1)
+
+        def decode(token: Tensor, position: int) -> Tensor:
+            positions = torch.full((1, 1), position, device="cuda")
+            return step(token, past_key_values=cache, position_ids=positions).logits[:, -1:].argmax(-1)
+
+        start = time.perf_counter()
+        for index in range(4):  # compiles, records the graph
+            token = decode(token, prompt + index)
+        torch.cuda.synchronize()
+        compile_seconds = time.perf_counter() - start
+        times = []
+        for index in range(4, new):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            token = decode(token, prompt + index)
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+    row = {
+        "model": name,
+        "variant": variant,
+        "tokens_per_s": round(1 / statistics.median(times), 1),
+        "weights_mb": round(weights / 1e6),
+        "peak_mb": round(torch.cuda.max_memory_allocated() / 1e6),
+        "compile_s": round(compile_seconds, 1),
+        "new": new,
+    }
+    print(row, flush=True)
+    return row
+
+
+def random_model(sizes: dict, variant: str) -> nn.Module:
+    """Return a Llama of random weights on the device, its layers factored as the variant says, embeddings and head dense."""
+    model = meta_model(sizes)
+    # Layers that read the same input are factored as one, and share their first stage.
+    together: dict[str, list[str]] = {}
+    for name in factored_layers(model, variant):
+        parent, _, child = name.rpartition(".")
+        group = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "mlp", "up_proj": "mlp"}
+        together.setdefault(f"{parent}.{group.get(child, child)}", []).append(name)
+    for names in together.values():
+        layers = [model.get_submodule(name) for name in names]
+        rows = [layer.out_features for layer in layers]
+        stacked = random_cuda_factors(sum(rows), layers[0].in_features, float(variant.split()[1]))
+        for name, factors in zip(names, stacked.split(rows), strict=True):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, DoubleBinaryLinear(factors))
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and parameter.is_meta:
+                values = torch.empty(parameter.shape, dtype=parameter.dtype, device="cuda").normal_(std=0.02)
+                module._parameters[name] = nn.Parameter(values, requires_grad=False)
+    model.tie_weights()
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(model.config, device="cuda")
+    return model.eval().requires_grad_(False)
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def gpu() -> str:
+    return torch.cuda.get_device_name()
+
+
+def versions() -> str:
+    import triton
+
+    return f"torch {torch.__version__}, triton {triton.__version__}, CUDA {torch.version.cuda}"
+
+
+def report(name: str, rows: list[dict]) -> None:
+    widths = {key: max(len(str(row[key])) for row in [*rows, {key: key}]) for key in rows[0]}
+    for row in ({key: key for key in rows[0]}, *rows):
+        print("  ".join(str(row[key]).rjust(width) for key, width in widths.items()))
+    common = {"gpu": gpu(), "gpu_versions": versions()}
+    print(f"written to {write_results(name, [{**row, **common} for row in rows])}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

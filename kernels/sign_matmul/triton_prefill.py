@@ -1,0 +1,186 @@
+"""The Triton kernel for many tokens: signs become ±1 in registers, and tensor cores multiply.
+
+Tensor cores take 16-bit numbers. Activations that have more are cut into a few bfloat16 terms,
+
+    x  =  x₀ + x₁ + x₂,   x₀ = upper half of x,  x₁ = upper half of x - x₀,  x₂ = x - x₀ - x₁
+
+three of which hold all 24 bits of a float32; the products of each with ±1 are exact, and sums are float32.
+
+Signs are the operand that tensor cores read from registers, so that they are expanded once for a tile of tokens and
+never written anywhere.
+
+Shape letters: T terms, M rows of x (tokens), K columns and N rows of the sign matrix, W = ceil(K / 32) words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # Triton has no stubs, and types the arguments at launch
+def prefill_tile(  # type: ignore[no-untyped-def]
+    x_ptr,
+    rows,
+    m,
+    n,
+    M,
+    N,
+    K,
+    TERMS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Return a tile of y, float32 [BLOCK_M, BLOCK_N]: ``y[m, n] = Σ_t Σ_k signs[n, k] · x[t, m, k]``.
+
+    Args:
+        x_ptr: bfloat16 or float16 [TERMS, M, K], contiguous.
+        rows: pointers to the first int32 word of each row of the tile, [BLOCK_N].
+        m: rows of x, int64 [BLOCK_M].
+        n: rows of the sign matrix, int64 [BLOCK_N].
+        BLOCK_K: columns that are met in one step, a multiple of 32.
+    """
+    sums = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    bit = tl.arange(0, 32)
+    for first in range(0, K, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        w = first // 32 + tl.arange(0, BLOCK_K // 32)
+        words = tl.load(
+            rows[:, None] + w[None, :], mask=(n[:, None] < N) & (w[None, :] < tl.cdiv(K, 32)), other=0
+        )
+        # ±1: the bits of 1.0, and the highest one where the sign is -1.
+        negative = ((~words[:, :, None] << (31 - bit)[None, None, :]) >> 16) & 0x8000
+        ones = negative | (0x3F80 if x_ptr.dtype.element_ty == tl.bfloat16 else 0x3C00)
+        signs = ones.to(tl.int16).to(x_ptr.dtype.element_ty, bitcast=True).reshape(BLOCK_N, BLOCK_K)
+        for term in tl.static_range(TERMS):
+            # Behind the last column x is read as 0, which adds nothing under either sign.
+            row = (m + term * M)[:, None] * K
+            x = tl.load(x_ptr + row + k[None, :], mask=(m[:, None] < M) & (k[None, :] < K), other=0.0)
+            sums = tl.dot(signs, tl.trans(x), sums)
+    return tl.trans(sums)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def prefill_rows(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the rows m of x and n of the sign matrix that this program is for, as int64."""
+    # Eight neighbouring tiles of tokens take turns with the same signs: both stay in the cache.
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    tile = tl.program_id(0)
+    first = tile // (8 * tiles_n) * 8
+    together = tl.minimum(tiles_m - first, 8)
+    within = tile % (8 * tiles_n)
+    m = (first + within % together).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (within // together).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return m, n
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def prefill_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    signs_ptr,
+    y_ptr,
+    out_scale_ptr,
+    bias_ptr,
+    M,
+    N,
+    K,
+    TERMS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Compute ``y[m, n] = out_scale[n] · Σ_t Σ_k signs[n, k] · x[t, m, k] + bias[n]``, a tile in every program.
+
+    Args:
+        x_ptr: bfloat16 or float16 [TERMS, M, K], contiguous.
+        signs_ptr: int32 words [N, W], contiguous.
+        y_ptr: float32, bfloat16 or float16 [M, N], contiguous.
+        out_scale_ptr: floating point [N], or None; so bias_ptr.
+    """
+    m, n = prefill_rows(M, N, BLOCK_M, BLOCK_N)
+    rows = signs_ptr + n * tl.cdiv(K, 32)
+    y = prefill_tile(x_ptr, rows, m, n, M, N, K, TERMS, BLOCK_M, BLOCK_N, BLOCK_K)
+    if out_scale_ptr is not None:
+        y = y * tl.load(out_scale_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        y = y + tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + m[:, None] * N + n[None, :], y, mask=(m[:, None] < M) & (n[None, :] < N))
+
+
+# What a template needs beside its own text, callees first.
+DEVICE_FUNCTIONS = (prefill_tile, prefill_rows)
+
+
+def operand_dtype(x: torch.dtype, result: torch.dtype | None) -> torch.dtype:
+    """Return the dtype in which tensor cores get activations of dtype ``x`` for a result of dtype ``result``.
+
+    A 16-bit model keeps its dtype, as its dense layers do: that of the activations, else that of the result.
+    """
+    narrow = (torch.bfloat16, torch.float16)
+    return x if x in narrow else result if result in narrow else torch.bfloat16
+
+
+def term_count(x: torch.dtype, result: torch.dtype | None, fast: bool = False) -> int:
+    """Return how many terms hold an activation: one in a 16-bit model, else three, or two for fast sums."""
+    narrow = (torch.bfloat16, torch.float16)
+    return 1 if x in narrow or result in narrow else 2 if fast else 3
+
+
+def split_terms(z: Tensor, dtype: torch.dtype, terms: int) -> Tensor:
+    """Cut activations into terms that add up to them: [M, K] to ``dtype`` [terms, M, K]; several terms of float32 only."""
+    parts = []
+    for _ in range(terms - 1):
+        upper = (z.view(torch.int32) & -(2**16)).view(torch.float32)
+        parts.append(upper.to(dtype))
+        # What is infinite is so in the first term; infinity minus infinity would be undefined.
+        z = torch.where(z.isfinite(), z - upper, 0.0)
+    return torch.stack([*parts, z.to(dtype)])
+
+
+def prefill_blocks(M: int, N: int, capability: int = 90) -> list[dict[str, int]]:
+    """Return the launch settings that are worth trying, the one for use without trying first.
+
+    Args:
+        M: tokens, or a guess.
+        N: rows of the sign matrix.
+        capability: of the device, 10 times the major number plus the minor one.
+
+    Returns:
+        BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages.
+    """
+    # A tile of 256 tokens halves the work of expanding signs, but spills where sums do not go to tensor cores directly.
+    largest = 256 if capability in (90, 100, 103) else 128
+    block_m = min(largest, max(16, 1 << (M - 1).bit_length()))
+    block_n = 128 if N > 64 else 64
+    best = _settings(block_m, block_n, 64 if block_m > 64 else 128, 3)
+    others = [
+        _settings(block_m, block_n, block_k, stages)
+        for block_m in (16, 32, 64, 128, 256)
+        for block_n, block_k, stages in ((64, 128, 3), (128, 64, 3), (128, 64, 4), (128, 128, 3))
+        if block_m <= min(largest, 2 * M) and block_m * block_k <= 256 * 64
+    ]
+    return [best, *(settings for settings in others if settings != best)]
+
+
+def _settings(block_m: int, block_n: int, block_k: int, stages: int) -> dict[str, int]:
+    warps = 8 if block_m * block_n >= 128 * 128 else 4
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "num_warps": warps,
+        "num_stages": stages,
+    }
+
+
+def prefill_grid(
+    M: Any, N: Any, blocks: dict[str, Any], cdiv: Callable[[Any, Any], Any] = triton.cdiv
+) -> tuple[Any, int, int]:
+    """Return the launch grid, as :func:`dbf_compile.kernels.sign_matmul.triton_decode.decode_grid`."""
+    return (cdiv(M, blocks["BLOCK_M"]) * cdiv(N, blocks["BLOCK_N"]), 1, 1)
