@@ -6,14 +6,14 @@ VENV   := .venv
 RUN    := PYTHONSAFEPATH=1 $(VENV)/bin/python
 PIP    := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench bench-cpu clean
+.PHONY: demo test check bench bench-cpu bench-gpu clean
 
 # QUICK=1: two layers of the encoder and fewer measurements.
 demo: $(VENV)/.demo
 	$(VENV)/bin/python benchmarks/demo.py $(if $(QUICK),--quick)
 
 test: $(VENV)/.test
-	$(RUN) -m pytest -n auto --dist loadgroup --cov --cov-report=term --cov-fail-under=90
+	$(RUN) -m pytest -n auto --dist loadfile --cov --cov-report=term --cov-fail-under=90
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
@@ -28,6 +28,10 @@ bench: $(VENV)/.demo
 bench-cpu: $(VENV)/.demo
 	$(VENV)/bin/python benchmarks/bench_cpu.py
 	$(VENV)/bin/python benchmarks/decode_cpu.py
+
+# On a machine with an NVIDIA GPU and a CUDA build of torch: checks, then timings, within 8 minutes.
+bench-gpu: $(VENV)/.demo
+	$(VENV)/bin/python benchmarks/bench_gpu.py
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
@@ -40,7 +41,7 @@ class DoubleBinaryLinear(nn.Module):
         self.interleaved = interleaved_on(factors.scale_in.device)
         for name, tensor in factors.tensors().items():
             signs = self.interleaved and name in SIGN_NAMES
-            self.register_buffer(name, _interleaved_once(tensor) if signs else tensor)
+            self.register_buffer(name, _once(interleave, tensor) if signs else tensor)
         self.bias: nn.Parameter | None
         if bias is None:
             self.register_parameter("bias", None)
@@ -91,11 +92,12 @@ class DoubleBinaryLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DoubleBinaryLinear:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # The model passes the same function to all its layers: what they share, they go on sharing.
+        super()._apply(lambda tensor: _once(fn, tensor), recurse)  # type: ignore[no-untyped-call]
         wanted = interleaved_on(self.scale_in.device)
         if wanted != self.interleaved:
             for name in SIGN_NAMES:
-                setattr(self, name, (interleave if wanted else deinterleave)(getattr(self, name)))
+                setattr(self, name, _once(interleave if wanted else deinterleave, getattr(self, name)))
             self.interleaved = wanted
         return self
 
@@ -121,16 +123,21 @@ class DoubleBinaryLinear(nn.Module):
         )
 
 
-# Packed words -> their version, and the same interleaved: layers that share a first stage go on sharing it.
-_interleaved: MutableMapping[Tensor, tuple[int, Tensor]] = WeakTensorKeyDictionary()
+# Tensor -> its version, the last function that was applied to it, and the result.
+_applied: MutableMapping[Tensor, tuple[int, weakref.ref[Callable[[Tensor], Tensor]], Tensor]]
+_applied = WeakTensorKeyDictionary()
 
 
-def _interleaved_once(words: Tensor) -> Tensor:
-    version = 0 if words.is_inference() else words._version
-    known = _interleaved.get(words)
-    if known is None or known[0] != version:
-        known = _interleaved[words] = (version, interleave(words))
-    return known[1]
+def _once(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """Return ``function(tensor)``, the same object when asked again: layers that share a first stage go on sharing it."""
+    version = 0 if tensor.is_inference() else tensor._version
+    known = _applied.get(tensor)
+    if known is not None and known[0] == version and known[1]() is function:
+        return known[2]
+    result = function(tensor)
+    if result is not tensor:  # else the entry would keep its own key alive
+        _applied[tensor] = (version, weakref.ref(function), result)
+    return result
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -20,6 +20,7 @@ def register() -> None:
     """Register all lowerings, once per process."""
     inductor.register_lowering(torch.ops.dbf.sign_matmul.default, sign_matmul)
     inductor.register_lowering(torch.ops.dbf.double_binary_linear.default, double_binary_linear)
+    inductor.register_lowering(torch.ops.dbf.sign_matmul_group.default, sign_matmul_group)
 
 
 def double_binary_linear(
@@ -83,7 +84,7 @@ def sign_matmul(
     few = inductor.known_at_most(tokens, DECODE_TOKENS)
     on_gpu = x.get_device().type == "cuda" and wide == torch.float32 and not interleaved
     if on_gpu and few is not None and 0 not in (tokens, *signs.get_size()):
-        y = _few_tokens(x, signs, in_scale) if few else _many_tokens(x, signs, in_scale, dtype, fast)
+        y = _few_tokens(x, [signs], in_scale) if few else _many_tokens(x, signs, in_scale, dtype, fast)
     else:
         # The operator looks at the number of tokens when it is called.
         return inductor.lower_to_operator(
@@ -100,6 +101,11 @@ def sign_matmul(
     return inductor.cast(y, result)
 
 
+def sign_matmul_group(x: Any, signs: Sequence[Any], in_scale: Any = None, fast: bool = False) -> Any:
+    """Lower ``dbf::sign_matmul_group``, which the passes emit for few tokens on a GPU, to one launch."""
+    return _few_tokens(x, signs, in_scale)
+
+
 def _cpu_kernel_takes(x: Any, result: torch.dtype, vectors: Sequence[Any]) -> bool:
     return (
         x.get_device().type == "cpu"
@@ -111,17 +117,22 @@ def _cpu_kernel_takes(x: Any, result: torch.dtype, vectors: Sequence[Any]) -> bo
     )
 
 
-def _few_tokens(x: Any, signs: Any, in_scale: Any) -> Any:
+def _few_tokens(x: Any, signs: Sequence[Any], in_scale: Any) -> Any:
     from dbf_compile.kernels.sign_matmul import triton_decode
 
     *leading, K = x.get_size()
-    M, N = math.prod(leading), int(signs.get_size()[0])
-    inputs = inductor.contiguous(inductor.view(x, [M, K]), signs, *([] if in_scale is None else [in_scale]))
+    M, rows = math.prod(leading), [int(one.get_size()[0]) for one in signs]
+    N = sum(rows)
+    scale = [] if in_scale is None else [in_scale]
     y = inductor.lower_to_template(
         _decode_template(),
         triton_decode.decode_blocks(inductor.size_guess(M), N, int(K)),
-        {"SCALED": in_scale is not None},
-        inputs,
+        {
+            "SCALED": in_scale is not None,
+            "MATRICES": len(rows),
+            **{f"FIRST{index}": sum(rows[:index]) for index in range(1, len(rows))},
+        },
+        inductor.contiguous(inductor.view(x, [M, K]), *signs, *scale),
         [M, N],
     )
     return inductor.view(y, [*leading, N])
@@ -163,12 +174,16 @@ def _decode_template() -> Any:
         triton_decode.decode_grid,
         triton_decode.DEVICE_FUNCTIONS,
         """
-{% if SCALED %}{{def_kernel("X", "SIGNS", "IN_SCALE")}}{% else %}{{def_kernel("X", "SIGNS")}}{% endif %}
+{% set inputs = ["X", "SIGNS0", "SIGNS1", "SIGNS2", "SIGNS3"][:MATRICES + 1] + (["IN_SCALE"] if SCALED else []) %}
+{{def_kernel(*inputs)}}
     M = {{size(None, 0)}}
     N = {{size(None, 1)}}
     K = {{size("X", 1)}}
     m, n = decode_rows(M, BLOCK_M, BLOCK_N)
-    rows = SIGNS + n * {{size("SIGNS", 1)}}
+    rows = SIGNS0 + n * {{size("SIGNS0", 1)}}
+{% for index in range(1, MATRICES) %}
+    rows = tl.where(n < FIRST{{index}}, rows, SIGNS{{index}} + (n - FIRST{{index}}) * {{size("SIGNS0", 1)}})
+{% endfor %}
     y = decode_tile(X, {{"IN_SCALE" if SCALED else "None"}}, rows, m, n, M, N, K, BLOCK_M, BLOCK_N, BLOCK_W)
 """,
     )

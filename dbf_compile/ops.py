@@ -6,6 +6,8 @@
         g_x[..., k] = Σ_n signs[n, k] · g[..., n]
     dbf::double_binary_linear(x, signs_in, signs_out, scale_in, scale_mid, scale_out, bias?, dtype?, interleaved, fast)
         the first twice: what compiled graphs call for a whole layer on the CPU
+    dbf::sign_matmul_group(x, signs, in_scale?, fast)
+        the first for several sign matrices, one result behind the other: what compiled graphs call for siblings on GPUs
 
 Sums are as exact as float32 ones (float64 for float64), whatever the dtype of x; ``fast`` allows a relative error of
 1e-4. More than 16 tokens on a GPU go through tensor cores, which in a 16-bit model read the scaled activations in its
@@ -42,6 +44,11 @@ _library.define(
 _library.define(
     "double_binary_linear(Tensor x, Tensor signs_in, Tensor signs_out, Tensor scale_in, Tensor scale_mid, "
     "Tensor scale_out, Tensor? bias=None, ScalarType? dtype=None, bool interleaved=False, bool fast=False) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+_library.define(
+    "sign_matmul_group(Tensor x, Tensor[] signs, Tensor? in_scale=None, bool fast=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -210,11 +217,24 @@ def _transposed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
+def _group(x: Tensor, signs: list[Tensor], in_scale: _Vector = None, fast: bool = False) -> Tensor:
+    return torch.cat([torch.ops.dbf.sign_matmul(x, one, in_scale, fast=fast) for one in signs], dim=-1)
+
+
+def _group_fake(x: Tensor, signs: list[Tensor], in_scale: _Vector = None, fast: bool = False) -> Tensor:
+    for one in signs:
+        _check(x, one, in_scale, None, None)
+    rows = sum(one.shape[0] for one in signs)
+    return x.new_empty((*x.shape[:-1], rows), dtype=accumulator_dtype(x.dtype))
+
+
 _library.impl("sign_matmul", _default, "CompositeExplicitAutograd")
 _library.impl("sign_matmul", _cpu, "CPU")
 _library.impl("sign_matmul", _cuda, "CUDA")
 _library.impl("sign_matmul_transposed", sign_matmul_transposed_reference, "CompositeExplicitAutograd")
 torch.library.register_fake("dbf::sign_matmul", _fake, lib=_library)
+_library.impl("sign_matmul_group", _group, "CompositeExplicitAutograd")
+torch.library.register_fake("dbf::sign_matmul_group", _group_fake, lib=_library)
 torch.library.register_fake("dbf::sign_matmul_transposed", _transposed_fake, lib=_library)
 torch.library.register_autograd("dbf::sign_matmul", _backward, setup_context=_save_for_backward, lib=_library)
 torch.library.register_autograd(

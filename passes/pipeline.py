@@ -13,6 +13,7 @@ from dbf_compile.passes.allow_fast_sums import allow_fast_sums
 from dbf_compile.passes.find_linears import find_linears
 from dbf_compile.passes.fuse_double_binary import fuse_double_binary
 from dbf_compile.passes.graph import WeightSource
+from dbf_compile.passes.group_siblings import group_siblings
 from dbf_compile.passes.merge_shared_inputs import merge_shared_inputs
 from dbf_compile.passes.replace_linears import replace_linears
 from dbf_compile.passes.share_first_stages import share_first_stages
@@ -28,7 +29,7 @@ PIPELINE: tuple[Pass, ...] = (
     verify,
 )
 
-POST_GRAD_PIPELINE: tuple[Callable[[Graph], int], ...] = (fuse_double_binary,)
+POST_GRAD_PIPELINE: tuple[Callable[[Graph], int], ...] = (fuse_double_binary, group_siblings)
 
 
 def run_pipeline(graph: Graph, source: WeightSource, fast: bool = False) -> dict[str, int]:

@@ -230,6 +230,31 @@ def test_layers_that_share_a_first_stage_share_its_memory() -> None:
     assert one.scale_in is other.scale_in
 
 
+@pytest.mark.parametrize(
+    "move",
+    [
+        pytest.param(lambda model: model.to("meta"), id="to another device and another order of signs"),
+        pytest.param(lambda model: model.to("meta").to_empty(device="cpu"), id="and back"),
+        pytest.param(lambda model: model.half().double(), id="to other dtypes"),
+    ],
+)
+def test_layers_go_on_sharing_a_first_stage_where_the_model_goes(
+    move: Callable[[nn.Module], nn.Module],
+) -> None:
+    parts = random_factors(33, 37, 50).split([20, 30])
+    one, other = move(nn.Sequential(*map(DoubleBinaryLinear, parts)))
+    for name in ("signs_in", "scale_in", "scale_mid"):
+        assert getattr(one, name) is getattr(other, name)
+
+
+def test_a_tensor_that_changed_is_not_taken_from_before() -> None:
+    factors = random_factors(33, 5, 3)
+    one = DoubleBinaryLinear(factors)
+    factors.signs_in.bitwise_xor_(1)
+    other = DoubleBinaryLinear(factors)
+    assert not torch.equal(one.signs_in, other.signs_in)
+
+
 def test_the_bias_is_trained() -> None:
     layer = DoubleBinaryLinear(random_factors(33, 5, 3), nn.Parameter(torch.zeros(3)))
     layer(x_for(33, 7)).sum().backward()

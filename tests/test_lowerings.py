@@ -9,16 +9,13 @@ import re
 
 import pytest
 from support import sass
-from support.cuda_codegen import BLOCK_TOKENS, CASES, Case, Program, generate_all
+from support.cuda_codegen import BLOCK_TOKENS, CASES, SIBLING_TOKENS, Case, Program, generate_all
 from support.cuda_interpreter import run_all
 
 pytest.importorskip("triton")
-pytestmark = [
-    pytest.mark.skipif(
-        sass.missing_tools() is not None, reason=f"cannot compile for NVIDIA: {sass.missing_tools()}"
-    ),
-    pytest.mark.xdist_group("lowerings"),  # one process generates and runs all programs
-]
+pytestmark = pytest.mark.skipif(
+    sass.missing_tools() is not None, reason=f"cannot compile for NVIDIA: {sass.missing_tools()}"
+)
 
 ON_TRITON = [case for case in CASES if case.dtype != "float64" and not case.dynamic]
 FEW = [case for case in ON_TRITON if case.M <= 16]
@@ -84,6 +81,19 @@ def test_norm_activation_and_residual_cost_no_launch_beside_the_norm(
         "the residual is read in the epilogue"
     )
     assert "decode_tile" in last or "prefill_tile" in last
+
+
+@pytest.mark.parametrize("M", SIBLING_TOKENS)
+def test_layers_factored_as_one_are_two_launches_for_few_tokens(M: int, programs: dict[str, Program]) -> None:
+    program = programs[f"siblings of {M}"]
+    kinds = [name.split("_")[1] for name in launches(program)]
+    # Scales, the cast and the concatenation that this model ends in are one kernel behind.
+    assert kinds == (["tem", "tem", "poi"] if M <= 16 else ["poi", *["tem"] * 4, "poi"])
+
+
+@pytest.mark.parametrize("M", SIBLING_TOKENS)
+def test_the_generated_program_computes_siblings(M: int, errors: dict[str, float]) -> None:
+    assert errors[f"siblings of {M}"] <= 1
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)

@@ -54,6 +54,8 @@ def test_torch_finds_nothing_wrong(shape: tuple[int, ...], dtype: torch.dtype) -
     torch.library.opcheck(sign_matmul, (randn(*shape, dtype=dtype).requires_grad_(), words()))
     g = randn(*shape[:-1], 5, dtype=dtype).requires_grad_()
     torch.library.opcheck(sign_matmul_transposed, (g, words(), 33))
+    group = (randn(*shape, dtype=dtype), [words(), words(3)], randn(33))
+    torch.library.opcheck(torch.ops.dbf.sign_matmul_group, group)
 
 
 @pytest.mark.parametrize("cols", [1, 31, 32, 33])

@@ -53,6 +53,7 @@ CASES = (
 
 
 BLOCK_TOKENS = (1, 64)
+SIBLING_TOKENS = (1, 6, 64)
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,23 @@ def main() -> None:
     """Print the programs of all cases as JSON."""
     pretend_cuda()
     programs = {str(case): _generate_layer(case) for case in CASES}
+    programs |= {f"siblings of {M}": _generate(Siblings(), M, 256, torch.bfloat16) for M in SIBLING_TOKENS}
     programs |= {f"block of {M}": _generate(_Block(), M, 256, torch.bfloat16) for M in BLOCK_TOKENS}
     print(json.dumps({name: asdict(program) for name, program in programs.items()}))
+
+
+class Siblings(torch.nn.Module):
+    """Three layers that were factored as one and have their first stage in common, as q, k and v."""
+
+    ROWS = (320, 96, 33)
+
+    def __init__(self) -> None:
+        super().__init__()
+        stacked = random_factors(256, 192, sum(self.ROWS))
+        self.layers = torch.nn.ModuleList(map(DoubleBinaryLinear, stacked.split(self.ROWS)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([layer(x) for layer in self.layers], dim=-1)
 
 
 class _Block(torch.nn.Module):
@@ -131,10 +147,13 @@ def _generate(model: torch.nn.Module, M: int, K: int, dtype: torch.dtype, dynami
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     torch.compiler.reset()
+    moved: dict[int, torch.Tensor] = {}  # what layers share, they go on sharing
     with FakeTensorMode(shape_env=ShapeEnv()), torch.no_grad():
         for module in model.modules():
             for name, tensor in [*module.named_buffers(recurse=False)]:
-                setattr(module, name, torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda"))
+                if id(tensor) not in moved:
+                    moved[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+                setattr(module, name, moved[id(tensor)])
             for name, tensor in [*module.named_parameters(recurse=False)]:
                 made = torch.empty(tensor.shape, dtype=dtype, device="cuda")
                 setattr(module, name, Parameter(made, requires_grad=False))

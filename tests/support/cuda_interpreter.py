@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import json
 import math
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from support.cuda_codegen import CASES, Case, Program, run_program
+from support.cuda_codegen import CASES, SIBLING_TOKENS, Case, Program, Siblings, run_program
 from support.interpreter import let_dot_widen_bfloat16
 from support.strategies import random_factors
 
@@ -39,6 +40,9 @@ def main() -> None:
     programs = {name: Program(**fields) for name, fields in json.load(sys.stdin).items()}
     with TemporaryDirectory() as folder:
         worst = {str(case): _worst(case, programs[str(case)], Path(folder, str(case))) for case in CASES}
+        for M in SIBLING_TOKENS:
+            name = f"siblings of {M}"
+            worst[name] = _worst_of_siblings(M, programs[name], Path(folder, name))
     print(json.dumps(worst))
 
 
@@ -65,6 +69,22 @@ def _worst(case: Case, program: Program, folder: Path) -> float:
     # On the whole, errors cancel: what is summed has random signs.
     together = error.norm() / ((sums / 16 + narrow + result) * truth.norm())
     return max(each, together.nan_to_num(nan=math.inf).item())
+
+
+def _worst_of_siblings(M: int, program: Program, folder: Path) -> float:
+    model = Siblings()
+    x = torch.randn(M, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    first, *others = [layer.factors for layer in model.layers]
+    inputs = [x, *first.tensors().values()]
+    for factors in others:
+        inputs += [factors.signs_out, factors.scale_out]
+    shapes = [eval(shape) for shape in re.findall(r"assert_size_stride\(arg\d+_1, (\(.*?\)), ", program.call)]
+    assert sorted(shapes) == sorted(tuple(tensor.shape) for tensor in inputs)
+    (y,) = _load(program, folder)(None, list(inputs))
+    truth = torch.cat([x.double() @ layer.factors.dense(torch.float64).T for layer in model.layers], dim=-1)
+    error = (y.double() - truth).norm() / truth.norm()
+    # One rounding of the result, which the interpreter cuts off, and for tensor cores one of the operands of each stage.
+    return (error / torch.finfo(torch.bfloat16).eps / (1 if M <= 16 else 2)).nan_to_num(nan=math.inf).item()
 
 
 def factors_of_ones(factors: Any) -> torch.Tensor:

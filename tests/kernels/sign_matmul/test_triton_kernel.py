@@ -22,7 +22,6 @@ from dbf_compile.kernels.sign_matmul.triton_prefill import (
     term_count,
 )
 
-pytestmark = pytest.mark.xdist_group("interpreter")  # one process runs all cases
 sizes = st.integers(1, 2**15)
 
 
