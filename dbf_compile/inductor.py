@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -235,9 +234,8 @@ def lower_to_out_call(
     return ir.TensorBox.create(call)
 
 
-@cache
 def triton_template(name: str, grid: Callable[..., Any], source: str) -> TritonTemplate:
-    """Return a Triton kernel that Inductor completes with what it fuses; once per process for each name.
+    """Return a Triton kernel that Inductor completes with what it fuses; a name is good for one template.
 
     Args:
         name: of the template.

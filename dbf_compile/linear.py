@@ -76,9 +76,9 @@ class DoubleBinaryLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output [..., N] for x [..., K], in the dtype a dense layer would give."""
         device, dtype = x.device.type, x.dtype
-        # Autocast knows no meta device, and leaves float64 alone.
-        if dtype != torch.float64 and torch.amp.is_autocast_available(device):
-            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+        # Autocast knows no meta device, and leaves float64 alone. (Dynamo cannot ask torch.amp before torch 2.12.)
+        if dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
         return double_binary_linear(
             x,
             self.signs_in,
