@@ -64,7 +64,9 @@ def dbf(
     factorizer = LayerFactorizer(settings, settings.importance, settings.checkpoint)
     copy = inductor.copy_graph(gm)
     weights = _GraphWeights(copy, example_inputs, factorizer)
-    _log.info("rewrites by pass: %s", run_pipeline(copy.graph, weights, settings.accuracy == "fast"))
+    with inductor.symbolic_sizes():
+        rewrites = run_pipeline(copy.graph, weights, settings.accuracy == "fast")
+    _log.info("rewrites by pass: %s", rewrites)
     copy.recompile()
     inputs = [*example_inputs, *weights.fake_inputs]
     compiled = inductor.compile_graph(copy, inputs, patches, weights.fingerprint(), run_post_grad_pipeline)

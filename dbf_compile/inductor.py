@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.backends.registry import lookup_backend as _lookup_backend
 from torch._guards import TracingContext
 from torch._inductor import config, ir, list_mode_options
@@ -44,6 +46,11 @@ def copy_graph(gm: GraphModule) -> GraphModule:
         sources: Any = gm._param_name_to_source
         object.__setattr__(copy, "_param_name_to_source", dict(sources))
     return copy
+
+
+def symbolic_sizes() -> AbstractContextManager[Any]:
+    """Return a context in which torch functions take fake tensors of symbolic sizes; as of torch 2.13 they do anyway."""
+    return enable_python_dispatcher() if torch.__version__ < (2, 13) else nullcontext()
 
 
 def is_static_input(node: Node) -> bool:
