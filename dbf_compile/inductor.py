@@ -50,7 +50,7 @@ def copy_graph(gm: GraphModule) -> GraphModule:
 
 def symbolic_sizes() -> AbstractContextManager[Any]:
     """Return a context in which torch functions take fake tensors of symbolic sizes; as of torch 2.13 they do anyway."""
-    return enable_python_dispatcher() if torch.__version__ < (2, 13) else nullcontext()
+    return enable_python_dispatcher() if torch.__version__ < "2.13" else nullcontext()
 
 
 def is_static_input(node: Node) -> bool:
