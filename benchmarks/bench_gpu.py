@@ -12,6 +12,7 @@ cache and ``mode="reduce-overhead"``. GemLite joins in where it is installed: pi
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -115,6 +116,7 @@ def check(device: str, large: list[tuple[int, int]]) -> None:
         device: of all tensors.
         large: shapes beside odd ones, rows and columns.
     """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses to be deterministic
     torch.manual_seed(time.time_ns() % 2**31)
     # Deterministic algorithms fill new memory with NaN: what a kernel forgets is seen.
     torch.use_deterministic_algorithms(True)
