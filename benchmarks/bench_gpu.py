@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from decode_cpu import MODELS as SIZES
 from decode_cpu import factored_layers, meta_model, random_factors
 from measure import commit, write_results
 from torch import Tensor, nn
@@ -46,25 +47,8 @@ SHAPES = {
 }
 TOKENS = (1, 2, 4, 8, 16, 512, 2048, 4096)
 MODELS = {
-    "llama-2-7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 32000,
-        "tie_word_embeddings": False,
-    },
-    "qwen3-0.6b": {
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "tie_word_embeddings": True,
-    },
+    "llama-2-7b": {**SIZES["llama-2-7b, 4 layers"], "num_hidden_layers": 32},
+    "qwen3-0.6b": SIZES["qwen3-0.6b"],
 }
 VARIANTS = ("bf16 inductor", "dbf 1 bit", "dbf 1.5 bit", "dbf 2 bit")
 PARTS = ("check", "layers", "models")

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from dbf_compile import signs as layout
+from dbf_compile.kernels.sign_matmul.triton_common import store_tile
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no stubs, and types the arguments at launch
@@ -153,11 +154,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     m, n = decode_rows(M, BLOCK_M, BLOCK_N)
     rows = signs_ptr + n * tl.cdiv(K, 32)
     y = decode_tile(x_ptr, in_scale_ptr, rows, m, n, M, N, K, BLOCK_M, BLOCK_N, BLOCK_W)
-    if out_scale_ptr is not None:
-        y = y * tl.load(out_scale_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    if bias_ptr is not None:
-        y = y + tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + m[:, None] * N + n[None, :], y, mask=(m[:, None] < M) & (n[None, :] < N))
+    store_tile(y_ptr, y, m, n, M, N, out_scale_ptr, bias_ptr)
 
 
 # What a template needs beside its own text, callees first.

@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dbf_compile.kernels.sign_matmul.triton_common import store_tile
+
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no stubs, and types the arguments at launch
 def prefill_tile(  # type: ignore[no-untyped-def]
@@ -106,11 +108,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     m, n = prefill_rows(M, N, BLOCK_M, BLOCK_N)
     rows = signs_ptr + n * tl.cdiv(K, 32)
     y = prefill_tile(x_ptr, rows, m, n, M, N, K, TERMS, BLOCK_M, BLOCK_N, BLOCK_K)
-    if out_scale_ptr is not None:
-        y = y * tl.load(out_scale_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    if bias_ptr is not None:
-        y = y + tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + m[:, None] * N + n[None, :], y, mask=(m[:, None] < M) & (n[None, :] < N))
+    store_tile(y_ptr, y, m, n, M, N, out_scale_ptr, bias_ptr)
 
 
 # What a template needs beside its own text, callees first.
