@@ -19,6 +19,7 @@ from dbf_compile.errors import OptionError
 DENSE_BY_DEFAULT = ("*lm_head", "*embed_out", "*predictions.decoder", "*output_projection", "*proj_out")
 MIN_BITS, MAX_BITS = 0.05, 16.0
 ACCURACIES = ("exact", "fast")
+PRESETS = {"fast": 200, "balanced": 600, "best": 6000}  # iterations of the factorizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,8 @@ class CompressionConfig:
         overrides: bits per weight for layers whose name matches a pattern (``fnmatch``); the first match wins.
         skip: name patterns of layers that stay dense.
         merge_shared_inputs: factor layers that read one input (q/k/v, gate/up) as one stacked weight.
-        iterations: outer iterations of ADMM.
+        preset: "fast", "balanced" or "best": how long the factorizer searches, about 1 : 3 : 30.
+        iterations: iterations of the factorizer; None for those of the preset.
         seed: seed of the start; equal seeds give equal factors.
         cache_dir: folder of the factor cache; None for the user's cache folder.
         progress: show a progress bar while factoring.
@@ -40,7 +42,8 @@ class CompressionConfig:
     overrides: Mapping[str, float] = field(default_factory=dict)
     skip: tuple[str, ...] = DENSE_BY_DEFAULT
     merge_shared_inputs: bool = True
-    iterations: int = 260
+    preset: str = "balanced"
+    iterations: int | None = None
     seed: int = 0
     cache_dir: str | None = None
     progress: bool = True
@@ -53,8 +56,12 @@ class CompressionConfig:
                     f"{MIN_BITS} to {MAX_BITS}",
                     "use 2.0 for quality near dense, 1.0 for size",
                 )
-        if self.iterations < 1:
-            raise OptionError(f"iterations={self.iterations}", "1 or more", "leave the default of 260")
+        if self.preset not in PRESETS:
+            raise OptionError(
+                f"preset={self.preset!r}", ", ".join(map(repr, PRESETS)), "leave it out for 'balanced'"
+            )
+        if self.iterations is not None and self.iterations < 1:
+            raise OptionError(f"iterations={self.iterations}", "1 or more", "leave it out and set preset")
 
     def bits_for(self, name: str) -> float:
         """Return the bits per weight wanted for the layer ``name``."""
@@ -101,6 +108,10 @@ _Config = TypeVar("_Config", bound=CompressionConfig)
 _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "float": ("a number", lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)),
     "int": ("a whole number", lambda v: isinstance(v, int) and not isinstance(v, bool)),
+    "int | None": (
+        "a whole number or None",
+        lambda v: v is None or (isinstance(v, int) and not isinstance(v, bool)),
+    ),
     "bool": ("True or False", lambda v: isinstance(v, bool)),
     "str": ("a string", lambda v: isinstance(v, str)),
     "str | None": ("a string, a path or None", lambda v: v is None or isinstance(v, (str, Path))),

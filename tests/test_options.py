@@ -22,6 +22,7 @@ RIGHT: dict[str, Any] = {
     "overrides": {"*.down_proj": 3.0},
     "skip": ["*head"],
     "merge_shared_inputs": False,
+    "preset": "fast",
     "iterations": 7,
     "seed": 3,
     "cache_dir": "/tmp/factors",
@@ -37,7 +38,8 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "overrides": (None, 2.0, [("a", 2.0)], {"a": "2"}, {1: 2.0}, {"a": True}),
     "skip": ("lm_head", None, [1], {"a": 1}),
     "merge_shared_inputs": (0, "yes", None),
-    "iterations": (1.0, "7", True, None),
+    "preset": (None, 3, True),
+    "iterations": (1.0, "7", True),
     "seed": (1.0, "7", False, None),
     "cache_dir": (3, ["a"], True),
     "progress": (1, "no", None),
@@ -125,6 +127,11 @@ def test_bits_outside_their_range_are_refused_wherever_they_stand(bits: float) -
 def test_iterations_below_one_are_refused(iterations: int) -> None:
     with pytest.raises(OptionError, match=f"iterations={iterations}; allowed: 1 or more"):
         CompressionConfig(iterations=iterations)
+
+
+def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(OptionError, match="'fast', 'balanced', 'best'"):
+        CompressionConfig(preset="slow")
 
 
 def test_the_first_matching_override_wins() -> None:

@@ -1,37 +1,46 @@
 """ADMM for one weight: a dense matrix into double binary factors, weighted by importance.
 
-    min  ‖ D_rows · (W − Ŵ) · D_columns ‖²
+    min  tr(L · E · R · Eᵀ)            E = W − Ŵ;  L and R as in ``importance``, diagonal or whole
     Ŵ = diag(scale_out) · signs_out · diag(scale_mid) · signs_in · diag(scale_in)
 
 Source: Boža and Macko, "Addition is almost all you need: Compressing neural networks with double binary
-factorization" (arXiv 2505.11076); constants and order of updates as in the authors' notebooks.
+factorization" (arXiv 2505.11076). Same splitting; updates and schedule are our own, found by search on pretrained
+weights (``benchmarks/results/factorizer.md`` has the experiments).
 
-The weighted matrix [N, K] is approximated by ``leftᵀ · right`` with left [R, N] and right [R, K], in turns.
-Each turn fixes one factor, its rows scaled to norm 1, as ``basis``, and improves the other by these
-inner iterations:
+The weighted matrix [P, Q] is approximated by ``leftᵀ · right`` with left [M, P] and right [M, Q], in turns. Each
+turn takes one factor, its rows scaled to norm 1, as ``basis`` and moves the other once:
 
-    solution = (basis · basisᵀ + (ridge + rho) I)⁻¹ (basis · target + rho (primal − dual))
-    primal   = project(solution + dual)              signs with a rank-one magnitude
-    dual     = dual + solution − primal
+    solution = (basis · basisᵀ + (ridge + rho) I)⁻¹ (basis · target + rho (primal − leak · dual))
+    point    = relaxation · solution + (1 − relaxation) · primal + leak · dual
+    primal   = project(point)                         signs with a rank-one magnitude
+    dual     = point − primal
+    basis'   = averaging · basis' + (1 − averaging) · (primal, rows scaled to norm 1)
 
-In outer iteration t of T, rho is (t / (T − 3))³ in the first inner iteration and 1 in the others. A matrix
-with N ≥ K is factored transposed, so that the factor on the short side is updated first.
+with basis' what the other factor's turn will see. While ``progress`` goes from 0 to 1:
 
-Differs from the notebooks:
+    ridge       0.32 → 0.004    geometric     early the basis is about to change: trust it less
+    rho         0.16 → 0.95     geometric     the pull towards signs; as it grows, signs freeze
+    relaxation  0.75 → 1.2
+    leak        0.91 → 0.96                   the dual forgets within some twenty turns
+    averaging   0    → 0.48                   late the basis is a mean of its last two or three
 
-* The power iteration starts from ones (see ``projection``). The only random numbers are the start of
-  ``right``: that of ``left`` is never read, for rho is 0 when it would be.
-* One scalar is fitted at the end. It undoes what the ridge shrinks and bounds the error by that of zeros.
-* The size of the weight is spread evenly over the three scales, which are rounded to float16.
+With whole metrics L̃, R̃ (unit diagonals) the solve of a turn becomes
 
-Known to be missing: size annealing (later version of the paper), full curvature in place of its diagonal,
-refinement of single signs.
+    basis · L̃ · basisᵀ = V μ Vᵀ,  R̃ = U λ Uᵀ
+    solution = V [ (Vᵀ (basis · L̃ · target · R̃ + rho (primal − leak · dual)) U) ⊘ (μ λᵀ + ridge + rho) ] Uᵀ
 
-Shape letters: K in_features, R mid_features, N out_features; Q is N or K.
+Differs from the paper, besides: one solve and one Cholesky factorization a turn instead of three and two inverses;
+the power iteration of ``project`` goes on from the last magnitude; the result is refined (``refine``); the size of
+the weight is spread evenly over the three scales, which are rounded to float16.
+
+Shape letters: K in_features, N out_features, M mid_features (R elsewhere, where no curvature has that name);
+P, Q are N, K, or K, N where N ≥ K: the factor on the short side moves first.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -39,47 +48,42 @@ import torch
 from torch import Tensor
 
 from dbf_compile.compression.importance import Importance, WeightedWeight
-from dbf_compile.compression.projection import POWER_ITERATIONS, half_scales, project, signs_of
+from dbf_compile.compression.projection import half_scales, rank_one, signs_of
+from dbf_compile.compression.refine import Product, refine
 from dbf_compile.errors import OptionError, WeightError
 from dbf_compile.factors import DoubleBinaryFactors
+from dbf_compile.options import PRESETS
 from dbf_compile.signs import pack_signs
 
 _TINY = 1e-12  # the notebooks' floor on norms
+_POWER_ITERATIONS = 2  # a turn; they go on from the magnitude of the last one
 
 
 @dataclass(frozen=True, kw_only=True)
 class FactorizerConfig:
-    """Settings of the factorizer; the defaults are those of the paper's authors.
+    """Settings of the factorizer.
 
     Args:
-        iterations: outer iterations; each updates both factors. Time grows with it in proportion.
-        inner_iterations: solves per factor and outer iteration.
-        ridge: added to the diagonal of the normal equations, in units of its mean.
-        power_iterations: power iterations per projection.
+        iterations: turns of each factor; ``PRESETS`` has usual numbers. The schedule is stretched over them:
+            more give smaller errors, about 2 % for every doubling.
+        sweeps: passes of refinement at the end.
         seed: of the random start; equal seeds give equal factors.
 
     Raises:
         OptionError: a value is of the wrong type or range.
     """
 
-    iterations: int = 260
-    inner_iterations: int = 3
-    ridge: float = 0.03
-    power_iterations: int = POWER_ITERATIONS
+    iterations: int = PRESETS["balanced"]
+    sweeps: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, low in (("iterations", 1), ("inner_iterations", 1), ("power_iterations", 1), ("seed", 0)):
+        for name, low in (("iterations", 1), ("sweeps", 0), ("seed", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**63:
                 raise OptionError(
                     f"{name}={value!r}", f"a whole number of {low} or more", f"leave {name} at its default"
                 )
-        if not isinstance(self.ridge, (int, float)) or not 1e-4 <= self.ridge <= 1e4:
-            # Below 1e-4 the normal equations of parallel rows are singular in float32.
-            raise OptionError(
-                f"ridge={self.ridge!r}", "a number from 1e-4 to 1e4", "leave ridge at its default"
-            )
 
 
 class HasDense(Protocol):
@@ -89,12 +93,13 @@ class HasDense(Protocol):
         """Return the weight [N, K] in ``dtype``."""
 
 
-@torch.no_grad()
 def factorize(
     weight: Tensor,
     mid_features: int,
     importance: Importance | None = None,
     config: FactorizerConfig = FactorizerConfig(),
+    *,
+    progress: Callable[[float], object] | None = None,
 ) -> DoubleBinaryFactors:
     """Factor a dense weight: ``weight [N, K] ≈ factors.dense()``.
 
@@ -102,10 +107,12 @@ def factorize(
     order of float32 sums, and with it single signs. Neither reads nor moves the global random state.
 
     Args:
-        weight: floating point [N, K], any device; computed in float32 on that device.
-        mid_features: R, 1 or more.
+        weight: floating point [N, K], any device; computed in float32 on that device, in about 12 times the
+            memory of the weight in float32 at 2 bits.
+        mid_features: 1 or more.
         importance: second moments of the layer, or None to weigh all entries alike.
         config: settings.
+        progress: called after every iteration with the fraction done, 0 to 1.
 
     Returns:
         Factors on the device of the weight, scales in float16 with equal root mean squares.
@@ -114,32 +121,71 @@ def factorize(
         WeightError: weight, importance or ``mid_features`` cannot be factored, or the scales do not fit
         float16.
     """
+    return factorize_batch([weight], mid_features, [importance], config, progress=progress)[0]
+
+
+@torch.no_grad()
+def factorize_batch(
+    weights: Sequence[Tensor],
+    mid_features: int,
+    importances: Sequence[Importance | None] | None = None,
+    config: FactorizerConfig = FactorizerConfig(),
+    *,
+    progress: Callable[[float], object] | None = None,
+) -> list[DoubleBinaryFactors]:
+    """Factor weights of one shape together, which keeps a GPU busy where each is small.
+
+    Args:
+        weights: floating point [N, K], all of one shape on one device.
+        mid_features: 1 or more.
+        importances: of each weight, or None for none; all diagonal or all whole on either side.
+        config: settings; every weight starts from the same random numbers.
+        progress: called after every iteration with the fraction done, 0 to 1.
+
+    Returns:
+        The factors of each weight, as :func:`factorize` would make them up to the order of float32 sums.
+
+    Raises:
+        WeightError: as for :func:`factorize`, or the weights cannot be put into one batch.
+    """
     if not isinstance(mid_features, int) or isinstance(mid_features, bool) or mid_features < 1:
         raise WeightError(
             f"mid_features={mid_features!r}",
             "a whole number of 1 or more",
             "give the layer more bits per weight",
         )
+    importances = [None] * len(weights) if importances is None else importances
     # Autocast would turn the products below into bfloat16.
-    with torch.autocast(weight.device.type if isinstance(weight, Tensor) else "cpu", enabled=False):
-        given = WeightedWeight.of(weight, importance)
-        tall = weight.shape[0] >= weight.shape[1]
-        left, middle, right = _alternate(given.matrix.T if tall else given.matrix, mid_features, config)
-        outer, inner = (right, left) if tall else (left, right)
-        scale_in, scale_mid, scale_out = half_scales(
-            given.unit, inner.columns / given.columns, middle, outer.columns / given.rows
-        )
-        signs_in, signs_out = signs_of(inner.primal), signs_of(outer.primal).T
-        return DoubleBinaryFactors(
-            pack_signs(signs_in), pack_signs(signs_out), scale_in, scale_mid, scale_out
-        )
+    device_type = weights[0].device.type if len(weights) and isinstance(weights[0], Tensor) else "cpu"
+    with torch.autocast(device_type, enabled=False):
+        given = [WeightedWeight.of(*pair) for pair in zip(weights, importances, strict=True)]
+        problem = _Problem.of(given)
+        products = _alternate(problem, mid_features, config, progress)
+        made = []
+        for item, product in zip(given, products, strict=True):
+            # Refined the way it was made, so that a transposed weight gets the transposed factors.
+            if problem.transposed:
+                metrics = item.column_metric, item.row_metric
+                product = refine(item.matrix.T.contiguous(), product, *metrics, config.sweeps).transposed
+            else:
+                product = refine(item.matrix, product, item.row_metric, item.column_metric, config.sweeps)
+            scales = half_scales(
+                item.unit,
+                product.scale_in / item.columns,
+                product.scale_mid,
+                product.scale_out / item.rows,
+            )
+            made.append(
+                DoubleBinaryFactors(pack_signs(product.signs_in), pack_signs(product.signs_out), *scales)
+            )
+        return made
 
 
 @torch.no_grad()
 def weighted_error(
     weight: Tensor, approximation: Tensor | HasDense, importance: Importance | None = None
 ) -> float:
-    """Return the relative squared error: ``‖D_rows (W − Ŵ) D_columns‖² / ‖D_rows W D_columns‖²``.
+    """Return the relative error: ``tr(L E R Eᵀ) / tr(L W R Wᵀ)``, with diagonals the relative squared error.
 
     1 is the error of zeros. For a weight of zeros it is 0 where the approximation is zero as well, else
     infinite.
@@ -147,7 +193,7 @@ def weighted_error(
     Args:
         weight: floating point [N, K].
         approximation: Ŵ, a matrix [N, K] or factors that have ``dense``.
-        importance: the weights of rows and columns; None for the plain Frobenius norm.
+        importance: L and R; None for the plain Frobenius norm.
 
     Raises:
         WeightError: the weight or its importance is not valid, or the approximation has another shape.
@@ -163,83 +209,193 @@ def weighted_error(
     peak = weight.abs().amax().double()
     if float(peak) == 0.0:
         return 0.0 if not bool(dense.any()) else float("inf")
-    weights = given.rows.double()[:, None] * given.columns.double()
+
+    def size(matrix: Tensor) -> Tensor:
+        matrix = given.rows.double()[:, None] * matrix * given.columns.double()
+        left = matrix if given.row_metric is None else given.row_metric.double() @ matrix
+        right = left if given.column_metric is None else left @ given.column_metric.double()
+        return (matrix * right).sum()
+
     exact = weight.double() / peak
-    missed = (weights * (exact - dense.to(weight.device).double() / peak)).square().sum()
-    return float(missed / (weights * exact).square().sum())
+    return float(size(exact - dense.to(weight.device).double() / peak) / size(exact))
 
 
-class _Factor(NamedTuple):
-    """A factor on its way: ``primal [R, Q] = signs ⊙ (rows [R] · columns [Q]ᵀ)``, and its ``dual [R, Q]``."""
+class _Step(NamedTuple):
+    """The schedule at one moment; see the head of this file."""
 
-    primal: Tensor
-    dual: Tensor
-    rows: Tensor
-    columns: Tensor
+    ridge: float
+    rho: float
+    relaxation: float
+    leak: float
+    averaging: float
 
-    def basis(self) -> Tensor:
-        """Return ``primal`` with its rows scaled to norm 1."""
-        # The norms of the rows are ``rows``, since ``columns`` has norm 1.
-        return self.primal / (self.rows[:, None] + _TINY)
+
+def _schedule(iterations: int) -> Iterator[_Step]:
+    for step in range(iterations):
+        progress = step / max(1, iterations - 1)
+        yield _Step(
+            ridge=_geometric(0.32, 0.004, progress**2.2),
+            rho=_geometric(0.16, 0.95, progress**1.4),
+            relaxation=0.75 + 0.45 * progress,
+            leak=0.91 + 0.05 * progress,
+            averaging=0.48 * progress,
+        )
+
+
+def _geometric(start: float, end: float, progress: float) -> float:
+    return start * math.exp(progress * math.log(end / start))
+
+
+class _Turn(NamedTuple):
+    """What the turn of a factor [B, M, Q] needs besides the basis [B, M, P].
+
+    Args:
+        target: the weighted matrix between the metrics, ``L̃ W̃ R̃`` [B, P, Q].
+        basis_metric: L̃ [B, P, P], or None for the identity.
+        spectrum: eigenvalues λ [B, 1, Q] and eigenvectors U [B, Q, Q] of R̃, or None for the identity.
+    """
+
+    target: Tensor
+    basis_metric: Tensor | None
+    spectrum: tuple[Tensor, Tensor] | None
+
+
+class _Problem(NamedTuple):
+    """A batch of weighted matrices [B, P, Q], P ≤ Q, and the turns of the left and the right factor."""
+
+    left: _Turn
+    right: _Turn
+    transposed: bool
+    zeros: Tensor
+
+    @staticmethod
+    def of(given: Sequence[WeightedWeight]) -> _Problem:
+        kinds = {
+            (g.matrix.shape, g.matrix.device, g.row_metric is None, g.column_metric is None) for g in given
+        }
+        if len(kinds) != 1:
+            shapes = sorted({tuple(g.matrix.shape) for g in given})
+            raise WeightError(
+                f"a batch of {len(given)} weights of shapes {shapes} with {len(kinds)} kinds of importance",
+                "weights of one shape and device, with diagonal or with whole moments",
+                "factor them one by one",
+            )
+        matrix = torch.stack([g.matrix for g in given])
+        rows, columns = (
+            _stack([getattr(g, name) for g in given]) for name in ("row_metric", "column_metric")
+        )
+        transposed = matrix.shape[1] >= matrix.shape[2]
+        if transposed:
+            matrix, rows, columns = matrix.mT.contiguous(), columns, rows
+        target = matrix if rows is None else rows @ matrix
+        target = (target if columns is None else target @ columns).contiguous()
+        zeros = ~matrix.flatten(1).any(1)
+        return _Problem(
+            _Turn(target.mT, columns, _spectrum(rows)),
+            _Turn(target, rows, _spectrum(columns)),
+            transposed,
+            zeros,
+        )
+
+
+def _stack(metrics: Sequence[Tensor | None]) -> Tensor | None:
+    return None if metrics[0] is None else torch.stack([m for m in metrics if m is not None])
+
+
+def _spectrum(metric: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    if metric is None:
+        return None
+    values, vectors = torch.linalg.eigh(metric)
+    return values.clamp_min(0).unsqueeze(-2), vectors
+
+
+class _Factor:
+    """A factor on its way, [B, M, Q], with all the memory that its turns need.
+
+    Attributes:
+        primal: ``signs ⊙ (rows · columnsᵀ)``.
+        dual: what the projections have left over.
+        rows: norms of the rows of ``primal`` [B, M].
+        columns: the other side of its magnitude [B, Q], of norm 1.
+        basis: what the turns of the other factor see.
+    """
+
+    def __init__(self, primal: Tensor) -> None:
+        batch, _, size = primal.shape
+        self.primal = primal.contiguous()
+        self.dual = torch.zeros_like(self.primal)
+        self.rows = torch.linalg.vector_norm(self.primal, dim=-1)
+        self.columns = primal.new_full((batch, size), size**-0.5)
+        self.basis = self.primal / (self.rows[..., None] + _TINY)
+        # Fresh memory costs more than the element-wise steps that write to it.
+        self._wanted, self._point = torch.empty_like(self.primal), torch.empty_like(self.primal)
+
+    def move(self, turn: _Turn, basis: Tensor, step: _Step) -> None:
+        """Take a turn on ``basis [B, M, P]``."""
+        wanted, point = self._wanted, self._point
+        torch.matmul(basis, turn.target, out=wanted)
+        wanted.add_(torch.sub(self.primal, self.dual, alpha=step.leak, out=point), alpha=step.rho)
+        _solve(turn, basis, wanted, step, out=point)
+        torch.lerp(self.primal, point, step.relaxation, out=point).add_(self.dual, alpha=step.leak)
+        self.rows, self.columns = rank_one(torch.abs(point, out=wanted), _POWER_ITERATIONS, self.columns)
+        torch.mul(self.rows[..., None], self.columns[..., None, :], out=self.primal).copysign_(point)
+        torch.sub(point, self.primal, out=self.dual)
+        unit = torch.div(self.primal, self.rows[..., None] + _TINY, out=wanted)
+        torch.lerp(unit, self.basis, step.averaging, out=self.basis)
+        self.basis /= torch.linalg.vector_norm(self.basis, dim=-1, keepdim=True) + _TINY
 
 
 def _alternate(
-    matrix: Tensor, mid_features: int, config: FactorizerConfig
-) -> tuple[_Factor, Tensor, _Factor]:
-    """Return left [R, P], middle [R] and right [R, Q] of ``matrix [P, Q]``.
-
-    ``matrix ≈ (signs_left ⊙ columns_left)ᵀ · diag(middle) · (signs_right ⊙ columns_right)``
-    """
-    left, right = (_start(mid_features, size, config.seed, matrix.device) for size in matrix.shape)
-    if not bool(matrix.any()):
-        return left, torch.zeros_like(left.rows), right
-    for step in range(config.iterations):
-        rho = min(1.0, step / max(1, config.iterations - 3)) ** 3
-        left = _improve(left, right.basis(), matrix.T, rho, config)
-        right = _improve(right, left.basis(), matrix, rho, config)
-    approximation = left.basis().T @ right.primal
-    fit = (matrix * approximation).sum() / approximation.square().sum().clamp_min(_TINY)
-    return left, fit * right.rows * (left.rows / (left.rows + _TINY)), right
-
-
-def _start(mid_features: int, size: int, seed: int, device: torch.device) -> _Factor:
-    # Drawn on the CPU, so that all devices start alike.
-    generator = torch.Generator().manual_seed(seed)
-    primal = torch.randn(mid_features, size, generator=generator, dtype=torch.float32, device="cpu").to(
-        device
-    )
-    return _Factor(primal, torch.zeros_like(primal), primal.norm(dim=1), torch.ones_like(primal[0]))
-
-
-def _improve(factor: _Factor, basis: Tensor, target: Tensor, rho: float, config: FactorizerConfig) -> _Factor:
-    """Return ``factor [R, Q]`` after the inner iterations on ``basis [R, P]``, ``target [P, Q]``."""
-    normal = basis @ basis.T
-    normal.diagonal().add_(config.ridge * normal.diagonal().mean())
-    wanted = basis @ target
-    inverse = _inverse(normal, rho)
-    for inner in range(config.inner_iterations):
-        if inner == 1:
-            rho, inverse = 1.0, _inverse(normal, 1.0)
-        solution = inverse @ torch.add(wanted, factor.primal - factor.dual, alpha=rho)
-        total = solution.add_(factor.dual)
-        primal, rows, columns = project(total, config.power_iterations)
-        factor = _Factor(primal, total.sub_(primal), rows, columns)
-    return factor
-
-
-def _inverse(normal: Tensor, rho: float) -> Tensor:
-    """Return ``(normal + rho I)⁻¹``; the ridge in ``normal`` bounds its condition number by 1 + R / ridge.
-
-    One product with the inverse takes less time than two triangular solves, and keeps the row-major layout
-    that the element-wise steps after it need: 18 % of the whole on 1536 x 384, R = 307, one core.
-    """
-    shifted = normal.clone()
-    shifted.diagonal().add_(rho)
-    factor, failed = torch.linalg.cholesky_ex(shifted)
-    if bool(failed):
+    problem: _Problem, mid_features: int, config: FactorizerConfig, progress: Callable[[float], object] | None
+) -> list[Product]:
+    """Return a product for every matrix of the batch, transposed as the problem is."""
+    batch, left_size, right_size = problem.right.target.shape
+    # Drawn on the CPU, so that all devices start alike. Zeros for the left factor, which moves first, let the whole
+    # turn with the signs and the order of its side.
+    generator = torch.Generator().manual_seed(config.seed)
+    drawn = torch.randn(mid_features, right_size, generator=generator, dtype=torch.float32, device="cpu")
+    right = _Factor(drawn.to(problem.zeros.device).expand(batch, -1, -1))
+    left = _Factor(right.primal.new_zeros(batch, mid_features, left_size))
+    for done, step in enumerate(_schedule(config.iterations), start=1):
+        left.move(problem.left, right.basis, step)
+        right.move(problem.right, left.basis, step)
+        if progress is not None:
+            progress(done / config.iterations)
+    if not bool(torch.isfinite(right.rows).all()):
         raise WeightError(
             "normal equations that are not positive definite",
             "float32 products of full precision",
-            "turn TF32 off while factoring, or raise ridge",
+            "turn TF32 off while factoring",
         )
-    return torch.cholesky_inverse(factor)
+    middle = torch.where(problem.zeros[:, None], 0.0, right.rows)
+    products = []
+    for index in range(batch):
+        products.append(
+            Product(
+                signs_of(left.primal[index]).T,
+                signs_of(right.primal[index]),
+                left.columns[index],
+                middle[index],
+                right.columns[index],
+            )
+        )
+    return products
+
+
+def _solve(turn: _Turn, basis: Tensor, wanted: Tensor, step: _Step, out: Tensor) -> None:
+    """Write to ``out`` the V that solves the normal equations with the right side ``wanted``; see the head."""
+    normal = (basis if turn.basis_metric is None else basis @ turn.basis_metric) @ basis.mT
+    diagonal = normal.diagonal(dim1=-2, dim2=-1)
+    ridge = step.ridge * diagonal.mean(-1)
+    if turn.spectrum is None:
+        diagonal.add_((ridge + step.rho)[..., None])
+        # One product with the inverse takes less time than two triangular solves, and keeps the row-major layout
+        # that the element-wise steps after it need. A failure leaves NaN, which is looked for at the end.
+        torch.matmul(torch.cholesky_inverse(torch.linalg.cholesky_ex(normal)[0]), wanted, out=out)
+        return
+    values, vectors = turn.spectrum
+    inner_values, inner_vectors = torch.linalg.eigh(normal)
+    solution = inner_vectors.mT @ wanted @ vectors
+    shift = step.rho + ridge * values.mean((-2, -1))
+    solution /= inner_values.clamp_min(0)[..., None] * values + shift[..., None, None]
+    torch.matmul(inner_vectors @ solution, vectors.mT, out=out)

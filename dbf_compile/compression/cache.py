@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dbf_compile import checkpoint
-from dbf_compile.compression import admm, projection
+from dbf_compile.compression import admm, projection, refine
 from dbf_compile.compression import importance as importance_module
 from dbf_compile.compression.admm import FactorizerConfig
 from dbf_compile.compression.importance import Importance
@@ -90,7 +90,7 @@ def tensor_hash(tensor: Tensor) -> bytes:
 @cache
 def _source_hash() -> bytes:
     digest = hashlib.sha256()
-    for module in (admm, importance_module, projection):
+    for module in (admm, importance_module, projection, refine):
         assert module.__file__ is not None
         digest.update(Path(module.__file__).read_bytes())
     return digest.digest()

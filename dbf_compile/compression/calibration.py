@@ -1,124 +1,218 @@
 """Calibration: what flows through each linear layer while a model reads sample batches.
 
-    input_second_moment[k]        E[x_k²]             over all positions of all batches
-    output_grad_second_moment[n]  E[(∂loss/∂y_n)²]    the same, with a loss
+    input_second_moment        E[x²] [K],         or E[x xᵀ] [K, K]       over all positions of all batches
+    output_grad_second_moment  E[(∂loss/∂y)²] [N], or E[δ δᵀ] [N, N]      the same, with a loss; δ = ∂loss/∂y
 
 Source: importances of Boža and Macko (arXiv 2505.11076), as in the authors' notebooks; they sum the means of
-single sequences, here every position counts alike. Positions of padding count as well: feed batches without
-padding.
+single sequences, here every position counts alike. Clipping of tokens as in NanoQuant.
+
+Positions that a batch's ``attention_mask`` marks as padding do not count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from dbf_compile.compression.batches import random_batches
 from dbf_compile.compression.importance import Importance
-from dbf_compile.errors import ConversionError, DBFError
+from dbf_compile.compression.losses import Loss, loss_named
+from dbf_compile.errors import ConversionError, DBFError, OptionError
 from dbf_compile.linear import dense_linears
 
-Loss = Callable[[Any, Any], Tensor]
+FORMS = ("diagonal", "input", "kronecker")
+
+_log = logging.getLogger(__name__)
 
 
-def output_loss(output: Any, batch: Any) -> Tensor:
-    """Return ``output.loss``, which models of transformers compute themselves when given labels."""
-    loss = getattr(output, "loss", None)
-    if not isinstance(loss, Tensor):
-        raise ConversionError(
-            f"a model output of type {type(output).__name__} without a loss",
-            "an output whose .loss is a tensor",
-            "put labels into the batches, or pass loss=lambda output, batch: ...",
-        )
-    return loss
-
-
-def calibrate(model: nn.Module, batches: Iterable[Any], *, loss: Loss | None = None) -> dict[str, Importance]:
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any] | None = None,
+    *,
+    loss: Loss | str | None = "auto",
+    form: str = "diagonal",
+    layers: Sequence[str] = ("*",),
+    clip: float | None = None,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+) -> dict[str, Importance]:
     """Measure the importance of every dense linear layer that the batches reach.
 
     The model runs in evaluation mode and is left as it was: modes, hooks, gradients and parameters. Gradients
-    flow through frozen models too, and none is kept.
+    flow through frozen models too, and none is kept. Equal arguments give equal results.
 
     Args:
         model: any module; its ``nn.Linear`` and Conv1D layers are measured.
-        batches: tensors, sequences or mappings, called as ``model(t)``, ``model(*t)``, ``model(**t)``.
-        loss: (output of the model, batch) to a scalar, such as :func:`output_loss`; None to measure inputs
-        only.
+        batches: tensors, sequences or mappings, called as ``model(t)``, ``model(*t)``, ``model(**t)``; see
+            :func:`~dbf_compile.compression.batches.token_batches`. None for the data-free mode: uniformly
+            random tokens, for models whose configuration names a ``vocab_size``.
+        loss: a name of :mod:`~dbf_compile.compression.losses`, or a function of (output of the model, batch) to
+            a scalar; None to measure inputs only, which needs no backward pass.
+        form: "diagonal" for a vector per side; "input" for whole E[x xᵀ]; "kronecker" for whole matrices on both
+            sides. A whole matrix takes K² (N²) numbers of 8 bytes while it is measured: name few ``layers`` at a
+            time where that is too much.
+        layers: patterns (``fnmatch``) of the names of the layers to measure.
+        clip: quantile, such as 0.999, of a batch's token norms above which tokens are scaled down to it, so that
+            no single one rules the statistics; None to take tokens as they are.
+        device: where to compute. The model's blocks are moved there one at a time and back, everything else for
+            as long as this takes; what a block has computed is computed again in the backward pass instead of
+            being kept. None to compute where the model is, as a whole.
+        seed: of random tokens and random losses.
 
     Returns:
-        Layer name to importance, float32 on the device of the layer's input; layers never reached are left
-        out.
+        Layer name to importance, float32 on the device of the layer's input. Layers never reached are left out
+        and named in a warning. Gradient moments of all layers are divided by one common number, so that layers
+        can be compared.
 
     Raises:
         ConversionError: no batches, a batch of another type, a loss that is no scalar or has no gradient.
-        WeightError: activations or gradients overflow; the message names the layer.
+        OptionError: an unknown ``loss`` or ``form``, a ``clip`` outside of 0 to 1.
+        WeightError: activations or gradients are NaN or overflow; the message names the layer.
     """
-    meters = {name: _Meter() for name in dense_linears(model)}
+    if form not in FORMS:
+        raise OptionError(f"form={form!r}", ", ".join(FORMS), "use 'diagonal', the paper's importance")
+    if clip is not None and not 0 < clip < 1:
+        raise OptionError(f"clip={clip!r}", "a number between 0 and 1", "0.999 is a usual value")
+    generator = torch.Generator().manual_seed(seed)
+    criterion = loss_named(loss, model, generator) if isinstance(loss, str) else loss
+    if batches is None:
+        batches = random_batches(model, generator)
+    meters = {
+        name: _Meter(_Moment(form != "diagonal", clip), _Moment(form == "kronecker", clip))
+        for name in dense_linears(model)
+        if any(fnmatchcase(name, pattern) for pattern in layers)
+    }
     # Every output gets this zero added. The gradient with respect to it passes through all outputs, where the
     # hooks read it, and is the only one computed: no parameter and no input accumulates a .grad.
-    anchor = None if loss is None else torch.zeros((), requires_grad=True)
+    anchor = None if criterion is None else torch.zeros((), requires_grad=True)
+    run = _Run(anchor)
     empty = True
-    with _measuring(model, meters, anchor), torch.set_grad_enabled(loss is not None):
+    with (
+        _measuring(model, meters, run),
+        _block_by_block(model, meters, run, device),
+        torch.set_grad_enabled(criterion is not None),
+    ):
         for batch in batches:
             empty = False
+            if device is not None:
+                batch = _moved(batch, device)
+            run.mask = _mask(batch)
             output = _call(model, batch)
-            if loss is not None and anchor is not None:
-                torch.autograd.grad(_scalar(loss(output, batch)), anchor, allow_unused=True)
+            if criterion is not None and anchor is not None:
+                torch.autograd.grad(_scalar(criterion(output, batch)), anchor, allow_unused=True)
     if empty:
         raise ConversionError(
             "no batches to calibrate with",
             "one batch or more",
             "pass a list; a generator can be read only once",
         )
-    return {name: meter.importance(name) for name, meter in meters.items() if meter.inputs.positions}
+    missed = [name for name, meter in meters.items() if not meter.inputs.positions]
+    if missed:
+        _log.warning(
+            "no batch reached these layers; all their features will count alike: %s", ", ".join(missed)
+        )
+    return _importances({name: meter for name, meter in meters.items() if meter.inputs.positions})
 
 
 @dataclass
 class _Moment:
-    """A running second moment per feature: the sum of squares in float64, and how many were summed."""
+    """A running second moment: the sum of squares, or of outer products, in float64 and how many were summed."""
 
+    whole: bool = False
+    clip: float | None = None
     total: Tensor | None = None
     positions: int = 0
+    limit: float = 0.0
 
-    def add(self, values: Tensor) -> None:
-        rows = values.detach().reshape(-1, values.shape[-1])
+    def add(self, values: Tensor, mask: Tensor | None = None) -> None:
+        rows = values.detach()
+        if mask is not None and rows.shape[:-1] == mask.shape:
+            rows = rows[mask.to(rows.device)]
+        rows = rows.reshape(-1, rows.shape[-1])
+        if self.clip is not None:
+            rows = self._clipped(rows)
         # float64 throughout: squares of small float16 gradients vanish in less.
-        squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float64).square()
-        self.total = squares if self.total is None else self.total + squares.to(self.total.device)
+        if self.whole:
+            exact = rows.double()
+            added = exact.mT @ exact
+        else:
+            added = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float64).square()
+        self.total = added if self.total is None else self.total + added.to(self.total.device)
         self.positions += rows.shape[0]
 
+    def _clipped(self, rows: Tensor) -> Tensor:
+        """Scale long rows down to the largest quantile of norms that any batch had so far."""
+        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        if norms.numel() == 0 or not bool(torch.isfinite(norms).all()):
+            return rows  # the importance made of it says which layer it is
+        assert self.clip is not None
+        place = min(norms.numel() - 1, int(self.clip * norms.numel()))
+        limit = float(norms.sort().values[place])
+        if limit > self.limit:
+            if self.total is not None and self.limit > 0:
+                # What was summed under a lower limit would have counted for more under this one.
+                self.total = self.total * (limit / self.limit) ** 2
+            self.limit = limit
+        shares = self.limit / norms.clamp_min(self.limit or 1.0)
+        return rows * shares[:, None].to(rows.dtype)
+
     def mean(self) -> Tensor | None:
-        return None if self.total is None else self.total / self.positions
+        return None if self.total is None else self.total / max(1, self.positions)
 
 
+@dataclass
 class _Meter:
     """What was measured at one layer."""
 
-    def __init__(self) -> None:
-        self.inputs, self.output_grads = _Moment(), _Moment()
+    inputs: _Moment
+    output_grads: _Moment
 
-    def importance(self, name: str) -> Importance:
-        grads = self.output_grads.mean()
-        if grads is not None and bool(grads.any()):
-            grads = grads / grads.amax()  # a constant factor has no effect, and float32 holds the result
-        inputs = self.inputs.mean()
+
+@dataclass
+class _Run:
+    """What the hooks need to know of the batch that flows: its padding, and whether this is a second pass."""
+
+    anchor: Tensor | None
+    mask: Tensor | None = None
+    again: bool = field(default=False)
+
+
+def _importances(meters: Mapping[str, _Meter]) -> dict[str, Importance]:
+    grads = {name: meter.output_grads.mean() for name, meter in meters.items()}
+    peaks = [float(_diagonal(grad).amax()) for grad in grads.values() if grad is not None]
+    # A constant factor has no effect, and with it float32 holds the result.
+    common = max((peak for peak in peaks if 0 < peak < float("inf")), default=1.0)
+    found = {}
+    for name, meter in meters.items():
+        grad = grads[name]
+        moments = (meter.inputs.mean(), None if grad is None else grad / common)
         try:
-            return Importance(*(moment if moment is None else moment.float() for moment in (inputs, grads)))
+            found[name] = Importance(*(moment if moment is None else moment.float() for moment in moments))
         except DBFError as error:
             raise error.inside(name) from error
+    return found
+
+
+def _diagonal(moment: Tensor) -> Tensor:
+    return moment.diagonal() if moment.dim() == 2 else moment
 
 
 @contextmanager
-def _measuring(model: nn.Module, meters: Mapping[str, _Meter], anchor: Tensor | None) -> Iterator[None]:
+def _measuring(model: nn.Module, meters: Mapping[str, _Meter], run: _Run) -> Iterator[None]:
     """Hook the meters on the layers and switch to evaluation mode; undo both at the end, come what may."""
     modes = {module: module.training for module in model.modules()}
     layers = dense_linears(model)
     handles = [
-        layers[name].register_forward_hook(_forward_hook(meter, anchor), with_kwargs=True)
+        layers[name].register_forward_hook(_forward_hook(meter, run), with_kwargs=True)
         for name, meter in meters.items()
     ]
     try:
@@ -131,18 +225,107 @@ def _measuring(model: nn.Module, meters: Mapping[str, _Meter], anchor: Tensor | 
             module.training = training
 
 
-def _forward_hook(meter: _Meter, anchor: Tensor | None) -> Callable[..., Tensor | None]:
+def _forward_hook(meter: _Meter, run: _Run) -> Callable[..., Tensor | None]:
     def hook(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
-        meter.inputs.add(args[0] if args else next(iter(kwargs.values())))
-        if anchor is None or not torch.is_grad_enabled():
+        if not run.again:
+            meter.inputs.add(args[0] if args else next(iter(kwargs.values())), run.mask)
+        if run.anchor is None or not torch.is_grad_enabled():
             return None
-        anchored = output + anchor
-        anchored.register_hook(meter.output_grads.add)
+        anchored = output + run.anchor
+        if not run.again:
+            anchored.register_hook(partial(meter.output_grads.add, mask=run.mask))
         return anchored
 
     return hook
+
+
+@contextmanager
+def _block_by_block(
+    model: nn.Module, meters: Mapping[str, _Meter], run: _Run, device: torch.device | str | None
+) -> Iterator[None]:
+    """Let each block visit ``device`` for its turn, forward and backward; the rest of the model stays there."""
+    if device is None:
+        yield
+        return
+    blocks = _blocks(model, meters)
+    inside = {id(tensor) for block in blocks for tensor in _tensors(block)}
+    homes = [(tensor, tensor.data) for tensor in _tensors(model) if id(tensor) not in inside]
+    try:
+        for tensor, _ in homes:
+            tensor.data = tensor.data.to(device)
+        for block in blocks:
+            block.forward = _visiting(block, run, device)
+        yield
+    finally:
+        for block in blocks:
+            vars(block).pop("forward", None)
+        for tensor, data in homes:
+            tensor.data = data
+
+
+def _visiting(block: nn.Module, run: _Run, device: torch.device | str) -> Callable[..., Any]:
+    forward = block.forward
+
+    def visit(*args: Any, **kwargs: Any) -> Any:
+        calls = 0
+
+        def compute(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            homes = [(tensor, tensor.data) for tensor in _tensors(block)]
+            run.again = calls > 1
+            try:
+                for tensor, data in homes:
+                    tensor.data = data.to(device)
+                return forward(*args, **kwargs)
+            finally:
+                run.again = False
+                for tensor, data in homes:
+                    tensor.data = data
+
+        if not torch.is_grad_enabled():
+            return compute(*args, **kwargs)
+        return checkpoint(compute, *args, use_reentrant=False, **kwargs)
+
+    return visit
+
+
+def _blocks(model: nn.Module, meters: Mapping[str, _Meter]) -> list[nn.Module]:
+    """Return the members of the longest list of modules that holds a measured layer: a transformer's blocks."""
+    lists = {
+        name: list(module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and any(layer.startswith(f"{name}.") for layer in meters)
+    }
+    # A list inside of a block (the experts of one) is no list of blocks.
+    outermost = [
+        blocks
+        for name, blocks in lists.items()
+        if not any(name.startswith(f"{other}.") for other in lists if other != name)
+    ]
+    return max(outermost, key=len, default=[])
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _mask(batch: Any) -> Tensor | None:
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _moved(batch: Any, device: torch.device | str) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _moved(value, device) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return [_moved(value, device) for value in batch]
+    return batch
 
 
 def _call(model: nn.Module, batch: Any) -> Any:

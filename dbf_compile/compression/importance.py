@@ -1,18 +1,26 @@
 """Importance: how much each row and column of a weight counts, and the weight as the factorizer sees it.
 
-Diagonal importances of the paper's calibration: i = E[x²] per input feature, o = E[(∂loss/∂y)²] per output
-feature. Shape letters: K in_features, N out_features.
+    J = tr(L · E · R · Eᵀ)        E [N, K] = W − Ŵ,  L ≈ E[δ δᵀ] [N, N],  R ≈ E[x xᵀ] [K, K],  δ = ∂loss/∂y
+
+is the change of the loss to second order, with the curvature of the layer taken as a Kronecker product. The
+paper's importances are the diagonals of L and R; whole matrices say how features act together. A vector
+stands for a diagonal everywhere below, so one type holds every form.
+
+Source: diagonals as in Boža and Macko (arXiv 2505.11076); shrinking towards the mean as in NanoQuant; powers
+below 1 of the curvature's spectrum from published replications of it.
+
+Shape letters: K in_features, N out_features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dbf_compile.errors import WeightError
+from dbf_compile.errors import OptionError, WeightError
 
 # The notebooks' floor: a feature that was never active still gets the scale that fits it best on its own.
 FLOOR = 1e-8
@@ -22,36 +30,39 @@ FLOOR = 1e-8
 class Importance:
     """Second moments around one linear layer; ``None`` where nothing is known: all features count alike.
 
-    A constant factor in either has no effect. Zeros are allowed: they are floored where the weights are made.
+    A constant factor in either has no effect on factors. Zeros are allowed: they are floored where the weights
+    are made.
 
     Args:
-        input_second_moment: E[x²], floating point [K].
-        output_grad_second_moment: E[(∂loss/∂y)²], floating point [N].
+        input_second_moment: E[x²], floating point [K], or E[x xᵀ] [K, K].
+        output_grad_second_moment: E[(∂loss/∂y)²], floating point [N], or E[δ δᵀ] [N, N].
 
     Raises:
-        WeightError: not a non-empty floating-point vector, or an entry is negative, NaN or infinite.
+        WeightError: not a non-empty floating-point vector or symmetric matrix, a negative entry in a vector or
+        diagonal, a NaN or an infinite entry.
     """
 
     input_second_moment: Tensor | None = None
     output_grad_second_moment: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name in ("input_second_moment", "output_grad_second_moment"):
-            _check_moment(name, getattr(self, name))
+        for name, moment in self._moments().items():
+            _check_moment(name, moment)
 
     def __repr__(self) -> str:
         sizes = (
-            "None" if moment is None else f"[{moment.numel()}]"
-            for moment in (self.input_second_moment, self.output_grad_second_moment)
+            f"{name}={None if moment is None else list(moment.shape)}"
+            for name, moment in self._moments().items()
         )
-        return "Importance(input_second_moment={}, output_grad_second_moment={})".format(*sizes)
+        return f"Importance({', '.join(sizes)})"
 
     def feature_weights(
         self, out_features: int, in_features: int, device: torch.device | str = "cpu"
     ) -> tuple[Tensor, Tensor]:
         """Return what rows and columns of a weight are multiplied with: ``√(moment / mean(moment)) + 1e-8``.
 
-        A moment that is None or zero throughout says nothing about the features and gives ones.
+        A moment that is None or zero throughout says nothing about the features and gives ones; of a matrix the
+        diagonal counts.
 
         Args:
             out_features: N of the weight.
@@ -68,12 +79,94 @@ class Importance:
         columns = _feature_weights("input_second_moment", self.input_second_moment, in_features)
         return rows.to(device), columns.to(device)
 
+    def metrics(self, device: torch.device | str = "cpu") -> tuple[Tensor | None, Tensor | None]:
+        """Return what couples the rows, and the columns, of a weight whose features have been weighted.
+
+        ``metric = diag(moment)^(-1/2) · moment · diag(moment)^(-1/2)``, ones on the diagonal
+
+        Args:
+            device: where the result lies.
+
+        Returns:
+            float32 [N, N] and [K, K]; None, the identity, for a moment that is no matrix.
+        """
+        rows, columns = self.output_grad_second_moment, self.input_second_moment
+        return _metric(rows, device), _metric(columns, device)
+
+    def diagonal(self) -> Importance:
+        """Return the importance without what couples features: of each matrix its diagonal."""
+        return self._map(lambda moment: moment.diagonal() if moment.dim() == 2 else moment)
+
+    def shrunk(self, amount: float) -> Importance:
+        """Return the importance moved towards uniform: ``(1 - amount) · moment + amount · mean(diag(moment)) · I``.
+
+        Few batches over-rate the features that were active in them.
+
+        Args:
+            amount: 0 (nothing changes) to 1 (all features count alike); 0.2 is a usual value.
+
+        Raises:
+            OptionError: ``amount`` lies outside of 0 to 1.
+        """
+        if not 0 <= amount <= 1:
+            raise OptionError(f"amount={amount!r}", "a number from 0 to 1", "0.2 is a usual value")
+
+        def shrink(moment: Tensor) -> Tensor:
+            if moment.dim() == 1:
+                return torch.lerp(moment, moment.mean().expand_as(moment), amount)
+            mean = moment.diagonal().mean()
+            moved = (1 - amount) * moment
+            moved.diagonal().add_(amount * mean)
+            return moved
+
+        return self._map(shrink)
+
+    def tempered(self, power: float = 0.5) -> Importance:
+        """Return the importance with a flatter spectrum: ``λ → λ^power · Σ λ / Σ λ^power``, trace kept.
+
+        The eigenvalues λ of a matrix, the entries of a vector. The curvature over-rates its largest directions
+        at errors as large as those of one or two bits; the square root does best in published replications.
+
+        Args:
+            power: 1 changes nothing, 0 gives the identity.
+
+        Raises:
+            OptionError: ``power`` lies outside of 0 to 1.
+        """
+        if not 0 <= power <= 1:
+            raise OptionError(f"power={power!r}", "a number from 0 to 1", "0.5 is a usual value")
+
+        def flatten(values: Tensor) -> Tensor:
+            # Not a number of an eigenvalue that rounding made negative.
+            kept = values.clamp_min(0)
+            powers = kept**power
+            return powers * (kept.sum() / powers.sum()) if bool(kept.any()) else kept
+
+        def temper(moment: Tensor) -> Tensor:
+            if moment.dim() == 1:
+                return flatten(moment.double()).to(moment.dtype)
+            values, vectors = torch.linalg.eigh(moment.double())
+            made: Tensor = (vectors * flatten(values)) @ vectors.mT
+            return ((made + made.mT) / 2).to(moment.dtype)
+
+        return self._map(temper)
+
+    def _moments(self) -> dict[str, Tensor | None]:
+        return {
+            "input_second_moment": self.input_second_moment,
+            "output_grad_second_moment": self.output_grad_second_moment,
+        }
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Importance:
+        return Importance(*(m if m is None else change(m.detach()) for m in self._moments().values()))
+
     @staticmethod
     def stack(items: Sequence[Importance], rows: Sequence[int]) -> Importance:
         """Return the importance of weights that read the same input, stacked along their rows.
 
-        The input moment is the mean of those known. The output moments are concatenated; where one is missing
-        its rows count as the mean of all known rows. A moment that no item knows stays None.
+        The input moment is the mean of those known. The output moments are concatenated, matrices along the
+        diagonal; where one is missing its rows count as the mean of all known rows. A moment that no item knows
+        stays None.
 
         Args:
             items: one importance per weight.
@@ -89,11 +182,11 @@ class Importance:
                 "pass Importance() for a weight without one",
             )
         inputs = [item.input_second_moment for item in items if item.input_second_moment is not None]
-        if len({moment.numel() for moment in inputs}) > 1:
+        if len({moment.shape for moment in inputs}) > 1:
             raise WeightError(
-                f"input_second_moment of lengths {[moment.numel() for moment in inputs]} for stacked weights",
+                f"input_second_moment of lengths {[list(moment.shape) for moment in inputs]} for stacked weights",
                 "one length: stacked weights read the same input",
-                "stack only layers with equal in_features",
+                "stack only layers with equal in_features, calibrated in one way",
             )
         outputs = [item.output_grad_second_moment for item in items]
         for moment, count in zip(outputs, rows, strict=True):
@@ -102,12 +195,15 @@ class Importance:
         if not known:
             stacked = None
         else:
-            mean = torch.cat(known).mean()
+            whole = any(moment.dim() == 2 for moment in known)
+            mean = torch.cat([_diagonal(moment) for moment in known]).mean()
             parts = [
                 mean.expand(count) if moment is None else moment.double()
                 for moment, count in zip(outputs, rows, strict=True)
             ]
-            stacked = torch.cat(parts).float()
+            if whole:
+                parts = [part if part.dim() == 2 else part.diag() for part in parts]
+            stacked = (torch.block_diag(*parts) if whole else torch.cat(parts)).float()
         return Importance(
             torch.stack([m.double() for m in inputs]).mean(0).float() if inputs else None, stacked
         )
@@ -122,12 +218,16 @@ class WeightedWeight:
         rows: weights of the rows, float32 [N], positive.
         columns: weights of the columns, float32 [K], positive.
         unit: what ``matrix`` was divided by; 0 for a weight of zeros.
+        row_metric: float32 [N, N] with ones on the diagonal, or None for the identity.
+        column_metric: the same for the columns, [K, K].
     """
 
     matrix: Tensor
     rows: Tensor
     columns: Tensor
     unit: float
+    row_metric: Tensor | None = None
+    column_metric: Tensor | None = None
 
     @staticmethod
     def of(weight: Tensor, importance: Importance | None = None) -> WeightedWeight:
@@ -143,33 +243,48 @@ class WeightedWeight:
                 not fit.
         """
         _check_weight(weight)
-        rows, columns = (importance or Importance()).feature_weights(
-            weight.shape[0], weight.shape[1], weight.device
-        )
+        importance = importance or Importance()
+        rows, columns = importance.feature_weights(weight.shape[0], weight.shape[1], weight.device)
+        metrics = importance.metrics(weight.device)
         # Entries near the ends of float32 would overflow or vanish when squared: bring the largest to 1
         # first.
         exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
         peak = float(exact.abs().amax())
         if peak == 0.0:
-            return WeightedWeight(exact.float(), rows, columns, 0.0)
+            return WeightedWeight(exact.float(), rows, columns, 0.0, *metrics)
         matrix = rows[:, None] * (exact / peak).float() * columns
         size = float(matrix.square().mean().sqrt())
-        return WeightedWeight(matrix / size, rows, columns, peak * size)
+        return WeightedWeight(matrix / size, rows, columns, peak * size, *metrics)
 
 
 def _feature_weights(name: str, moment: Tensor | None, length: int) -> Tensor:
     _check_length(name, moment, length)
-    if moment is None or not bool(moment.any()):
+    if moment is None or not bool(_diagonal(moment).any()):
         return torch.ones(length, device="cpu" if moment is None else moment.device, dtype=torch.float32)
-    exact = moment.detach().double()
+    exact = _diagonal(moment).double()
     exact = exact / exact.amax()  # so that the mean cannot overflow
     return ((exact / exact.mean()).sqrt() + FLOOR).float()
 
 
+def _diagonal(moment: Tensor) -> Tensor:
+    return (moment.diagonal() if moment.dim() == 2 else moment).detach()
+
+
+def _metric(moment: Tensor | None, device: torch.device | str) -> Tensor | None:
+    if moment is None or moment.dim() == 1:
+        return None
+    exact = moment.detach().double()
+    size = exact.diagonal().sqrt()
+    # A feature that was never active is coupled to none.
+    metric = exact / torch.outer(size, size).clamp_min(torch.finfo(torch.float64).tiny)
+    metric.diagonal().fill_(1.0)
+    return metric.float().to(device)
+
+
 def _check_length(name: str, moment: Tensor | None, length: int) -> None:
-    if moment is not None and moment.numel() != length:
+    if moment is not None and moment.shape[0] != length:
         raise WeightError(
-            f"{name} of length {moment.numel()} for a weight with {length} of these features",
+            f"{name} of length {moment.shape[0]} for a weight with {length} of these features",
             f"length {length}",
             "take weight and importance from the same layer",
         )
@@ -181,8 +296,9 @@ def _check_moment(name: str, moment: object) -> None:
     if (
         not isinstance(moment, Tensor)
         or not moment.is_floating_point()
-        or moment.dim() != 1
+        or moment.dim() not in (1, 2)
         or moment.numel() == 0
+        or moment.shape[0] != moment.shape[-1]
     ):
         got = (
             f"dtype {moment.dtype} and shape {tuple(moment.shape)}"
@@ -190,14 +306,18 @@ def _check_moment(name: str, moment: object) -> None:
             else f"type {type(moment).__name__}"
         )
         raise WeightError(
-            f"{name} of {got}", "a non-empty floating-point vector", "pass one second moment per feature"
+            f"{name} of {got}",
+            "a non-empty floating-point vector or square matrix",
+            "pass one second moment per feature, or one per pair of features",
         )
-    if not bool(torch.isfinite(moment).all()) or bool((moment < 0).any()):
+    if not bool(torch.isfinite(moment).all()) or bool((_diagonal(moment) < 0).any()):
         raise WeightError(
             f"{name} with negative, NaN or infinite entries",
             "finite second moments of 0 or more",
             "calibrate again, in float32 where activations overflow",
         )
+    if moment.dim() == 2 and float((moment - moment.mT).abs().amax()) > 1e-3 * float(moment.abs().amax()):
+        raise WeightError(f"{name} that is not symmetric", "a symmetric matrix", "pass E[x xᵀ]")
 
 
 def _check_weight(weight: object) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dbf_compile.compression.admm import FactorizerConfig, factorize
+from dbf_compile.compression.admm import FactorizerConfig, factorize_batch
 from dbf_compile.compression.cache import FactorCache, content_key
 from dbf_compile.compression.importance import Importance
 from dbf_compile.errors import DBFError
@@ -41,9 +41,26 @@ class FactorJob:
         return self.weights[0] if len(self.weights) == 1 else torch.cat(self.weights)
 
     @property
+    def kind(self) -> Hashable:
+        """Equal for jobs that can be factored in one batch."""
+        moments = self.importance or Importance()
+        sides = (moments.input_second_moment, moments.output_grad_second_moment)
+        whole = tuple(moment is not None and moment.dim() == 2 for moment in sides)
+        return (
+            sum(weight.shape[0] for weight in self.weights),
+            self.weights[0].shape[1],
+            self.mid_features,
+            whole,
+        )
+
+    @property
     def size(self) -> int:
         """The number of weights, Σ N_i · K."""
         return sum(weight.numel() for weight in self.weights)
+
+
+_Batch = list[tuple[str, FactorJob]]
+_BATCHED_WEIGHTS = 2**23  # larger ones keep a GPU busy on their own
 
 
 def run_jobs(
@@ -51,8 +68,8 @@ def run_jobs(
 ) -> list[DoubleBinaryFactors]:
     """Factor every job, or take its factors from the cache.
 
-    Weights on the CPU are factored by one thread per core, weights on an accelerator one after the other. A run that
-    is stopped has lost only the weights it was working on.
+    Weights on the CPU are factored by one thread per core, weights on an accelerator one after the other, small ones
+    of one shape together. A run that is stopped has lost only the weights it was working on.
 
     Args:
         jobs: what to factor; equal content is factored once.
@@ -70,35 +87,66 @@ def run_jobs(
     found = {key: factors for key in dict.fromkeys(keys) if (factors := cache.get(key)) is not None}
     missing = {key: job for key, job in zip(keys, jobs, strict=True) if key not in found}
 
-    def work(key: str, job: FactorJob) -> tuple[str, DoubleBinaryFactors]:
+    def work(batch: _Batch) -> list[tuple[str, DoubleBinaryFactors]]:
+        jobs = [job for _, job in batch]
+        names = ", ".join(" + ".join(job.names) for job in jobs)
+        size, done = sum(job.size for job in jobs), 0
+
+        def advance(fraction: float) -> None:
+            nonlocal done
+            step = int(fraction * size) - done
+            done += step
+            bar.update(step)
+
         try:
-            factors = factorize(job.stacked, job.mid_features, job.importance, config)
+            made = factorize_batch(
+                [job.stacked for job in jobs],
+                jobs[0].mid_features,
+                [job.importance for job in jobs],
+                config,
+                progress=advance,
+            )
         except DBFError as error:
-            raise error.inside(" + ".join(job.names)) from error
-        cache.put(key, factors)
-        return key, factors
+            raise error.inside(names) from error
+        for (key, _), factors in zip(batch, made, strict=True):
+            cache.put(key, factors)
+        bar.set_postfix_str(names, refresh=False)
+        return [(key, factors) for (key, _), factors in zip(batch, made, strict=True)]
 
     if missing:
         on_cpu = all(job.weights[0].device.type == "cpu" for job in missing.values())
-        workers = min(len(missing), os.cpu_count() or 1) if on_cpu else 1
+        batches = _batches(missing)
+        workers = min(len(batches), os.cpu_count() or 1) if on_cpu else 1
         total = sum(job.size for job in missing.values())
         bar = tqdm(total=total, unit="weight", unit_scale=True, desc="factoring", disable=not progress)
         with bar, _pool(workers) as pool:
-            # Long jobs first: the last thread to finish then has little left to do.
-            queue = sorted(missing.items(), key=lambda item: -item[1].mid_features * item[1].size)
-            futures: dict[Future[tuple[str, DoubleBinaryFactors]], FactorJob] = {
-                pool.submit(work, key, job): job for key, job in queue
-            }
+            futures: list[Future[list[tuple[str, DoubleBinaryFactors]]]] = [
+                pool.submit(work, batch) for batch in batches
+            ]
             try:
                 for future in as_completed(futures):
-                    key, factors = future.result()
-                    found[key] = factors
-                    bar.set_postfix_str(futures[future].names[-1], refresh=False)
-                    bar.update(futures[future].size)
+                    found.update(future.result())
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     return [found[key].to(job.weights[0].device) for key, job in zip(keys, jobs, strict=True)]
+
+
+def _batches(missing: dict[str, FactorJob]) -> list[_Batch]:
+    """Return the jobs in batches, long ones first: the last thread to finish then has little left to do.
+
+    A core of a CPU is busy with any single weight; small weights on an accelerator share their launches.
+    """
+    alike: dict[Hashable, _Batch] = {}
+    for key, job in missing.items():
+        device = job.weights[0].device
+        group = key if device.type == "cpu" else (device, job.kind)
+        alike.setdefault(group, []).append((key, job))
+    batches = []
+    for batch in alike.values():
+        count = max(1, _BATCHED_WEIGHTS // batch[0][1].size)
+        batches += [batch[start : start + count] for start in range(0, len(batch), count)]
+    return sorted(batches, key=lambda batch: -sum(job.mid_features * job.size for _, job in batch))
 
 
 @contextmanager

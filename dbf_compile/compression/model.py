@@ -22,7 +22,7 @@ from dbf_compile.compression.jobs import FactorJob, run_jobs
 from dbf_compile.errors import ConversionError
 from dbf_compile.factors import DoubleBinaryFactors, mid_features_for
 from dbf_compile.linear import dense_linears, dense_weight, swap_
-from dbf_compile.options import CompressionConfig, parse
+from dbf_compile.options import PRESETS, CompressionConfig, parse
 
 # Below this the 16-bit scales take most of the bits and the product approximates nothing.
 MIN_MID_FEATURES = 8
@@ -58,7 +58,8 @@ class LayerFactorizer:
         self._config, self._importance = config, importance or {}
         self._ready_identity = None if ready is None else _file_identity(Path(ready))
         self._ready = {} if self._ready_identity is None else _load(*self._ready_identity)
-        self._settings = FactorizerConfig(iterations=config.iterations, seed=config.seed)
+        iterations = PRESETS[config.preset] if config.iterations is None else config.iterations
+        self._settings = FactorizerConfig(iterations=iterations, seed=config.seed)
 
     def group(self, name: str, weight: Tensor) -> Hashable | None:
         """Return None if a layer stays dense; layers with equal keys and one input may be factored as one.

@@ -27,27 +27,31 @@ _TINY = 1e-12  # the notebooks' floor on norms
 _HALF = torch.finfo(torch.float16)
 
 
-def rank_one(magnitude: Tensor, power_iterations: int = POWER_ITERATIONS) -> tuple[Tensor, Tensor]:
-    """Return the rank-one matrix nearest to a non-negative one.
+def rank_one(
+    magnitude: Tensor, power_iterations: int = POWER_ITERATIONS, start: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the rank-one matrix nearest to a non-negative one, for each of a batch.
 
-    ``magnitude [P, Q] ≈ rows [P] · columns [Q]ᵀ``
+    ``magnitude [..., P, Q] ≈ rows [..., P] · columns [..., Q]ᵀ``
 
     Args:
-        magnitude: float32 [P, Q], non-negative.
+        magnitude: float32 [..., P, Q], non-negative.
         power_iterations: how often both sides are updated, 1 or more.
+        start: what ``columns`` starts from, non-negative [..., Q]; None for ones.
 
     Returns:
         ``rows`` = σ·u and ``columns`` = v of norm 1, both non-negative; zeros for a matrix of zeros.
     """
-    columns = magnitude.new_ones(magnitude.shape[1])
+    columns = magnitude.new_ones(magnitude.shape[-1], 1) if start is None else start[..., None]
     for _ in range(power_iterations):
         rows = _unit(magnitude @ _unit(columns))
-        columns = magnitude.T @ rows
-    return columns.norm() * rows, _unit(columns)
+        columns = magnitude.mT @ rows
+    size = torch.linalg.vector_norm(columns, dim=-2, keepdim=True)
+    return (size * rows)[..., 0], _unit(columns)[..., 0]
 
 
 def _unit(vector: Tensor) -> Tensor:
-    return torch.div(vector, torch.linalg.vector_norm(vector).clamp_min(_TINY))
+    return torch.div(vector, torch.linalg.vector_norm(vector, dim=-2, keepdim=True).clamp_min(_TINY))
 
 
 def signs_of(matrix: Tensor) -> Tensor:
@@ -55,21 +59,24 @@ def signs_of(matrix: Tensor) -> Tensor:
     return torch.where(matrix < 0, -1.0, 1.0).to(matrix.dtype)
 
 
-def project(matrix: Tensor, power_iterations: int = POWER_ITERATIONS) -> tuple[Tensor, Tensor, Tensor]:
-    """Project on the matrices of signs times a rank-one magnitude.
+def project(
+    matrix: Tensor, power_iterations: int = POWER_ITERATIONS, start: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Project on the matrices of signs times a rank-one magnitude, each of a batch.
 
-    ``matrix [P, Q] ≈ signs [P, Q] ⊙ (rows [P] · columns [Q]ᵀ)``
+    ``matrix [..., P, Q] ≈ signs [..., P, Q] ⊙ (rows [..., P] · columns [..., Q]ᵀ)``
 
     Args:
-        matrix: float32 [P, Q].
+        matrix: float32 [..., P, Q].
         power_iterations: as in :func:`rank_one`.
+        start: as in :func:`rank_one`.
 
     Returns:
         The projected matrix, and the ``rows`` and ``columns`` of its magnitude.
     """
-    rows, columns = rank_one(matrix.abs(), power_iterations)
+    rows, columns = rank_one(matrix.abs(), power_iterations, start)
     # copysign reads the sign bit; adding 0 turns -0 into +0. torch.where takes five times as long on a CPU.
-    return torch.outer(rows, columns).copysign_(matrix + 0.0), rows, columns
+    return (rows[..., None] * columns[..., None, :]).copysign_(matrix + 0.0), rows, columns
 
 
 def half_scales(unit: float, *scales: Tensor) -> tuple[Tensor, ...]:

