@@ -162,7 +162,7 @@ class _Moment:
                 # What was summed under a lower limit would have counted for more under this one.
                 self.total = self.total * (limit / self.limit) ** 2
             self.limit = limit
-        shares = self.limit / norms.clamp_min(self.limit or 1.0)
+        shares: Tensor = self.limit / norms.clamp_min(self.limit or 1.0)
         return rows * shares[:, None].to(rows.dtype)
 
     def mean(self) -> Tensor | None:
