@@ -27,16 +27,16 @@ def official(weight: Tensor, mid_features: int, importance: Importance | None, s
     for step in range(ITERATIONS):
         rho = min(1.0, step / (ITERATIONS - 3)) ** 3
         scale = right.norm(dim=1) + 1e-12
-        left, left_dual = (
-            item.T for item in _half_step(right.T / scale, target.T, left.T, left_dual.T, rho)
-        )
+        left, left_dual = (item.T for item in _half_step(right.T / scale, target.T, left.T, left_dual.T, rho))
         scale = left.norm(dim=0) + 1e-12
         right, right_dual = _half_step(left / scale, target, right, right_dual, rho)
     missed = target - (left / scale) @ right
     return float(missed.square().sum() / target.square().sum())
 
 
-def _half_step(basis: Tensor, target: Tensor, primal: Tensor, dual: Tensor, rho: float) -> tuple[Tensor, Tensor]:
+def _half_step(
+    basis: Tensor, target: Tensor, primal: Tensor, dual: Tensor, rho: float
+) -> tuple[Tensor, Tensor]:
     normal = basis.T @ basis
     normal = normal + torch.diag(torch.ones_like(normal.diag())) * normal.diag().mean() * RIDGE
     wanted = basis.T @ target

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dbf_compile.checkpoint import load, read_metadata, save
 from dbf_compile.compression.admm import FactorizerConfig, factorize, weighted_error
+from dbf_compile.compression.batches import token_batches
+from dbf_compile.compression.budgets import Allocation, allocate
 from dbf_compile.compression.calibration import calibrate
 from dbf_compile.compression.importance import Importance
 from dbf_compile.compression.model import convert_, factorize_model
@@ -18,6 +20,7 @@ from dbf_compile.options import CompileOptions, CompressionConfig
 __version__ = "0.1.0"
 
 __all__ = [
+    "Allocation",
     "CompileOptions",
     "CompressionConfig",
     "DBFError",
@@ -25,6 +28,7 @@ __all__ = [
     "DoubleBinaryLinear",
     "FactorizerConfig",
     "Importance",
+    "allocate",
     "calibrate",
     "convert_",
     "factorize",
@@ -32,5 +36,6 @@ __all__ = [
     "load",
     "read_metadata",
     "save",
+    "token_batches",
     "weighted_error",
 ]

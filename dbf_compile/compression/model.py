@@ -44,6 +44,7 @@ class LayerFactorizer:
         config: bits, overrides, skips and settings of the factorizer.
         importance: layer name to second moments, as made by ``calibrate``.
         ready: path of a checkpoint; the layers in it are not factored again.
+        mid_features: R by names joined by " + ", as in ``Allocation``; None to give all layers their bits.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -54,7 +55,9 @@ class LayerFactorizer:
         config: CompressionConfig,
         importance: Mapping[str, Importance] | None = None,
         ready: str | Path | None = None,
+        mid_features: Mapping[str, int] | None = None,
     ) -> None:
+        self._mid_features = mid_features
         self._config, self._importance = config, importance or {}
         self._ready_identity = None if ready is None else _file_identity(Path(ready))
         self._ready = {} if self._ready_identity is None else _load(*self._ready_identity)
@@ -107,19 +110,33 @@ class LayerFactorizer:
             WeightError: a weight cannot be factored.
             ConversionError: ready factors do not fit a weight.
         """
-        jobs = [self._job(names, weights) for names, weights in stacks if not self.is_ready(names)]
+        jobs = [self.job(names, weights) for names, weights in stacks if not self.is_ready(names)]
         config = self._config
         made = iter(run_jobs(jobs, self._settings, FactorCache(config.cache_dir), config.progress))
         return [self._take(*stack) if self.is_ready(stack[0]) else next(made) for stack in stacks]
 
-    def _job(self, names: Sequence[str], weights: Sequence[Tensor]) -> FactorJob:
+    def job(self, names: Sequence[str], weights: Sequence[Tensor]) -> FactorJob:
+        """Return the job of factoring these layers as one weight.
+
+        Raises:
+            ConversionError: an allocation was given that knows nothing of them.
+        """
         rows = [weight.shape[0] for weight in weights]
         known = [self._importance.get(name) for name in names]
         if all(item is None for item in known):
             combined = None
         else:
             combined = Importance.stack([item or Importance() for item in known], rows)
-        mid_features = mid_features_for(self._config.bits_for(names[0]), weights[0].shape[1], sum(rows))
+        if self._mid_features is None:
+            mid_features = mid_features_for(self._config.bits_for(names[0]), weights[0].shape[1], sum(rows))
+        elif (found := self._mid_features.get(joined(names))) is not None:
+            mid_features = found
+        else:
+            raise ConversionError(
+                f"an allocation without {joined(names)!r}",
+                f"one that has {', '.join(self._mid_features)}",
+                "allocate for this model with the same skip and merge_shared_inputs",
+            )
         return FactorJob(tuple(names), tuple(weights), combined, mid_features)
 
     def _take(self, names: Sequence[str], weights: Sequence[Tensor]) -> DoubleBinaryFactors:
@@ -149,7 +166,10 @@ def _load(path: Path, mtime_ns: int, size: int) -> dict[str, DoubleBinaryFactors
 
 
 def factorize_model(
-    model: nn.Module, config: CompressionConfig, importance: Mapping[str, Importance] | None = None
+    model: nn.Module,
+    config: CompressionConfig,
+    importance: Mapping[str, Importance] | None = None,
+    allocation: Mapping[str, int] | None = None,
 ) -> dict[str, DoubleBinaryFactors]:
     """Factor the dense linear layers of a model.
 
@@ -157,11 +177,30 @@ def factorize_model(
         model: any module; its weights are read, not changed.
         config: bits, overrides, skips and settings of the factorizer.
         importance: layer name to second moments, as made by ``calibrate``.
+        allocation: ``mid_features`` of an ``Allocation`` for this model, in place of the bits of ``config``.
 
     Returns:
         Layer name to factors; layers factored together share the tensors of their first stage.
     """
-    factorizer = LayerFactorizer(config, importance)
+    factorizer = LayerFactorizer(config, importance, mid_features=allocation)
+    stacks = stacks_of(model, factorizer)
+    made: dict[str, DoubleBinaryFactors] = {}
+    for (names, weights), factors in zip(stacks, factorizer.make(stacks), strict=True):
+        made.update(zip(names, factors.split([weight.shape[0] for weight in weights]), strict=True))
+    return {name: made[name] for name in dense_linears(model) if name in made}
+
+
+def joined(names: Sequence[str]) -> str:
+    """Return the name of what is factored as one: the names of its layers joined by " + "."""
+    return " + ".join(names)
+
+
+def stacks_of(model: nn.Module, factorizer: LayerFactorizer) -> list[tuple[list[str], list[Tensor]]]:
+    """Return the layers of a model that are factored, those together that share their first stage.
+
+    Returns:
+        Names of layers and their dense weights [N_i, K], for every stack.
+    """
     layers: dict[str, Tensor] = {}
     groups: dict[Hashable, list[str]] = {}
     for name, module in dense_linears(model).items():
@@ -173,11 +212,7 @@ def factorize_model(
         parent, _, child = name.rpartition(".")
         family = next((family for family in SIBLINGS if child in family), None)
         groups.setdefault((parent, family, key) if family else name, []).append(name)
-    stacks = [(names, [layers[name] for name in names]) for names in groups.values()]
-    made: dict[str, DoubleBinaryFactors] = {}
-    for (names, weights), factors in zip(stacks, factorizer.make(stacks), strict=True):
-        made.update(zip(names, factors.split([weight.shape[0] for weight in weights]), strict=True))
-    return {name: made[name] for name in layers}
+    return [(names, [layers[name] for name in names]) for names in groups.values()]
 
 
 def convert_(
@@ -185,6 +220,7 @@ def convert_(
     factors: Mapping[str, DoubleBinaryFactors] | None = None,
     *,
     importance: Mapping[str, Importance] | None = None,
+    allocation: Mapping[str, int] | None = None,
     **options: Any,
 ) -> nn.Module:
     """Turn the dense linear layers of a model into ``DoubleBinaryLinear``, in place.
@@ -193,6 +229,7 @@ def convert_(
         model: any module with ``nn.Linear`` or GPT-2's Conv1D layers.
         factors: ready factors by layer name; None to make them now, from ``options``.
         importance: layer name to second moments, as made by ``calibrate``.
+        allocation: ``mid_features`` of an ``Allocation`` for this model, in place of ``bits_per_weight``.
         **options: fields of CompressionConfig: ``bits_per_weight``, ``overrides``, ``skip``, ``seed`` …
 
     Returns:
@@ -203,7 +240,7 @@ def convert_(
         ConversionError: factors that do not fit the model, or nothing to convert.
     """
     config = parse(CompressionConfig, options)
-    made = factorize_model(model, config, importance) if factors is None else factors
+    made = factorize_model(model, config, importance, allocation) if factors is None else factors
     if not made:
         raise ConversionError(
             f"{type(model).__name__} without a linear layer to factor",

@@ -1,0 +1,491 @@
+"""Budgets: how many middle features each weight gets, so that a model of a given size loses least.
+
+    min  Σ_l  weight_l · error_l(R_l)        subject to   Σ_l stored_bits(K_l, R_l, N_l) ≤ bits · Σ_l N_l K_l
+
+``error_l`` is measured: the relative error of short factorizations at a few R, between them and beyond a power of e
+in the stored bits. ``weight_l`` = tr(L W R Wᵀ) turns it into the loss it causes, to second order (see ``importance``).
+
+The bits of one more middle feature are 32 ceil(K/32) + 16, and 32 N more where a word of ``signs_out`` is full; for
+sizes that are multiples of 32 all in all R (K + N) + 16 (K + R + N). So R grows in steps of ``multiple``. Each error
+curve is replaced by its lower convex hull, on which taking the steepest step first is optimal; what the last step
+leaves is filled, or trimmed, one middle feature at a time.
+
+Source: measured curves, greedy steps and the prior on depth as in published replications of NanoQuant (Spearman
+correlation with the true loss 0.77); the hull and the exact remainder are our own.
+
+Shape letters: K in_features, R mid_features, N out_features.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+from torch import nn
+
+from dbf_compile.compression.admm import FactorizerConfig, weighted_error
+from dbf_compile.compression.cache import FactorCache
+from dbf_compile.compression.importance import Importance, WeightedWeight
+from dbf_compile.compression.jobs import FactorJob, run_jobs
+from dbf_compile.compression.model import LayerFactorizer, joined, stacks_of
+from dbf_compile.errors import ConversionError, OptionError
+from dbf_compile.factors import mid_features_for, stored_bits
+from dbf_compile.options import MAX_BITS, MIN_BITS, CompressionConfig, parse
+from dbf_compile.signs import words_per_row
+
+_FRACTIONS = (0.5, 1.0, 1.75)  # of the uniform R, where errors are measured
+_MEASURING = FactorizerConfig(iterations=50, sweeps=0)  # ranks layers as the whole search would
+_TOLERANCE = 1e-3  # of the budget, that may stay unused
+
+
+@dataclass(frozen=True)
+class ErrorCurve:
+    """What a weight, or several stacked ones, loses by its middle dimension.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        points: (R, relative error) in rising order of R, at least one; errors above 0.
+        weight: loss at a relative error of 1.
+    """
+
+    in_features: int
+    out_features: int
+    points: tuple[tuple[int, float], ...]
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        sizes = [size for size, _ in self.points]
+        if not sizes or sizes != sorted(set(sizes)) or sizes[0] < 1 or min(e for _, e in self.points) <= 0:
+            raise OptionError(
+                f"an error curve through {self.points}",
+                "points (mid_features, error) in rising order of mid_features, errors above 0",
+                "measure at one middle dimension or more",
+            )
+
+    @property
+    def size(self) -> int:
+        """The number of weights, N · K."""
+        return self.in_features * self.out_features
+
+    def bits(self, mid_features: int) -> int:
+        """Return the stored bits at R = ``mid_features``; 0 for none."""
+        return stored_bits(self.in_features, mid_features, self.out_features)
+
+    def loss(self, mid_features: int) -> float:
+        """Return ``weight`` times the error at R, log-linear in R between the points and along the end slopes."""
+        points = [
+            (0, 0.0),
+            *((size, math.log(error)) for size, error in self.points),
+        ]  # R = 0: the error of zeros
+        segments = list(pairwise(points))
+        (low, left), (high, right) = next((s for s in segments if mid_features <= s[1][0]), segments[-1])
+        return self.weight * math.exp(left + (right - left) * (mid_features - low) / (high - low))
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The middle dimension of every weight, and why.
+
+    Args:
+        mid_features: R by name.
+        reasons: "override", "floor", "ceiling" or "" (free) by name.
+        curves: what it was decided on.
+        bits_per_weight: the target.
+    """
+
+    mid_features: Mapping[str, int]
+    reasons: Mapping[str, str]
+    curves: Mapping[str, ErrorCurve]
+    bits_per_weight: float
+
+    @property
+    def stored(self) -> int:
+        """The stored bits of all weights together."""
+        return sum(self.curves[name].bits(size) for name, size in self.mid_features.items())
+
+    @property
+    def true_bits_per_weight(self) -> float:
+        """Stored bits over the number of weights."""
+        return self.stored / sum(curve.size for curve in self.curves.values())
+
+    @property
+    def predicted(self) -> float:
+        """The loss of the allocation over that of equal bits for all weights."""
+        uniform = sum(
+            curve.loss(mid_features_for(self.bits_per_weight, curve.in_features, curve.out_features))
+            for curve in self.curves.values()
+        )
+        return sum(self.curves[name].loss(size) for name, size in self.mid_features.items()) / uniform
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row for every weight: size, bits, share of the loss before and after, reason."""
+        losses = {name: self.curves[name].loss(size) for name, size in self.mid_features.items()}
+        total = sum(losses.values()) or 1.0
+        rows = []
+        for name, size in self.mid_features.items():
+            curve = self.curves[name]
+            uniform = mid_features_for(self.bits_per_weight, curve.in_features, curve.out_features)
+            rows.append(
+                {
+                    "name": name,
+                    "shape": f"{curve.out_features}x{curve.in_features}",
+                    "mid_features": size,
+                    "uniform": uniform,
+                    "bits_per_weight": round(curve.bits(size) / curve.size, 3),
+                    "error": float(f"{losses[name] / curve.weight:.3g}") if curve.weight else 0.0,
+                    "share_of_loss": round(losses[name] / total, 4),
+                    "reason": self.reasons[name],
+                }
+            )
+        return rows
+
+    def __str__(self) -> str:
+        rows = self.rows()
+        head = [*rows[0]] if rows else []
+        table = [head, *([str(value) for value in row.values()] for row in rows)]
+        widths = [max(len(line[column]) for line in table) for column in range(len(head))]
+        lines = [
+            "  ".join(value.ljust(width) for value, width in zip(line, widths, strict=True)) for line in table
+        ]
+        lines.append(
+            f"{self.true_bits_per_weight:.4f} bits per weight of {self.bits_per_weight}; "
+            f"predicted loss {self.predicted:.3f} of that of equal bits"
+        )
+        return "\n".join(lines)
+
+
+def allocate(
+    model: nn.Module,
+    importance: Mapping[str, Importance] | None = None,
+    *,
+    multiple: int = 32,
+    floor: float | None = None,
+    ceiling: float | None = None,
+    depth_prior: float = 0.0,
+    **options: Any,
+) -> Allocation:
+    """Measure the error curves of a model's weights and spread the bits over them.
+
+    Args:
+        model: any module; its weights are read, not changed.
+        importance: layer name to second moments, as made by ``calibrate`` with a loss. Where no gradient moments
+            are known, relative errors of the layers' outputs count alike.
+        multiple, floor, ceiling: as for :func:`spread`.
+        depth_prior: p multiplies the weights of block z of 0 … 1 by exp(p (z − ½)): measured curves undervalue
+            the last blocks of some large models, for which 0.6 was found.
+        **options: fields of CompressionConfig; ``overrides`` fix the bits of the layers they name.
+
+    Returns:
+        The allocation, for ``factorize_model(..., allocation=...)`` and ``convert_(..., allocation=...)``.
+
+    Raises:
+        OptionError: as for :func:`spread`.
+        ConversionError: nothing to compress.
+    """
+    config = parse(CompressionConfig, options)
+    curves = measure_curves(model, config, importance, depth_prior=depth_prior)
+    fixed = {
+        name: config.bits_for(first)
+        for name in curves
+        for first in [name.split(" + ")[0]]  # stacked layers have equal bits
+        if any(fnmatchcase(first, pattern) for pattern in config.overrides)
+    }
+    return spread(
+        curves, config.bits_per_weight, multiple=multiple, floor=floor, ceiling=ceiling, fixed=fixed
+    )
+
+
+def measure_curves(
+    model: nn.Module,
+    config: CompressionConfig,
+    importance: Mapping[str, Importance] | None = None,
+    *,
+    depth_prior: float = 0.0,
+) -> dict[str, ErrorCurve]:
+    """Return the error curves of what ``factorize_model`` would factor, by the names of its layers joined by " + ".
+
+    Args:
+        model: any module.
+        config: which layers, and around how many bits.
+        importance: as for :func:`allocate`.
+        depth_prior: as for :func:`allocate`.
+
+    Raises:
+        ConversionError: nothing to compress.
+    """
+    factorizer = LayerFactorizer(config, importance)
+    jobs = [factorizer.job(names, weights) for names, weights in stacks_of(model, factorizer)]
+    if not jobs:
+        raise ConversionError(
+            f"{type(model).__name__} without a linear layer to factor",
+            "nn.Linear or Conv1D layers that are neither skipped nor too small",
+            f"check skip={list(config.skip)} and bits_per_weight={config.bits_per_weight}",
+        )
+    probes = [
+        FactorJob(job.names, job.weights, job.importance, size)
+        for job in jobs
+        for size in _probed(job.mid_features)
+    ]
+    made = run_jobs(probes, _MEASURING, FactorCache(config.cache_dir), config.progress)
+    errors: dict[str, list[tuple[int, float]]] = {}
+    for probe, factors in zip(probes, made, strict=True):
+        error = weighted_error(probe.stacked, factors, probe.importance)
+        errors.setdefault(joined(probe.names), []).append((probe.mid_features, max(error, 1e-12)))
+    weights = _weights(jobs, depth_prior)
+    return {
+        name: ErrorCurve(job.weights[0].shape[1], job.stacked.shape[0], tuple(errors[name]), weights[name])
+        for job in jobs
+        for name in [joined(job.names)]
+    }
+
+
+def spread(
+    curves: Mapping[str, ErrorCurve],
+    bits_per_weight: float,
+    *,
+    multiple: int = 32,
+    floor: float | None = None,
+    ceiling: float | None = None,
+    fixed: Mapping[str, float] | None = None,
+) -> Allocation:
+    """Choose the middle dimensions that lose least within the budget, which is met to 0.1 % and never exceeded.
+
+    A handful of small weights may leave more than 0.1 %: their single words are larger than that.
+
+    Args:
+        curves: of the weights, by name.
+        bits_per_weight: stored bits per weight of all curves together, scales and padding counted.
+        multiple: what middle dimensions are multiples of, for kernels that like whole words; the few weights that
+            take what is left over are exempt.
+        floor: least bits of a weight; None for half of ``bits_per_weight``.
+        ceiling: most bits of a weight; None for twice ``bits_per_weight``.
+        fixed: bits of weights that are not free, by name.
+
+    Raises:
+        OptionError: a number out of range, an unknown name in ``fixed``, or a budget that floors and fixed weights
+            exceed, or that ceilings cannot use up.
+    """
+    floor = bits_per_weight / 2 if floor is None else floor
+    ceiling = 2 * bits_per_weight if ceiling is None else ceiling
+    fixed = fixed or {}
+    _check(curves, bits_per_weight, multiple, floor, ceiling, fixed)
+    budget = bits_per_weight * sum(curve.size for curve in curves.values())
+    limits = {
+        name: (_size(curve, fixed[name]),) * 2 if name in fixed else _range(curve, floor, ceiling, multiple)
+        for name, curve in curves.items()
+    }
+    chosen = {name: low for name, (low, _) in limits.items()}
+    left = budget - _total(curves, chosen)
+    if left < 0:
+        raise OptionError(
+            f"a budget of {bits_per_weight} bits per weight, which floors and overrides exceed by "
+            f"{-left / budget:.1%}",
+            "a budget that leaves room",
+            "lower floor, or give the overridden layers fewer bits",
+        )
+    free = {name: (curves[name], *limits[name]) for name in curves if name not in fixed}
+    left = _take_steps(chosen, left, _hull_steps(free, multiple), curves)
+    left = _take_steps(chosen, left, _single_steps(free, multiple), curves)
+    if left > _TOLERANCE / 2 * budget:
+        left = _overshoot_and_trim(chosen, left, free, multiple)
+    left = _fill(chosen, left, free)
+    if left > _TOLERANCE * budget and all(chosen[name] >= high for name, (_, high) in limits.items()):
+        raise OptionError(
+            f"a budget of {bits_per_weight} bits per weight, of which ceilings leave {left / budget:.1%} unused",
+            "a budget that the weights can use",
+            "raise ceiling, or lower the budget",
+        )
+    reasons = {name: "override" if name in fixed else _reason(chosen[name], limits[name]) for name in curves}
+    return Allocation(chosen, reasons, dict(curves), bits_per_weight)
+
+
+def _check(
+    curves: Mapping[str, ErrorCurve],
+    bits_per_weight: float,
+    multiple: int,
+    floor: float,
+    ceiling: float,
+    fixed: Mapping[str, float],
+) -> None:
+    for name, bits in (("bits_per_weight", bits_per_weight), *fixed.items()):
+        if not MIN_BITS <= bits <= MAX_BITS:
+            raise OptionError(
+                f"{bits} bits for {name!r}", f"{MIN_BITS} to {MAX_BITS}", "2.0 is a usual value"
+            )
+    if not 0 <= floor <= bits_per_weight <= ceiling:
+        raise OptionError(
+            f"floor={floor}, ceiling={ceiling} for {bits_per_weight} bits per weight",
+            "floor ≤ bits_per_weight ≤ ceiling",
+            "leave them out for half and twice the bits",
+        )
+    if not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1:
+        raise OptionError(f"multiple={multiple!r}", "a whole number of 1 or more", "32 suits all kernels")
+    unknown = sorted(set(fixed) - set(curves))
+    if unknown or not curves:
+        raise OptionError(
+            f"bits for {unknown}" if unknown else "no error curves",
+            ", ".join(curves) or "at least one weight",
+            "use the names of the curves",
+        )
+
+
+def _size(curve: ErrorCurve, bits: float) -> int:
+    return max(1, mid_features_for(bits, curve.in_features, curve.out_features))
+
+
+def _range(curve: ErrorCurve, floor: float, ceiling: float, multiple: int) -> tuple[int, int]:
+    """Return the least and the largest R: multiples where there is one between floor and ceiling."""
+    low, high = _size(curve, floor), _size(curve, ceiling)
+    up, down = -(-low // multiple) * multiple, high // multiple * multiple
+    return (up, down) if up <= down else (low, high)
+
+
+def _reason(size: int, limits: tuple[int, int]) -> str:
+    low, high = limits
+    return "floor" if size <= low else "ceiling" if size >= high else ""
+
+
+def _total(curves: Mapping[str, ErrorCurve], chosen: Mapping[str, int]) -> int:
+    return sum(curve.bits(chosen[name]) for name, curve in curves.items())
+
+
+_Free = Mapping[str, tuple[ErrorCurve, int, int]]  # the curve, the least and the largest R
+_Move = tuple[float, str, int, int]  # loss saved a bit, name, from R, to R
+
+
+def _move(name: str, curve: ErrorCurve, start: int, end: int) -> _Move:
+    saved = (curve.loss(start) - curve.loss(end)) / max(1, curve.bits(end) - curve.bits(start))
+    return saved, name, start, end
+
+
+def _hull_steps(free: _Free, multiple: int) -> list[_Move]:
+    """Return the steps along the lower convex hull of every curve, steepest first."""
+    moves = []
+    for name, (curve, low, high) in free.items():
+        hull: list[int] = []
+        for size in _grid(low, high, multiple):
+            while (
+                len(hull) > 1 and _move(name, curve, *hull[-2:])[0] <= _move(name, curve, hull[-1], size)[0]
+            ):
+                hull.pop()
+            hull.append(size)
+        moves += [_move(name, curve, *step) for step in pairwise(hull)]
+    return sorted(moves, key=lambda move: -move[0])
+
+
+def _single_steps(free: _Free, multiple: int) -> list[_Move]:
+    """Return all steps of one multiple, steepest first: what fits after the last hull step did not."""
+    moves = [
+        _move(name, curve, *step)
+        for name, (curve, low, high) in free.items()
+        for step in pairwise(_grid(low, high, multiple))
+    ]
+    return sorted(moves, key=lambda move: -move[0])
+
+
+def _grid(low: int, high: int, multiple: int) -> Sequence[int]:
+    return sorted({low, *range(-(-low // multiple) * multiple, high + 1, multiple), high})
+
+
+def _take_steps(
+    chosen: dict[str, int], left: float, moves: Iterable[_Move], curves: Mapping[str, ErrorCurve]
+) -> float:
+    """Take, in this order, the moves that start where their weight is and fit; return the bits that are left."""
+    for _, name, start, end in moves:
+        cost = curves[name].bits(end) - curves[name].bits(start)
+        if chosen[name] == start and cost <= left:
+            chosen[name] = end
+            left -= cost
+    return left
+
+
+def _overshoot_and_trim(chosen: dict[str, int], left: float, free: _Free, multiple: int) -> float:
+    """Take one more step than fits, then give back single middle features until it does."""
+    steps = [
+        _move(name, curve, chosen[name], min(high, chosen[name] + multiple))
+        for name, (curve, _, high) in free.items()
+        if chosen[name] < high
+    ]
+    if not steps:
+        return left
+    _, name, start, end = max(steps)
+    curve = free[name][0]
+    trial = {**chosen, name: end}
+    over = curve.bits(end) - curve.bits(start) - left
+    while over > 0:
+        # Within a word of signs_out, so that each saves a row of signs_in and none leaves a hole of N words.
+        cuts = [
+            _move(other, item, trial[other] - 1, trial[other])
+            for other, (item, low, _) in free.items()
+            if trial[other] > max(low, 1) and words_per_row(trial[other] - 1) == words_per_row(trial[other])
+        ]
+        if not cuts:
+            return left
+        _, other, smaller, larger = min(cuts)
+        trial[other] = smaller
+        over -= free[other][0].bits(larger) - free[other][0].bits(smaller)
+    chosen.update(trial)
+    return -over
+
+
+def _fill(chosen: dict[str, int], left: float, free: _Free) -> float:
+    """Add single middle features while any fits, the most useful first."""
+    while True:
+        moves = [
+            _move(name, curve, chosen[name], chosen[name] + 1)
+            for name, (curve, _, high) in free.items()
+            if chosen[name] < high and curve.bits(chosen[name] + 1) - curve.bits(chosen[name]) <= left
+        ]
+        if not moves:
+            return left
+        _, name, start, end = max(moves)
+        left -= free[name][0].bits(end) - free[name][0].bits(start)
+        chosen[name] = end
+
+
+def _probed(mid_features: int) -> list[int]:
+    return sorted({max(1, round(fraction * mid_features)) for fraction in _FRACTIONS})
+
+
+def _weights(jobs: Sequence[FactorJob], depth_prior: float) -> dict[str, float]:
+    """Return the loss of every job at a relative error of 1."""
+    known = {joined(job.names): _energy(job) for job in jobs}
+    measured = [value for value in known.values() if value is not None]
+    usual = median(measured) if measured else 1.0
+    blocks = {name: _block(name) for name in known}
+    last = max((block for block in blocks.values() if block is not None), default=0)
+    weights = {}
+    for name, energy in known.items():
+        block = blocks[name]
+        depth = 0.5 if block is None or last == 0 else block / last
+        weights[name] = (usual if energy is None else energy) * math.exp(depth_prior * (depth - 0.5))
+    return weights
+
+
+def _energy(job: FactorJob) -> float | None:
+    """Return ``tr(L W R Wᵀ)``, or None where no gradient says what an output is worth."""
+    importance = job.importance
+    if importance is None or importance.output_grad_second_moment is None:
+        return None
+    given = WeightedWeight.of(job.stacked, importance)
+    left = given.matrix if given.row_metric is None else given.row_metric @ given.matrix
+    right = left if given.column_metric is None else left @ given.column_metric
+    # The moments were divided by their means when the weight was weighted.
+    sizes = [
+        float((moment.diagonal() if moment.dim() == 2 else moment).double().mean())
+        for moment in (importance.output_grad_second_moment, importance.input_second_moment)
+        if moment is not None
+    ]
+    return float((given.matrix * right).double().sum()) * given.unit**2 * math.prod(sizes)
+
+
+def _block(name: str) -> int | None:
+    found = re.search(r"\.(\d+)\.", name)
+    return int(found[1]) if found else None
