@@ -6,7 +6,7 @@ from torch import nn
 
 from dbf_compile.compression.calibration import calibrate
 from dbf_compile.compression.losses import output_loss
-from dbf_compile.errors import ConversionError, WeightError
+from dbf_compile.errors import ConversionError, OptionError, WeightError
 
 
 class Net(nn.Module):
@@ -219,3 +219,252 @@ def test_layers_the_loss_does_not_reach_have_input_moments_only(batches):
     found = calibrate(TwoHeads(), batches, loss=lambda output, batch: output[0].sum())
     assert found["ignored"].output_grad_second_moment is None
     assert found["used"].output_grad_second_moment is not None
+
+
+# Forms, padding, clipping
+
+
+def test_whole_moments_have_the_vectors_on_their_diagonal(batches):
+    vectors = calibrate(Net(), batches, loss=squared_sum)
+    for form, sides in (("input", 1), ("kronecker", 2)):
+        found = calibrate(Net(), batches, loss=squared_sum, form=form)["second"]
+        assert found.input_second_moment.shape == (7, 7)
+        assert found.output_grad_second_moment.dim() == sides
+        plain = found.diagonal()
+        for name in ("input_second_moment", "output_grad_second_moment"):
+            # float64 sums of the same float32 numbers, rounded once.
+            torch.testing.assert_close(
+                getattr(plain, name), getattr(vectors["second"], name), rtol=1e-6, atol=0
+            )
+
+
+def test_a_whole_input_moment_is_the_mean_of_outer_products(batches):
+    found = calibrate(Net(), batches, loss=None, form="input")["first"].input_second_moment
+    positions = torch.cat([batch.reshape(-1, 5) for batch in batches])
+    torch.testing.assert_close(found, positions.T @ positions / len(positions), rtol=1e-5, atol=1e-6)
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x, attention_mask):
+        return self.layer(x) * attention_mask[..., None]
+
+
+def test_padding_does_not_count():
+    x, mask = torch.randn(2, 5, 4), torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
+    found = calibrate(Masked(), [{"x": x, "attention_mask": mask}], loss=squared_sum)["layer"]
+    kept = x[mask.bool()]
+    alone = calibrate(Masked(), [{"x": kept[None], "attention_mask": torch.ones(1, 4)}], loss=squared_sum)[
+        "layer"
+    ]
+    for name in ("input_second_moment", "output_grad_second_moment"):
+        torch.testing.assert_close(getattr(found, name), getattr(alone, name), rtol=1e-5, atol=0)
+
+
+def test_clipping_tames_one_long_token():
+    quiet = torch.ones(1, 100, 4)
+    loud = quiet.clone()
+    loud[0, 0] = 1e4
+    layer = nn.Sequential(nn.Linear(4, 4))
+    moments = [
+        calibrate(layer, [batch], loss=None, clip=clip)["0"].input_second_moment
+        for batch, clip in ((quiet, None), (loud, None), (loud, 0.98))
+    ]
+    assert moments[1][0] > 1e5
+    torch.testing.assert_close(moments[2], moments[0])
+
+
+def test_only_the_layers_asked_for_are_measured(batches):
+    assert set(calibrate(Net(), batches, loss=None, layers=["sec*"])) == {"second"}
+
+
+def test_layers_never_reached_are_named_in_a_warning(batches, caplog):
+    calibrate(Net(), batches, loss=None)
+    assert "unused" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"form": "full"}, "'diagonal'|diagonal"),
+        ({"clip": 1.5}, "between 0 and 1"),
+        ({"loss": "nll"}, "next_token"),
+    ],
+    ids=str,
+)
+def test_unknown_options_are_refused(batches, options, message):
+    with pytest.raises(OptionError, match=message):
+        calibrate(Net(), batches, **options)
+
+
+def test_nan_activations_are_refused_by_layer():
+    with pytest.raises(WeightError, match="first: input_second_moment"):
+        calibrate(Net(), [torch.full((1, 5), float("nan"))], loss=None)
+
+
+def test_gradients_of_layers_can_be_compared():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    nn.init.eye_(model[0].weight)
+    model[1].weight.data = 10 * torch.eye(4)
+    found = calibrate(model, [torch.ones(3, 4)], loss=lambda output, batch: output.sum())
+    # ∂loss/∂y is 1 behind the second layer and 10 before it.
+    assert found["0"].output_grad_second_moment.tolist() == pytest.approx([1.0] * 4)
+    assert found["1"].output_grad_second_moment.tolist() == pytest.approx([0.01] * 4)
+
+
+# Models of transformers
+
+
+def tiny(kind, **changes):
+    import transformers
+
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 32,
+    }
+    torch.manual_seed(0)
+    configuration = getattr(transformers, f"{kind.split('For')[0].removesuffix('Model')}Config")(
+        **sizes, **changes
+    )
+    return getattr(transformers, kind)(configuration).eval()
+
+
+def tokens(count=4, length=12):
+    generator = torch.Generator().manual_seed(1)
+    return [{"input_ids": torch.randint(50, (2, length), generator=generator)} for _ in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["LlamaForCausalLM", "BertForMaskedLM", "BertModel"])
+@pytest.mark.parametrize("loss", ["auto", "sampled", "output"])
+def test_every_kind_of_model_has_a_loss(kind, loss):
+    if kind == "BertModel" and loss == "sampled":
+        with pytest.raises(ConversionError, match="without logits"):
+            calibrate(tiny(kind), tokens(), loss=loss)
+        return
+    found = calibrate(tiny(kind), tokens(), loss=loss)
+    inner = [item for name, item in found.items() if "layer" in name]
+    assert len(inner) >= 18
+    assert all(item.output_grad_second_moment.any() for item in inner)
+    again = calibrate(tiny(kind), tokens(), loss=loss)
+    assert all(
+        torch.equal(found[name].output_grad_second_moment, again[name].output_grad_second_moment)
+        for name in found
+        if found[name].output_grad_second_moment is not None
+    )
+
+
+def test_auto_is_the_loss_that_fits():
+    causal = calibrate(tiny("LlamaForCausalLM"), tokens())
+    labelled = calibrate(
+        tiny("LlamaForCausalLM"), [{**batch, "labels": batch["input_ids"]} for batch in tokens()]
+    )
+    explicit = calibrate(tiny("LlamaForCausalLM"), tokens(), loss="next_token")
+    name = "model.layers.1.mlp.up_proj"
+    assert torch.equal(causal[name].output_grad_second_moment, explicit[name].output_grad_second_moment)
+    # The model's own loss is the same mean over the same tokens, summed by other code.
+    torch.testing.assert_close(
+        causal[name].output_grad_second_moment, labelled[name].output_grad_second_moment, rtol=1e-4, atol=1e-9
+    )
+
+
+def test_the_output_loss_estimates_the_jacobian():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5))
+    batch = torch.randn(1, 3, generator=torch.Generator().manual_seed(3))
+    found = calibrate(model, [batch] * 4000, loss="output")["0"].output_grad_second_moment
+    hidden = model[0](batch[0]).detach()
+    jacobian = torch.autograd.functional.jacobian(lambda y: model[2](torch.tanh(y)), hidden)
+    exact = jacobian.square().sum(0)
+    # 4000 squares of normal numbers: a standard error of √(2 / 4000) = 2.2 %, of which five.
+    torch.testing.assert_close(found / found.sum(), exact / exact.sum(), rtol=0.11, atol=0)
+
+
+def test_without_data_tokens_are_random_and_the_same_every_time():
+    first, second, other = (calibrate(tiny("LlamaForCausalLM"), seed=seed) for seed in (0, 0, 1))
+    name = "model.layers.1.mlp.up_proj"
+    assert torch.equal(first[name].input_second_moment, second[name].input_second_moment)
+    assert not torch.equal(first[name].input_second_moment, other[name].input_second_moment)
+    with pytest.raises(ConversionError, match="vocab_size"):
+        calibrate(Net())
+
+
+@pytest.mark.parametrize("kind", ["LlamaForCausalLM", "BertModel"])
+def test_blocks_that_visit_a_device_one_at_a_time_give_the_same(kind):
+    model = tiny(kind)
+    plain = calibrate(model, tokens(), form="input")
+    before = state_of(model, [])
+    storages = [parameter.data_ptr() for parameter in model.parameters()]
+    visiting = calibrate(model, tokens(), form="input", device="cpu")
+    assert same(before, state_of(model, []))
+    assert storages == [parameter.data_ptr() for parameter in model.parameters()]
+    assert set(plain) == set(visiting)
+    for name, item in plain.items():
+        assert torch.equal(item.input_second_moment, visiting[name].input_second_moment)
+        if item.output_grad_second_moment is not None:
+            # What is computed again is computed by the same operations.
+            torch.testing.assert_close(
+                item.output_grad_second_moment, visiting[name].output_grad_second_moment
+            )
+
+
+def test_at_most_one_block_is_away_from_home(monkeypatch):
+    model = tiny("LlamaForCausalLM")
+    inside = {id(p): n for n, block in enumerate(model.model.layers) for p in block.parameters()}
+    homes = {id(p): p.data_ptr() for p in model.parameters()}
+    away = []
+
+    def cloning(self, *args, **kwargs):
+        return self.clone() if args and args[0] == "elsewhere" else original(self, *args, **kwargs)
+
+    original = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", cloning)
+
+    def watch(*_):
+        away.append(
+            {inside[id(p)] for p in model.parameters() if id(p) in inside and p.data_ptr() != homes[id(p)]}
+        )
+
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_pre_hook(watch)
+    calibrate(model, tokens(2), device="elsewhere")
+    # Two passes over three blocks, forward and again for the backward pass.
+    assert max(map(len, away)) == 1
+    assert {next(iter(blocks)) for blocks in away if blocks} == {0, 1, 2}
+    assert sum(bool(blocks) for blocks in away) == 2 * 2 * 3 * 7
+
+
+def test_blocks_keep_only_their_inputs_for_the_backward_pass():
+    def kept(device):
+        sizes = []
+
+        def pack(tensor):
+            sizes.append(tensor.numel())
+            return tensor
+
+        model = tiny("LlamaForCausalLM")
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            calibrate(model, tokens(1), device=device)
+        return sum(sizes)
+
+    assert kept("cpu") < 0.5 * kept(None)
+
+
+def test_a_failure_half_way_brings_every_block_home():
+    model = tiny("LlamaForCausalLM")
+    before = state_of(model, [])
+
+    def loss(output, batch):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        calibrate(model, tokens(1), loss=loss, device="cpu")
+    assert same(before, state_of(model, []))
+    assert all("forward" not in vars(module) for module in model.modules())

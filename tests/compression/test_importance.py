@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dbf_compile.compression.importance import FLOOR, Importance, WeightedWeight
-from dbf_compile.errors import WeightError
+from dbf_compile.errors import OptionError, WeightError
 
 MOMENTS = st.lists(st.floats(0, 2.0**100, width=32), min_size=1, max_size=40).map(torch.tensor)
 LENGTHS = st.integers(1, 40)
@@ -149,3 +149,95 @@ def test_a_weighted_weight_gives_the_weight_back(out_features, in_features, expo
     back = seen.unit * (seen.matrix / seen.rows[:, None] / seen.columns).double()
     # Six roundings of float32 on the way there and back.
     torch.testing.assert_close(back, weight.double(), rtol=1e-6, atol=0)
+
+
+# Whole moments
+
+
+def covariance(size, seed=0):
+    root = torch.randn(size, size + 3, generator=torch.Generator().manual_seed(seed))
+    return root @ root.T / size
+
+
+@settings(deadline=None)
+@given(st.integers(1, 20), st.integers(0, 100))
+def test_a_metric_has_ones_on_its_diagonal_and_undoes_the_weights(size, seed):
+    moment = covariance(size, seed)
+    importance = Importance(moment)
+    _, metric = importance.metrics()
+    assert torch.equal(metric.diagonal(), torch.ones(size))
+    _, weights = importance.feature_weights(1, size)
+    rebuilt = weights[:, None] * metric * weights * moment.diagonal().mean()
+    torch.testing.assert_close(rebuilt, moment, rtol=1e-4, atol=1e-5)  # float32 roots and products
+
+
+def test_vectors_have_no_metric_and_matrices_have_their_diagonal():
+    moment = covariance(5)
+    assert Importance(torch.ones(5), None).metrics() == (None, None)
+    plain = Importance(moment, moment).diagonal()
+    assert torch.equal(plain.input_second_moment, moment.diagonal())
+    assert torch.equal(
+        Importance(moment).feature_weights(1, 5)[1], Importance(moment.diagonal()).feature_weights(1, 5)[1]
+    )
+
+
+@pytest.mark.parametrize("form", ["vector", "matrix"])
+def test_shrinking_keeps_the_mean_and_ends_uniform(form):
+    moment = covariance(6) if form == "matrix" else covariance(6).diagonal()
+    importance = Importance(moment, moment)
+    assert torch.equal(importance.shrunk(0.0).input_second_moment, moment)
+    half, whole = (
+        importance.shrunk(0.5).output_grad_second_moment,
+        importance.shrunk(1.0).output_grad_second_moment,
+    )
+    diagonal = (lambda m: m.diagonal()) if form == "matrix" else (lambda m: m)
+    torch.testing.assert_close(diagonal(half).mean(), diagonal(moment).mean())
+    torch.testing.assert_close(diagonal(whole), diagonal(moment).mean().expand(6))
+    if form == "matrix":
+        torch.testing.assert_close(half - half.diagonal().diag(), 0.5 * (moment - moment.diagonal().diag()))
+
+
+@settings(deadline=None)
+@given(st.integers(2, 12), st.integers(0, 100), st.floats(0, 1))
+def test_tempering_keeps_the_trace_and_flattens_the_spectrum(size, seed, power):
+    moment = covariance(size, seed)
+    made = Importance(moment).tempered(power).input_second_moment
+    assert float(made.trace()) == pytest.approx(float(moment.trace()), rel=1e-4)
+    before, after = (torch.linalg.eigvalsh(m.double()) for m in (moment, made))
+    expected = before.clamp_min(0) ** power
+    torch.testing.assert_close(after, expected * before.sum() / expected.sum(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_power_of_one_changes_nothing_and_of_zero_forgets_all():
+    moment = covariance(5)
+    torch.testing.assert_close(Importance(moment).tempered(1.0).input_second_moment, moment)
+    torch.testing.assert_close(
+        Importance(moment).tempered(0.0).input_second_moment, moment.trace() / 5 * torch.eye(5)
+    )
+    vector = torch.tensor([1.0, 4.0])
+    torch.testing.assert_close(
+        Importance(vector).tempered().input_second_moment, torch.tensor([5 / 3, 10 / 3])
+    )
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+def test_amounts_and_powers_are_checked(value):
+    with pytest.raises(OptionError, match="amount"):
+        Importance().shrunk(value)
+    with pytest.raises(OptionError, match="power"):
+        Importance().tempered(value)
+
+
+def test_stacked_whole_moments_do_not_couple_the_layers():
+    parts = [
+        Importance(covariance(4), covariance(2, 1)),
+        Importance(covariance(4, 2), None),
+        Importance(None, torch.ones(2)),
+    ]
+    made = Importance.stack(parts, [2, 3, 2])
+    assert made.input_second_moment.shape == (4, 4)
+    moment = made.output_grad_second_moment
+    torch.testing.assert_close(moment[:2, :2], covariance(2, 1))
+    assert not moment[:2, 2:].any() and torch.equal(moment[5:, 5:], torch.eye(2))
+    usual = torch.cat([covariance(2, 1).diagonal(), torch.ones(2)]).mean()
+    torch.testing.assert_close(moment[2:5, 2:5], usual * torch.eye(3))
