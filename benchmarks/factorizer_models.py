@@ -38,7 +38,7 @@ def encoder_rows() -> Iterator[dict[str, Any]]:
         [demo.embed(model, tokens(EVALUATION[i : i + 16])) for i in range(0, len(EVALUATION), 16)]
     )
     forms = {
-        "none": lambda: {},
+        "none": dict,
         "input only": lambda: dbf_compile.calibrate(model, batches, loss=None),
         "diagonal": lambda: dbf_compile.calibrate(model, batches),
     }
@@ -80,7 +80,7 @@ def language_rows() -> Iterator[dict[str, Any]]:
     calibrate = partial(dbf_compile.calibrate, model, calibrating)
     diagonal, kronecker = calibrate(), calibrate(form="kronecker")
     forms: dict[str, Callable[[], Known]] = {
-        "none": lambda: {},
+        "none": dict,
         "input only": lambda: calibrate(loss=None),
         "data-free": lambda: dbf_compile.calibrate(model, None),
         "diagonal": lambda: diagonal,

@@ -29,6 +29,11 @@ With whole metrics L̃, R̃ (unit diagonals) the solve of a turn becomes
     basis · L̃ · basisᵀ = V μ Vᵀ,  R̃ = U λ Uᵀ
     solution = V [ (Vᵀ (basis · L̃ · target · R̃ + rho (primal − leak · dual)) U) ⊘ (μ λᵀ + ridge + rho) ] Uᵀ
 
+Above two bits the middle dimension is split: the first part is found as above, the next ones approximate what it
+leaves, with its outer and inner scales kept. A single search over all of it gets stuck: with M > P many solutions fit
+the matrix equally well before they are rounded, and the pull towards signs has nothing to choose by. Errors of parts
+multiply, so that 2 + 2 bits give the square of the error of 2.
+
 Differs from the paper, besides: one solve and one Cholesky factorization a turn instead of three and two inverses;
 the power iteration of ``project`` goes on from the last magnitude; the result is refined (``refine``); the size of
 the weight is spread evenly over the three scales, which are rounded to float16.
@@ -42,6 +47,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import torch
@@ -49,13 +56,14 @@ from torch import Tensor
 
 from dbf_compile.compression.importance import Importance, WeightedWeight
 from dbf_compile.compression.projection import half_scales, rank_one, signs_of
-from dbf_compile.compression.refine import Product, refine
+from dbf_compile.compression.refine import Product, refine, refit_scales
 from dbf_compile.errors import OptionError, WeightError
 from dbf_compile.factors import DoubleBinaryFactors
 from dbf_compile.options import PRESETS
 from dbf_compile.signs import pack_signs
 
 _TINY = 1e-12  # the notebooks' floor on norms
+_BITS_OF_A_PART = 2.1  # sign bits per weight; above, two parts are better than one
 _POWER_ITERATIONS = 2  # a turn; they go on from the magnitude of the last one
 
 
@@ -159,22 +167,20 @@ def factorize_batch(
     device_type = weights[0].device.type if len(weights) and isinstance(weights[0], Tensor) else "cpu"
     with torch.autocast(device_type, enabled=False):
         given = [WeightedWeight.of(*pair) for pair in zip(weights, importances, strict=True)]
-        problem = _Problem.of(given)
-        products = _alternate(problem, mid_features, config, progress)
+        tall = all(item.matrix.shape[0] >= item.matrix.shape[1] for item in given)
+        if tall:
+            given = [item.transposed for item in given]
         made = []
-        for item, product in zip(given, products, strict=True):
-            # Refined the way it was made, so that a transposed weight gets the transposed factors.
-            if problem.transposed:
-                metrics = item.column_metric, item.row_metric
-                product = refine(item.matrix.T.contiguous(), product, *metrics, config.sweeps).transposed
-            else:
-                product = refine(item.matrix, product, item.row_metric, item.column_metric, config.sweeps)
-            scales = half_scales(
-                item.unit,
-                product.scale_in / item.columns,
-                product.scale_mid,
-                product.scale_out / item.rows,
+        for item, product in zip(
+            given, _in_parts(_Problem.of(given), mid_features, config, progress), strict=True
+        ):
+            product = refine(item.matrix, product, item.row_metric, item.column_metric, config.sweeps)
+            product = product._replace(
+                scale_out=product.scale_out / item.rows, scale_in=product.scale_in / item.columns
             )
+            if tall:
+                product = product.transposed
+            scales = half_scales(item.unit, product.scale_in, product.scale_mid, product.scale_out)
             made.append(
                 DoubleBinaryFactors(pack_signs(product.signs_in), pack_signs(product.signs_out), *scales)
             )
@@ -261,12 +267,13 @@ class _Turn(NamedTuple):
 
 
 class _Problem(NamedTuple):
-    """A batch of weighted matrices [B, P, Q], P ≤ Q, and the turns of the left and the right factor."""
+    """A batch of weighted matrices [B, P, Q] with their metrics; arguments as in ``WeightedWeight`` and ``_Turn``."""
 
-    left: _Turn
-    right: _Turn
-    transposed: bool
-    zeros: Tensor
+    matrix: Tensor
+    row_metric: Tensor | None
+    column_metric: Tensor | None
+    row_spectrum: tuple[Tensor, Tensor] | None
+    column_spectrum: tuple[Tensor, Tensor] | None
 
     @staticmethod
     def of(given: Sequence[WeightedWeight]) -> _Problem:
@@ -280,21 +287,17 @@ class _Problem(NamedTuple):
                 "weights of one shape and device, with diagonal or with whole moments",
                 "factor them one by one",
             )
+        rows, columns = _stack([g.row_metric for g in given]), _stack([g.column_metric for g in given])
         matrix = torch.stack([g.matrix for g in given])
-        rows, columns = (
-            _stack([getattr(g, name) for g in given]) for name in ("row_metric", "column_metric")
-        )
-        transposed = matrix.shape[1] >= matrix.shape[2]
-        if transposed:
-            matrix, rows, columns = matrix.mT.contiguous(), columns, rows
-        target = matrix if rows is None else rows @ matrix
-        target = (target if columns is None else target @ columns).contiguous()
-        zeros = ~matrix.flatten(1).any(1)
-        return _Problem(
-            _Turn(target.mT, columns, _spectrum(rows)),
-            _Turn(target, rows, _spectrum(columns)),
-            transposed,
-            zeros,
+        return _Problem(matrix, rows, columns, _spectrum(rows), _spectrum(columns))
+
+    def turns(self, matrix: Tensor) -> tuple[_Turn, _Turn]:
+        """Return the turns of the left and of the right factor of ``matrix [B, P, Q]``."""
+        target = matrix if self.row_metric is None else self.row_metric @ matrix
+        target = (target if self.column_metric is None else target @ self.column_metric).contiguous()
+        return (
+            _Turn(target.mT, self.column_metric, self.row_spectrum),
+            _Turn(target, self.row_metric, self.column_spectrum),
         )
 
 
@@ -318,14 +321,19 @@ class _Factor:
         rows: norms of the rows of ``primal`` [B, M].
         columns: the other side of its magnitude [B, Q], of norm 1.
         basis: what the turns of the other factor see.
+
+    Args:
+        primal: where to start.
+        columns: to be kept, of norm 1, or None to find them.
     """
 
-    def __init__(self, primal: Tensor) -> None:
+    def __init__(self, primal: Tensor, columns: Tensor | None) -> None:
         batch, _, size = primal.shape
         self.primal = primal.contiguous()
         self.dual = torch.zeros_like(self.primal)
         self.rows = torch.linalg.vector_norm(self.primal, dim=-1)
-        self.columns = primal.new_full((batch, size), size**-0.5)
+        self._fixed = columns is not None
+        self.columns = primal.new_full((batch, size), size**-0.5) if columns is None else columns
         self.basis = self.primal / (self.rows[..., None] + _TINY)
         # Fresh memory costs more than the element-wise steps that write to it.
         self._wanted, self._point = torch.empty_like(self.primal), torch.empty_like(self.primal)
@@ -337,7 +345,11 @@ class _Factor:
         wanted.add_(torch.sub(self.primal, self.dual, alpha=step.leak, out=point), alpha=step.rho)
         _solve(turn, basis, wanted, step, out=point)
         torch.lerp(self.primal, point, step.relaxation, out=point).add_(self.dual, alpha=step.leak)
-        self.rows, self.columns = rank_one(torch.abs(point, out=wanted), _POWER_ITERATIONS, self.columns)
+        magnitude = torch.abs(point, out=wanted)
+        if self._fixed:
+            self.rows = (magnitude @ self.columns[..., None])[..., 0]
+        else:
+            self.rows, self.columns = rank_one(magnitude, _POWER_ITERATIONS, self.columns)
         torch.mul(self.rows[..., None], self.columns[..., None, :], out=self.primal).copysign_(point)
         torch.sub(point, self.primal, out=self.dual)
         unit = torch.div(self.primal, self.rows[..., None] + _TINY, out=wanted)
@@ -345,41 +357,116 @@ class _Factor:
         self.basis /= torch.linalg.vector_norm(self.basis, dim=-1, keepdim=True) + _TINY
 
 
-def _alternate(
+def _in_parts(
     problem: _Problem, mid_features: int, config: FactorizerConfig, progress: Callable[[float], object] | None
 ) -> list[Product]:
-    """Return a product for every matrix of the batch, transposed as the problem is."""
-    batch, left_size, right_size = problem.right.target.shape
+    """Return a product for every matrix of the batch: the parts of each one after the other, side by side."""
+    generator = torch.Generator().manual_seed(config.seed)
+    rows, columns = problem.matrix.shape[1:]
+    sizes = _part_sizes(mid_features, rows, columns)
+    residual = problem.matrix
+    products: list[Product] = []
+    kept: tuple[Tensor | None, Tensor | None] = (None, None)
+    for index, size in enumerate(sizes):
+        unit = residual.square().mean((-2, -1), keepdim=True).sqrt().clamp_min(_TINY)
+        if products:
+            kept = (
+                torch.stack([_unit(product.scale_out) for product in products]),
+                torch.stack([_unit(product.scale_in) for product in products]),
+            )
+        told = None
+        if progress is not None:
+            told = partial(_tell, progress, sum(sizes[:index]) / mid_features, size / mid_features)
+        parts = _alternate(problem.turns(residual / unit), size, kept, generator, config.iterations, told)
+        parts = [
+            part._replace(scale_mid=part.scale_mid * scale)
+            for part, scale in zip(parts, unit[:, 0], strict=True)
+        ]
+        products = [_beside(*pair) for pair in zip(products, parts, strict=True)] if products else parts
+        if len(sizes) > 1:
+            products = [
+                refit_scales(
+                    problem.matrix[i], p, _at(problem.row_metric, i), _at(problem.column_metric, i)
+                ).nonnegative
+                for i, p in enumerate(products)
+            ]
+            residual = problem.matrix - torch.stack([p.dense() for p in products])
+    return products
+
+
+def _part_sizes(mid_features: int, rows: int, columns: int) -> list[int]:
+    """Return the middle dimensions of the parts: falling, and none of more than about two bits."""
+    bits = mid_features * (rows + columns) / (rows * columns)
+    count = min(mid_features, max(1, math.ceil(bits / _BITS_OF_A_PART)))
+    ends = [0.0]
+    for index in range(count):
+        share = 1.0 if count == 1 else 1.2 - 0.4 * index / (count - 1)
+        ends.append(ends[-1] + share)
+    cuts = [round(mid_features * end / ends[-1]) for end in ends]
+    return [high - low for low, high in pairwise(cuts) if high > low]
+
+
+def _tell(progress: Callable[[float], object], before: float, share: float, done: float) -> None:
+    progress(min(1.0, before + share * done))
+
+
+def _unit(vector: Tensor) -> Tensor:
+    return torch.div(vector, torch.linalg.vector_norm(vector).clamp_min(_TINY))
+
+
+def _at(metric: Tensor | None, index: int) -> Tensor | None:
+    return None if metric is None else metric[index]
+
+
+def _beside(left: Product, right: Product) -> Product:
+    """Return the sum of two products, with the outer and inner scales of the first; those of the second are their
+    multiples."""
+    ratio = torch.linalg.vector_norm(left.scale_out) * torch.linalg.vector_norm(left.scale_in)
+    return left._replace(
+        signs_out=torch.cat([left.signs_out, right.signs_out], dim=1),
+        signs_in=torch.cat([left.signs_in, right.signs_in]),
+        scale_mid=torch.cat([left.scale_mid, right.scale_mid / ratio.clamp_min(_TINY)]),
+    )
+
+
+def _alternate(
+    turns: tuple[_Turn, _Turn],
+    mid_features: int,
+    kept: tuple[Tensor | None, Tensor | None],
+    generator: torch.Generator,
+    iterations: int,
+    progress: Callable[[float], object] | None,
+) -> list[Product]:
+    """Return a product for every matrix of the batch, found by ADMM; ``kept`` are columns of the left and right."""
+    batch, left_size, right_size = turns[1].target.shape
     # Drawn on the CPU, so that all devices start alike. Zeros for the left factor, which moves first, let the whole
     # turn with the signs and the order of its side.
-    generator = torch.Generator().manual_seed(config.seed)
     drawn = torch.randn(mid_features, right_size, generator=generator, dtype=torch.float32, device="cpu")
-    right = _Factor(drawn.to(problem.zeros.device).expand(batch, -1, -1))
-    left = _Factor(right.primal.new_zeros(batch, mid_features, left_size))
-    for done, step in enumerate(_schedule(config.iterations), start=1):
-        left.move(problem.left, right.basis, step)
-        right.move(problem.right, left.basis, step)
+    right = _Factor(drawn.to(turns[1].target.device).expand(batch, -1, -1), kept[1])
+    left = _Factor(right.primal.new_zeros(batch, mid_features, left_size), kept[0])
+    for done, step in enumerate(_schedule(iterations), start=1):
+        left.move(turns[0], right.basis, step)
+        right.move(turns[1], left.basis, step)
         if progress is not None:
-            progress(done / config.iterations)
+            progress(done / iterations)
     if not bool(torch.isfinite(right.rows).all()):
         raise WeightError(
             "normal equations that are not positive definite",
             "float32 products of full precision",
             "turn TF32 off while factoring",
         )
-    middle = torch.where(problem.zeros[:, None], 0.0, right.rows)
-    products = []
-    for index in range(batch):
-        products.append(
-            Product(
-                signs_of(left.primal[index]).T,
-                signs_of(right.primal[index]),
-                left.columns[index],
-                middle[index],
-                right.columns[index],
-            )
+    zeros = ~turns[1].target.flatten(1).any(1, keepdim=True)
+    middle = torch.where(zeros, 0.0, right.rows)
+    return [
+        Product(
+            signs_of(left.primal[index]).T,
+            signs_of(right.primal[index]),
+            left.columns[index],
+            middle[index],
+            right.columns[index],
         )
-    return products
+        for index in range(batch)
+    ]
 
 
 def _solve(turn: _Turn, basis: Tensor, wanted: Tensor, step: _Step, out: Tensor) -> None:

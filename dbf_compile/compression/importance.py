@@ -229,6 +229,18 @@ class WeightedWeight:
     row_metric: Tensor | None = None
     column_metric: Tensor | None = None
 
+    @property
+    def transposed(self) -> WeightedWeight:
+        """The transposed weight."""
+        return WeightedWeight(
+            self.matrix.T.contiguous(),
+            self.columns,
+            self.rows,
+            self.unit,
+            self.column_metric,
+            self.row_metric,
+        )
+
     @staticmethod
     def of(weight: Tensor, importance: Importance | None = None) -> WeightedWeight:
         """Check a weight and bring it into the form that is factored.

@@ -54,6 +54,16 @@ class Product(NamedTuple):
         return (self.outer * self.scale_mid) @ self.inner
 
     @property
+    def nonnegative(self) -> Product:
+        """The same product with scales of 0 or more: what was negative has gone into the signs."""
+        out, mid, into = (torch.where(scale < 0, -1.0, 1.0) for scale in self[2:])
+        return Product(
+            self.signs_out * out[:, None],
+            self.signs_in * mid[:, None] * into,
+            *(scale.abs() for scale in self[2:]),
+        )
+
+    @property
     def transposed(self) -> Product:
         """The product of the transposed target."""
         return Product(self.signs_in.T, self.signs_out.T, self.scale_in, self.scale_mid, self.scale_out)

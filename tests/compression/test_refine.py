@@ -117,3 +117,17 @@ def test_zeros_give_no_nan(which):
     start = start._replace(**{which: torch.zeros_like(getattr(start, which))})
     assert all(bool(torch.isfinite(part).all()) for part in refine(target, start))
     assert all(bool(torch.isfinite(part).all()) for part in refine(torch.zeros(6, 8), start))
+
+
+@settings(deadline=None)
+@given(SIZES, SIZES, SIZES, SEEDS)
+def test_signs_take_over_what_is_negative(rows, mid, columns, seed):
+    start = product(rows, mid, columns, seed)
+    mixed = start._replace(
+        scale_out=start.scale_out * signs(rows, seed=seed + 7),
+        scale_mid=start.scale_mid * signs(mid, seed=seed + 8),
+        scale_in=start.scale_in * signs(columns, seed=seed + 9),
+    )
+    made = mixed.nonnegative
+    assert all(bool((scale >= 0).all()) for scale in made[2:])
+    assert torch.equal(made.dense(), mixed.dense())  # the same products, sign by sign
