@@ -6,7 +6,7 @@ VENV   := .venv
 RUN    := PYTHONSAFEPATH=1 $(VENV)/bin/python
 PIP    := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench bench-cpu bench-gpu clean
+.PHONY: demo test check bench bench-cpu bench-gpu bench-factorizer clean
 
 # QUICK=1: two layers of the encoder and fewer measurements.
 demo: $(VENV)/.demo
@@ -32,6 +32,10 @@ bench-cpu: $(VENV)/.demo
 # On a machine with an NVIDIA GPU and a CUDA build of torch: checks, then timings, within 8 minutes.
 bench-gpu: $(VENV)/.demo
 	$(VENV)/bin/python benchmarks/bench_gpu.py
+
+# The factorizer against the authors' own and other codes, then whole models; about an hour on two cores.
+bench-factorizer: $(VENV)/.demo
+	$(VENV)/bin/python benchmarks/bench_factorizer.py
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage

@@ -33,7 +33,7 @@ from dbf_compile.compression.admm import FactorizerConfig, weighted_error
 from dbf_compile.compression.cache import FactorCache
 from dbf_compile.compression.importance import Importance, WeightedWeight
 from dbf_compile.compression.jobs import FactorJob, run_jobs
-from dbf_compile.compression.model import LayerFactorizer, joined, stacks_of
+from dbf_compile.compression.model import LayerFactorizer, joined
 from dbf_compile.errors import ConversionError, OptionError
 from dbf_compile.factors import mid_features_for, stored_bits
 from dbf_compile.options import MAX_BITS, MIN_BITS, CompressionConfig, parse
@@ -220,8 +220,7 @@ def measure_curves(
     Raises:
         ConversionError: nothing to compress.
     """
-    factorizer = LayerFactorizer(config, importance)
-    jobs = [factorizer.job(names, weights) for names, weights in stacks_of(model, factorizer)]
+    jobs = LayerFactorizer(config, importance).jobs(model)
     if not jobs:
         raise ConversionError(
             f"{type(model).__name__} without a linear layer to factor",

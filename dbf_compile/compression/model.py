@@ -139,6 +139,10 @@ class LayerFactorizer:
             )
         return FactorJob(tuple(names), tuple(weights), combined, mid_features)
 
+    def jobs(self, model: nn.Module) -> list[FactorJob]:
+        """Return the jobs of all that is factored in a model."""
+        return [self.job(names, weights) for names, weights in stacks_of(model, self)]
+
     def _take(self, names: Sequence[str], weights: Sequence[Tensor]) -> DoubleBinaryFactors:
         for name, weight in zip(names, weights, strict=True):
             ready = self._ready[name]
