@@ -19,7 +19,7 @@ from dbf_compile.errors import OptionError
 DENSE_BY_DEFAULT = ("*lm_head", "*embed_out", "*predictions.decoder", "*output_projection", "*proj_out")
 MIN_BITS, MAX_BITS = 0.05, 16.0
 ACCURACIES = ("exact", "fast")
-PRESETS = {"fast": 200, "balanced": 600, "best": 6000}  # iterations of the factorizer
+PRESETS = {"fast": 215, "balanced": 600, "best": 6000}  # iterations of the factorizer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -354,7 +354,6 @@ class _Factor:
         torch.sub(point, self.primal, out=self.dual)
         unit = torch.div(self.primal, self.rows[..., None] + _TINY, out=wanted)
         torch.lerp(unit, self.basis, step.averaging, out=self.basis)
-        self.basis /= torch.linalg.vector_norm(self.basis, dim=-1, keepdim=True) + _TINY
 
 
 def _in_parts(
