@@ -28,6 +28,7 @@ from dbf_compile.compression.importance import Importance
 from dbf_compile.compression.losses import Loss, loss_named
 from dbf_compile.errors import ConversionError, DBFError, OptionError
 from dbf_compile.linear import dense_linears
+from dbf_compile.options import DENSE_BY_DEFAULT
 
 FORMS = ("diagonal", "input", "kronecker")
 
@@ -59,7 +60,7 @@ def calibrate(
             a scalar; None to measure inputs only, which needs no backward pass.
         form: "diagonal" for a vector per side; "input" for whole E[x xᵀ]; "kronecker" for whole matrices on both
             sides. A whole matrix takes K² (N²) numbers of 8 bytes while it is measured: name few ``layers`` at a
-            time where that is too much.
+            time where that is too much. Heads, which stay dense by default and are wide, have vectors.
         layers: patterns (``fnmatch``) of the names of the layers to measure.
         clip: quantile, such as 0.999, of a batch's token norms above which tokens are scaled down to it, so that
             no single one rules the statistics; None to take tokens as they are.
@@ -87,7 +88,10 @@ def calibrate(
     if batches is None:
         batches = random_batches(model, generator)
     meters = {
-        name: _Meter(_Moment(form != "diagonal", clip), _Moment(form == "kronecker", clip))
+        name: _Meter(
+            _Moment(_is_whole(name, form, ("input", "kronecker")), clip),
+            _Moment(_is_whole(name, form, ("kronecker",)), clip),
+        )
         for name in dense_linears(model)
         if any(fnmatchcase(name, pattern) for pattern in layers)
     }
@@ -121,6 +125,10 @@ def calibrate(
             "no batch reached these layers; all their features will count alike: %s", ", ".join(missed)
         )
     return _importances({name: meter for name, meter in meters.items() if meter.inputs.positions})
+
+
+def _is_whole(name: str, form: str, forms: Sequence[str]) -> bool:
+    return form in forms and not any(fnmatchcase(name, pattern) for pattern in DENSE_BY_DEFAULT)
 
 
 @dataclass

@@ -386,6 +386,12 @@ def test_the_output_loss_estimates_the_jacobian():
     torch.testing.assert_close(found / found.sum(), exact / exact.sum(), rtol=0.11, atol=0)
 
 
+def test_a_wide_head_has_vectors_in_every_form():
+    found = calibrate(tiny("LlamaForCausalLM"), tokens(1), form="kronecker")
+    assert found["lm_head"].input_second_moment.dim() == found["lm_head"].output_grad_second_moment.dim() == 1
+    assert found["model.layers.0.mlp.up_proj"].output_grad_second_moment.shape == (24, 24)
+
+
 def test_without_data_tokens_are_random_and_the_same_every_time():
     first, second, other = (calibrate(tiny("LlamaForCausalLM"), seed=seed) for seed in (0, 0, 1))
     name = "model.layers.1.mlp.up_proj"

@@ -13,9 +13,7 @@ QUICK = FactorizerConfig(iterations=5)
 
 
 def job(name, rows=6, columns=8, mid_features=4, importance=None, device="cpu"):
-    weight = torch.randn(
-        rows, columns, generator=torch.Generator().manual_seed(ord(name)), device="cpu"
-    )
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(ord(name)), device="cpu")
     return FactorJob((name,), (weight.to(device),), importance, mid_features)
 
 
