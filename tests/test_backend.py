@@ -26,13 +26,13 @@ def compiled(model, **options):
 def count_factorizations(monkeypatch):
     """Count calls of the factorizer, and leave it out of reach of the disk cache."""
     made = []
-    original = jobs.factorize
+    original = jobs.factorize_batch
 
-    def factorize(weight, *args):
-        made.append(tuple(weight.shape))
-        return original(weight, *args)
+    def factorize_batch(weights, *args, **kwargs):
+        made.extend(tuple(weight.shape) for weight in weights)
+        return original(weights, *args, **kwargs)
 
-    monkeypatch.setattr(jobs, "factorize", factorize)
+    monkeypatch.setattr(jobs, "factorize_batch", factorize_batch)
     return made
 
 
@@ -201,10 +201,13 @@ def test_skipped_and_too_small_layers_stay_dense(caplog):
 
 def test_overrides_set_bits_by_layer_name(count_factorizations, monkeypatch):
     sizes = {}
-    original = jobs.factorize
-    monkeypatch.setattr(
-        jobs, "factorize", lambda w, R, *rest: sizes.setdefault(tuple(w.shape), R) and original(w, R, *rest)
-    )
+    original = jobs.factorize_batch
+
+    def factorize_batch(weights, mid_features, *args, **kwargs):
+        sizes.update((tuple(weight.shape), mid_features) for weight in weights)
+        return original(weights, mid_features, *args, **kwargs)
+
+    monkeypatch.setattr(jobs, "factorize_batch", factorize_batch)
     compiled(MLP(seed=21), overrides={"up": 8.0})(randn(5, 67))
     assert sizes[(130, 67)] > 1.5 * sizes[(67, 130)]
 
