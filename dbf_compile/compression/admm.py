@@ -30,9 +30,9 @@ With whole metrics L̃, R̃ (unit diagonals) the solve of a turn becomes
     solution = V [ (Vᵀ (basis · L̃ · target · R̃ + rho (primal − leak · dual)) U) ⊘ (μ λᵀ + ridge + rho) ] Uᵀ
 
 Above two bits the middle dimension is split: the first part is found as above, the next ones approximate what it
-leaves, with its outer and inner scales kept. A single search over all of it gets stuck: with M > P many solutions fit
-the matrix equally well before they are rounded, and the pull towards signs has nothing to choose by. Errors of parts
-multiply, so that 2 + 2 bits give the square of the error of 2.
+leaves, with its outer and inner scales kept. Errors of parts multiply, so that 2 + 2 bits come near the square of the
+error of 2. A single search over all of it falls behind that, presumably because with M > P many solutions fit the matrix
+equally well before they are rounded, and the pull towards signs has little to choose by.
 
 Differs from the paper, besides: one solve and one Cholesky factorization a turn instead of three and two inverses;
 the power iteration of ``project`` goes on from the last magnitude; the result is refined (``refine``); the size of
@@ -73,7 +73,7 @@ class FactorizerConfig:
 
     Args:
         iterations: turns of each factor; ``PRESETS`` has usual numbers. The schedule is stretched over them:
-            more give smaller errors, about 2 % for every doubling.
+            more give smaller errors, about 2 % for every doubling. Above two bits, half as many again.
         sweeps: passes of refinement at the end.
         seed: of the random start; equal seeds give equal factors.
 
@@ -363,6 +363,8 @@ def _in_parts(
     generator = torch.Generator().manual_seed(config.seed)
     rows, columns = problem.matrix.shape[1:]
     sizes = _part_sizes(mid_features, rows, columns)
+    # Turns of parts take little more than half the time of those of the whole.
+    iterations = config.iterations if len(sizes) == 1 else config.iterations * 3 // 2
     residual = problem.matrix
     products: list[Product] = []
     kept: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -376,7 +378,7 @@ def _in_parts(
         told = None
         if progress is not None:
             told = partial(_tell, progress, sum(sizes[:index]) / mid_features, size / mid_features)
-        parts = _alternate(problem.turns(residual / unit), size, kept, generator, config.iterations, told)
+        parts = _alternate(problem.turns(residual / unit), size, kept, generator, iterations, told)
         parts = [
             part._replace(scale_mid=part.scale_mid * scale)
             for part, scale in zip(parts, unit[:, 0], strict=True)
