@@ -115,7 +115,7 @@ def factorize(
     order of float32 sums, and with it single signs. Neither reads nor moves the global random state.
 
     Args:
-        weight: floating point [N, K], any device; computed in float32 on that device, in about 12 times the
+        weight: floating point [N, K], any device; computed in float32 on that device, in about 16 times the
             memory of the weight in float32 at 2 bits.
         mid_features: 1 or more.
         importance: second moments of the layer, or None to weigh all entries alike.
