@@ -8,15 +8,15 @@ factorization" (arXiv 2505.11076). Same splitting; updates and schedule are our 
 weights (``benchmarks/results/factorizer.md`` has the experiments).
 
 The weighted matrix [P, Q] is approximated by ``leftᵀ · right`` with left [M, P] and right [M, Q], in turns. Each
-turn takes one factor, its rows scaled to norm 1, as ``basis`` and moves the other once:
+turn takes one factor, its rows scaled to norm 1 and averaged, as ``basis`` and moves the other once:
 
     solution = (basis · basisᵀ + (ridge + rho) I)⁻¹ (basis · target + rho (primal − leak · dual))
     point    = relaxation · solution + (1 − relaxation) · primal + leak · dual
-    primal   = project(point)                         signs with a rank-one magnitude
+    primal   = sign(point) ⊙ rank_one(|point|)
     dual     = point − primal
     basis'   = averaging · basis' + (1 − averaging) · (primal, rows scaled to norm 1)
 
-with basis' what the other factor's turn will see. While ``progress`` goes from 0 to 1:
+with basis' what the turn of the other factor will see. While ``progress`` goes from 0 to 1:
 
     ridge       0.32 → 0.004    geometric     early the basis is about to change: trust it less
     rho         0.16 → 0.95     geometric     the pull towards signs; as it grows, signs freeze
@@ -35,7 +35,7 @@ error of 2. A single search over all of it falls behind that, presumably because
 equally well before they are rounded, and the pull towards signs has little to choose by.
 
 Differs from the paper, besides: one solve and one Cholesky factorization a turn instead of three and two inverses;
-the power iteration of ``project`` goes on from the last magnitude; the result is refined (``refine``); the size of
+the power iteration of ``rank_one`` goes on from the last magnitude; the result is refined (``refine``); the size of
 the weight is spread evenly over the three scales, which are rounded to float16.
 
 Shape letters: K in_features, N out_features, M mid_features (R elsewhere, where no curvature has that name);

@@ -59,26 +59,6 @@ def signs_of(matrix: Tensor) -> Tensor:
     return torch.where(matrix < 0, -1.0, 1.0).to(matrix.dtype)
 
 
-def project(
-    matrix: Tensor, power_iterations: int = POWER_ITERATIONS, start: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Project on the matrices of signs times a rank-one magnitude, each of a batch.
-
-    ``matrix [..., P, Q] ≈ signs [..., P, Q] ⊙ (rows [..., P] · columns [..., Q]ᵀ)``
-
-    Args:
-        matrix: float32 [..., P, Q].
-        power_iterations: as in :func:`rank_one`.
-        start: as in :func:`rank_one`.
-
-    Returns:
-        The projected matrix, and the ``rows`` and ``columns`` of its magnitude.
-    """
-    rows, columns = rank_one(matrix.abs(), power_iterations, start)
-    # copysign reads the sign bit; adding 0 turns -0 into +0. torch.where takes five times as long on a CPU.
-    return (rows[..., None] * columns[..., None, :]).copysign_(matrix + 0.0), rows, columns
-
-
 def half_scales(unit: float, *scales: Tensor) -> tuple[Tensor, ...]:
     """Round scale vectors to float16 after giving all of them the same root mean square; their product keeps.
 

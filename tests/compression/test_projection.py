@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dbf_compile.compression.admm import weighted_error
 from dbf_compile.compression.importance import Importance
-from dbf_compile.compression.projection import half_scales, onebit, project, rank_one, signs_of
+from dbf_compile.compression.projection import half_scales, onebit, rank_one, signs_of
 from dbf_compile.errors import WeightError
 
 SIZES = st.integers(1, 40)
@@ -16,6 +16,12 @@ SEEDS = st.integers(0, 1000)
 
 def gaussian(rows, cols, seed=0):
     return torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed))
+
+
+def project(matrix):
+    """The nearest matrix of signs with a rank-one magnitude, as ADMM and OneBit take it."""
+    rows, columns = rank_one(matrix.abs())
+    return signs_of(matrix) * torch.outer(rows, columns), rows, columns
 
 
 def signed_rank_one(rows, cols, seed):
