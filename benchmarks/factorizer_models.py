@@ -127,9 +127,9 @@ def compressed(model: nn.Module, bits: float, importance: Known, budget: str) ->
     allocation = None
     if budget == "allocated":
         jobs = LayerFactorizer(config, importance).jobs(model)
-        equal = sum(
-            stored_bits(job.weights[0].shape[1], job.mid_features, job.stacked.shape[0]) for job in jobs
-        ) / sum(job.size for job in jobs)
+        equal = sum(stored_bits(job.in_features, job.mid_features, job.out_features) for job in jobs) / sum(
+            job.size for job in jobs
+        )
         found = dbf_compile.allocate(model, importance, **{**options, "bits_per_weight": equal})
         allocation = found.mid_features
     factors = dbf_compile.factorize_model(model, config, importance, allocation)

@@ -65,10 +65,12 @@ class CompressionConfig:
 
     def bits_for(self, name: str) -> float:
         """Return the bits per weight wanted for the layer ``name``."""
-        return next(
-            (bits for pattern, bits in self.overrides.items() if fnmatchcase(name, pattern)),
-            self.bits_per_weight,
-        )
+        override = self.override_for(name)
+        return self.bits_per_weight if override is None else override
+
+    def override_for(self, name: str) -> float | None:
+        """Return the bits per weight of the first override that matches the layer ``name``, or None."""
+        return next((bits for pattern, bits in self.overrides.items() if fnmatchcase(name, pattern)), None)
 
     def skips(self, name: str) -> bool:
         """Return whether the layer ``name`` stays dense."""

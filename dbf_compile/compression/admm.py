@@ -54,7 +54,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dbf_compile.compression.importance import Importance, WeightedWeight
+from dbf_compile.compression.importance import Importance, WeightedWeight, between, squared_norm
 from dbf_compile.compression.projection import half_scales, rank_one, signs_of
 from dbf_compile.compression.refine import Product, refine, refit_scales
 from dbf_compile.errors import OptionError, WeightError
@@ -216,14 +216,15 @@ def weighted_error(
     if float(peak) == 0.0:
         return 0.0 if not bool(dense.any()) else float("inf")
 
-    def size(matrix: Tensor) -> Tensor:
-        matrix = given.rows.double()[:, None] * matrix * given.columns.double()
-        left = matrix if given.row_metric is None else given.row_metric.double() @ matrix
-        right = left if given.column_metric is None else left @ given.column_metric.double()
-        return (matrix * right).sum()
+    metrics = [
+        None if metric is None else metric.double() for metric in (given.row_metric, given.column_metric)
+    ]
+
+    def size(matrix: Tensor) -> float:
+        return squared_norm(given.rows.double()[:, None] * matrix * given.columns.double(), *metrics)
 
     exact = weight.double() / peak
-    return float(size(exact - dense.to(weight.device).double() / peak) / size(exact))
+    return size(exact - dense.to(weight.device).double() / peak) / size(exact)
 
 
 class _Step(NamedTuple):
@@ -293,8 +294,7 @@ class _Problem(NamedTuple):
 
     def turns(self, matrix: Tensor) -> tuple[_Turn, _Turn]:
         """Return the turns of the left and of the right factor of ``matrix [B, P, Q]``."""
-        target = matrix if self.row_metric is None else self.row_metric @ matrix
-        target = (target if self.column_metric is None else target @ self.column_metric).contiguous()
+        target = between(matrix, self.row_metric, self.column_metric).contiguous()
         return (
             _Turn(target.mT, self.column_metric, self.row_spectrum),
             _Turn(target, self.row_metric, self.column_spectrum),
@@ -472,7 +472,7 @@ def _alternate(
 
 def _solve(turn: _Turn, basis: Tensor, wanted: Tensor, step: _Step, out: Tensor) -> None:
     """Write to ``out`` the V that solves the normal equations with the right side ``wanted``; see the head."""
-    normal = (basis if turn.basis_metric is None else basis @ turn.basis_metric) @ basis.mT
+    normal = between(basis, None, turn.basis_metric) @ basis.mT
     diagonal = normal.diagonal(dim1=-2, dim2=-1)
     ridge = step.ridge * diagonal.mean(-1)
     if turn.spectrum is None:

@@ -22,7 +22,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -31,9 +30,9 @@ from torch import nn
 
 from dbf_compile.compression.admm import FactorizerConfig, weighted_error
 from dbf_compile.compression.cache import FactorCache
-from dbf_compile.compression.importance import Importance, WeightedWeight
+from dbf_compile.compression.importance import Importance, WeightedWeight, diagonal_of, squared_norm
 from dbf_compile.compression.jobs import FactorJob, run_jobs
-from dbf_compile.compression.model import LayerFactorizer, joined
+from dbf_compile.compression.model import LayerFactorizer
 from dbf_compile.errors import ConversionError, OptionError
 from dbf_compile.factors import mid_features_for, stored_bits
 from dbf_compile.options import MAX_BITS, MIN_BITS, CompressionConfig, parse
@@ -78,12 +77,14 @@ class ErrorCurve:
         """Return the stored bits at R = ``mid_features``; 0 for none."""
         return stored_bits(self.in_features, mid_features, self.out_features)
 
+    def mid_features(self, bits_per_weight: float) -> int:
+        """Return the largest R within ``bits_per_weight``, at least 1."""
+        return max(1, mid_features_for(bits_per_weight, self.in_features, self.out_features))
+
     def loss(self, mid_features: int) -> float:
         """Return ``weight`` times the error at R, log-linear in R between the points and along the end slopes."""
-        points = [
-            (0, 0.0),
-            *((size, math.log(error)) for size, error in self.points),
-        ]  # R = 0: the error of zeros
+        # At R = 0 stands the error of zeros, 1.
+        points = [(0, 0.0), *((size, math.log(error)) for size, error in self.points)]
         segments = list(pairwise(points))
         (low, left), (high, right) = next((s for s in segments if mid_features <= s[1][0]), segments[-1])
         return self.weight * math.exp(left + (right - left) * (mid_features - low) / (high - low))
@@ -118,10 +119,7 @@ class Allocation:
     @property
     def predicted(self) -> float:
         """The loss of the allocation over that of equal bits for all weights."""
-        uniform = sum(
-            curve.loss(mid_features_for(self.bits_per_weight, curve.in_features, curve.out_features))
-            for curve in self.curves.values()
-        )
+        uniform = sum(curve.loss(curve.mid_features(self.bits_per_weight)) for curve in self.curves.values())
         return sum(self.curves[name].loss(size) for name, size in self.mid_features.items()) / uniform
 
     def rows(self) -> list[dict[str, Any]]:
@@ -131,13 +129,12 @@ class Allocation:
         rows = []
         for name, size in self.mid_features.items():
             curve = self.curves[name]
-            uniform = mid_features_for(self.bits_per_weight, curve.in_features, curve.out_features)
             rows.append(
                 {
                     "name": name,
                     "shape": f"{curve.out_features}x{curve.in_features}",
                     "mid_features": size,
-                    "uniform": uniform,
+                    "uniform": curve.mid_features(self.bits_per_weight),
                     "bits_per_weight": round(curve.bits(size) / curve.size, 3),
                     "error": float(f"{losses[name] / curve.weight:.3g}") if curve.weight else 0.0,
                     "share_of_loss": round(losses[name] / total, 4),
@@ -192,10 +189,9 @@ def allocate(
     config = parse(CompressionConfig, options)
     curves = measure_curves(model, config, importance, depth_prior=depth_prior)
     fixed = {
-        name: config.bits_for(first)
-        for name in curves
-        for first in [name.split(" + ")[0]]  # stacked layers have equal bits
-        if any(fnmatchcase(first, pattern) for pattern in config.overrides)
+        job.name: bits
+        for job in LayerFactorizer(config).jobs(model)
+        if (bits := config.override_for(job.names[0])) is not None  # stacked layers have equal bits
     }
     return spread(
         curves, config.bits_per_weight, multiple=multiple, floor=floor, ceiling=ceiling, fixed=fixed
@@ -236,12 +232,11 @@ def measure_curves(
     errors: dict[str, list[tuple[int, float]]] = {}
     for probe, factors in zip(probes, made, strict=True):
         error = weighted_error(probe.stacked, factors, probe.importance)
-        errors.setdefault(joined(probe.names), []).append((probe.mid_features, max(error, 1e-12)))
+        errors.setdefault(probe.name, []).append((probe.mid_features, max(error, 1e-12)))
     weights = _weights(jobs, depth_prior)
     return {
-        name: ErrorCurve(job.weights[0].shape[1], job.stacked.shape[0], tuple(errors[name]), weights[name])
+        job.name: ErrorCurve(job.in_features, job.out_features, tuple(errors[job.name]), weights[job.name])
         for job in jobs
-        for name in [joined(job.names)]
     }
 
 
@@ -277,11 +272,13 @@ def spread(
     _check(curves, bits_per_weight, multiple, floor, ceiling, fixed)
     budget = bits_per_weight * sum(curve.size for curve in curves.values())
     limits = {
-        name: (_size(curve, fixed[name]),) * 2 if name in fixed else _range(curve, floor, ceiling, multiple)
+        name: (curve.mid_features(fixed[name]),) * 2
+        if name in fixed
+        else _range(curve, floor, ceiling, multiple)
         for name, curve in curves.items()
     }
     chosen = {name: low for name, (low, _) in limits.items()}
-    left = budget - _total(curves, chosen)
+    left = budget - sum(curve.bits(chosen[name]) for name, curve in curves.items())
     if left < 0:
         raise OptionError(
             f"a budget of {bits_per_weight} bits per weight, which floors and overrides exceed by "
@@ -335,13 +332,9 @@ def _check(
         )
 
 
-def _size(curve: ErrorCurve, bits: float) -> int:
-    return max(1, mid_features_for(bits, curve.in_features, curve.out_features))
-
-
 def _range(curve: ErrorCurve, floor: float, ceiling: float, multiple: int) -> tuple[int, int]:
     """Return the least and the largest R: multiples where there is one between floor and ceiling."""
-    low, high = _size(curve, floor), _size(curve, ceiling)
+    low, high = curve.mid_features(floor), curve.mid_features(ceiling)
     up, down = -(-low // multiple) * multiple, high // multiple * multiple
     return (up, down) if up <= down else (low, high)
 
@@ -349,10 +342,6 @@ def _range(curve: ErrorCurve, floor: float, ceiling: float, multiple: int) -> tu
 def _reason(size: int, limits: tuple[int, int]) -> str:
     low, high = limits
     return "floor" if size <= low else "ceiling" if size >= high else ""
-
-
-def _total(curves: Mapping[str, ErrorCurve], chosen: Mapping[str, int]) -> int:
-    return sum(curve.bits(chosen[name]) for name, curve in curves.items())
 
 
 _Free = Mapping[str, tuple[ErrorCurve, int, int]]  # the curve, the least and the largest R
@@ -455,7 +444,7 @@ def _probed(mid_features: int) -> list[int]:
 
 def _weights(jobs: Sequence[FactorJob], depth_prior: float) -> dict[str, float]:
     """Return the loss of every job at a relative error of 1."""
-    known = {joined(job.names): _energy(job) for job in jobs}
+    known = {job.name: _energy(job) for job in jobs}
     measured = [value for value in known.values() if value is not None]
     usual = median(measured) if measured else 1.0
     blocks = {name: _block(name) for name in known}
@@ -474,15 +463,14 @@ def _energy(job: FactorJob) -> float | None:
     if importance is None or importance.output_grad_second_moment is None:
         return None
     given = WeightedWeight.of(job.stacked, importance)
-    left = given.matrix if given.row_metric is None else given.row_metric @ given.matrix
-    right = left if given.column_metric is None else left @ given.column_metric
     # The moments were divided by their means when the weight was weighted.
     sizes = [
-        float((moment.diagonal() if moment.dim() == 2 else moment).double().mean())
+        float(diagonal_of(moment).double().mean())
         for moment in (importance.output_grad_second_moment, importance.input_second_moment)
         if moment is not None
     ]
-    return float((given.matrix * right).double().sum()) * given.unit**2 * math.prod(sizes)
+    energy = squared_norm(given.matrix, given.row_metric, given.column_metric)
+    return energy * given.unit**2 * math.prod(sizes)
 
 
 def _block(name: str) -> int | None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dbf_compile.compression.batches import random_batches
-from dbf_compile.compression.importance import Importance
-from dbf_compile.compression.losses import Loss, loss_named
+from dbf_compile.compression.importance import Importance, diagonal_of
+from dbf_compile.compression.losses import Loss, attention_mask, loss_named
 from dbf_compile.errors import ConversionError, DBFError, OptionError
 from dbf_compile.linear import dense_linears
 from dbf_compile.options import DENSE_BY_DEFAULT
@@ -109,7 +109,7 @@ def calibrate(
             empty = False
             if device is not None:
                 batch = _moved(batch, device)
-            run.mask = _mask(batch)
+            run.mask = attention_mask(batch)
             output = _call(model, batch)
             if criterion is not None and anchor is not None:
                 torch.autograd.grad(_scalar(criterion(output, batch)), anchor, allow_unused=True)
@@ -191,12 +191,12 @@ class _Run:
 
     anchor: Tensor | None
     mask: Tensor | None = None
-    again: bool = field(default=False)
+    again: bool = False
 
 
 def _importances(meters: Mapping[str, _Meter]) -> dict[str, Importance]:
     grads = {name: meter.output_grads.mean() for name, meter in meters.items()}
-    peaks = [float(_diagonal(grad).amax()) for grad in grads.values() if grad is not None]
+    peaks = [float(diagonal_of(grad).amax()) for grad in grads.values() if grad is not None]
     # A constant factor has no effect, and with it float32 holds the result.
     common = max((peak for peak in peaks if 0 < peak < float("inf")), default=1.0)
     found = {}
@@ -208,10 +208,6 @@ def _importances(meters: Mapping[str, _Meter]) -> dict[str, Importance]:
         except DBFError as error:
             raise error.inside(name) from error
     return found
-
-
-def _diagonal(moment: Tensor) -> Tensor:
-    return moment.diagonal() if moment.dim() == 2 else moment
 
 
 @contextmanager
@@ -319,11 +315,6 @@ def _blocks(model: nn.Module, meters: Mapping[str, _Meter]) -> list[nn.Module]:
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.parameters()
     yield from module.buffers()
-
-
-def _mask(batch: Any) -> Tensor | None:
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def _moved(batch: Any, device: torch.device | str) -> Any:

@@ -95,7 +95,7 @@ class Importance:
 
     def diagonal(self) -> Importance:
         """Return the importance without what couples features: of each matrix its diagonal."""
-        return self._map(lambda moment: moment.diagonal() if moment.dim() == 2 else moment)
+        return self._map(diagonal_of)
 
     def shrunk(self, amount: float) -> Importance:
         """Return the importance moved towards uniform: ``(1 - amount) · moment + amount · mean(diag(moment)) · I``.
@@ -196,7 +196,7 @@ class Importance:
             stacked = None
         else:
             whole = any(moment.dim() == 2 for moment in known)
-            mean = torch.cat([_diagonal(moment) for moment in known]).mean()
+            mean = torch.cat([diagonal_of(moment) for moment in known]).mean()
             parts = [
                 mean.expand(count) if moment is None else moment.double()
                 for moment, count in zip(outputs, rows, strict=True)
@@ -271,15 +271,27 @@ class WeightedWeight:
 
 def _feature_weights(name: str, moment: Tensor | None, length: int) -> Tensor:
     _check_length(name, moment, length)
-    if moment is None or not bool(_diagonal(moment).any()):
+    if moment is None or not bool(diagonal_of(moment).any()):
         return torch.ones(length, device="cpu" if moment is None else moment.device, dtype=torch.float32)
-    exact = _diagonal(moment).double()
+    exact = diagonal_of(moment).double()
     exact = exact / exact.amax()  # so that the mean cannot overflow
     return ((exact / exact.mean()).sqrt() + FLOOR).float()
 
 
-def _diagonal(moment: Tensor) -> Tensor:
+def diagonal_of(moment: Tensor) -> Tensor:
+    """Return the second moments of single features: a vector itself, of a matrix its diagonal."""
     return (moment.diagonal() if moment.dim() == 2 else moment).detach()
+
+
+def between(matrix: Tensor, row_metric: Tensor | None, column_metric: Tensor | None) -> Tensor:
+    """Return ``L · matrix · R``; None is the identity, at no cost. Leading dimensions are batches."""
+    left = matrix if row_metric is None else row_metric @ matrix
+    return left if column_metric is None else left @ column_metric
+
+
+def squared_norm(matrix: Tensor, row_metric: Tensor | None, column_metric: Tensor | None) -> float:
+    """Return ``tr(L · matrix · R · matrixᵀ)``, summed in float64."""
+    return float((between(matrix, row_metric, column_metric) * matrix).sum(dtype=torch.float64))
 
 
 def _metric(moment: Tensor | None, device: torch.device | str) -> Tensor | None:
@@ -322,7 +334,7 @@ def _check_moment(name: str, moment: object) -> None:
             "a non-empty floating-point vector or square matrix",
             "pass one second moment per feature, or one per pair of features",
         )
-    if not bool(torch.isfinite(moment).all()) or bool((_diagonal(moment) < 0).any()):
+    if not bool(torch.isfinite(moment).all()) or bool((diagonal_of(moment) < 0).any()):
         raise WeightError(
             f"{name} with negative, NaN or infinite entries",
             "finite second moments of 0 or more",

@@ -19,6 +19,11 @@ from dbf_compile.errors import DBFError
 from dbf_compile.factors import DoubleBinaryFactors
 
 
+def joined(names: Sequence[str]) -> str:
+    """Return the name of what is factored as one: the names of its layers joined by " + "."""
+    return " + ".join(names)
+
+
 @dataclass(frozen=True)
 class FactorJob:
     """One weight to factor, or several stacked ones that share their first stage.
@@ -36,6 +41,21 @@ class FactorJob:
     mid_features: int
 
     @property
+    def name(self) -> str:
+        """The names of its layers as one."""
+        return joined(self.names)
+
+    @property
+    def out_features(self) -> int:
+        """Σ N_i."""
+        return sum(weight.shape[0] for weight in self.weights)
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.weights[0].shape[1]
+
+    @property
     def stacked(self) -> Tensor:
         """The weight that is factored, [Σ N_i, K]."""
         return self.weights[0] if len(self.weights) == 1 else torch.cat(self.weights)
@@ -46,17 +66,12 @@ class FactorJob:
         moments = self.importance or Importance()
         sides = (moments.input_second_moment, moments.output_grad_second_moment)
         whole = tuple(moment is not None and moment.dim() == 2 for moment in sides)
-        return (
-            sum(weight.shape[0] for weight in self.weights),
-            self.weights[0].shape[1],
-            self.mid_features,
-            whole,
-        )
+        return (self.out_features, self.in_features, self.mid_features, whole)
 
     @property
     def size(self) -> int:
         """The number of weights, Σ N_i · K."""
-        return sum(weight.numel() for weight in self.weights)
+        return self.out_features * self.in_features
 
 
 _Batch = list[tuple[str, FactorJob]]
@@ -89,7 +104,7 @@ def run_jobs(
 
     def work(batch: _Batch) -> list[tuple[str, DoubleBinaryFactors]]:
         jobs = [job for _, job in batch]
-        names = ", ".join(" + ".join(job.names) for job in jobs)
+        names = ", ".join(job.name for job in jobs)
         size, done = sum(job.size for job in jobs), 0
 
         def advance(fraction: float) -> None:

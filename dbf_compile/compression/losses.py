@@ -108,9 +108,9 @@ def next_token_loss(output: Any, batch: Any) -> Tensor:
             "pass batches of token ids, or another loss",
         )
     labels = ids.to(logits.device)[:, 1:]
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    mask = attention_mask(batch)
     if mask is not None:
-        labels = labels.masked_fill(mask.to(logits.device)[:, 1:] == 0, -100)
+        labels = labels.masked_fill(~mask.to(logits.device)[:, 1:], -100)
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten())
 
 
@@ -128,9 +128,9 @@ def sampled_loss(output: Any, batch: Any, generator: torch.Generator) -> Tensor:
     logits = _logits(output)
     chances = torch.softmax(logits.detach().float(), dim=-1).cpu().flatten(0, -2)
     labels = torch.multinomial(chances, 1, generator=generator)[:, 0].to(logits.device)
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if isinstance(mask, Tensor) and mask.shape == logits.shape[:-1]:
-        labels = labels.masked_fill(mask.to(logits.device).flatten() == 0, -100)
+    mask = attention_mask(batch)
+    if mask is not None and mask.shape == logits.shape[:-1]:
+        labels = labels.masked_fill(~mask.to(logits.device).flatten(), -100)
     return nn.functional.cross_entropy(logits.flatten(0, -2).float(), labels)
 
 
@@ -153,8 +153,8 @@ def projected_output(output: Any, batch: Any, generator: torch.Generator) -> Ten
             "pass loss=lambda output, batch: ...",
         )
     weights = torch.randn(found.shape, generator=generator, dtype=torch.float32).to(found.device)
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if isinstance(mask, Tensor) and found.dim() == 3 and mask.shape == found.shape[:2]:
+    mask = attention_mask(batch)
+    if mask is not None and found.dim() == 3 and mask.shape == found.shape[:2]:
         weights = weights * mask.to(found.device)[..., None]
     return (weights * found.float()).sum() / math.sqrt(found.numel())
 
@@ -169,6 +169,12 @@ def token_ids(batch: Any) -> Tensor | None:
     if isinstance(found, Tensor) and not found.is_floating_point():
         return found
     return None
+
+
+def attention_mask(batch: Any) -> Tensor | None:
+    """Return which positions of a batch are no padding, as bool [batch, tokens]; None where it does not say."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def _logits(output: Any) -> Tensor:

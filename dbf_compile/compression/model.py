@@ -18,7 +18,7 @@ from dbf_compile import checkpoint
 from dbf_compile.compression.admm import FactorizerConfig
 from dbf_compile.compression.cache import FactorCache, importance_hash
 from dbf_compile.compression.importance import Importance
-from dbf_compile.compression.jobs import FactorJob, run_jobs
+from dbf_compile.compression.jobs import FactorJob, joined, run_jobs
 from dbf_compile.errors import ConversionError
 from dbf_compile.factors import DoubleBinaryFactors, mid_features_for
 from dbf_compile.linear import dense_linears, dense_weight, swap_
@@ -44,7 +44,7 @@ class LayerFactorizer:
         config: bits, overrides, skips and settings of the factorizer.
         importance: layer name to second moments, as made by ``calibrate``.
         ready: path of a checkpoint; the layers in it are not factored again.
-        mid_features: R by names joined by " + ", as in ``Allocation``; None to give all layers their bits.
+        mid_features: R by names as of ``joined``, as in ``Allocation``; None to give all layers their bits.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -192,11 +192,6 @@ def factorize_model(
     for (names, weights), factors in zip(stacks, factorizer.make(stacks), strict=True):
         made.update(zip(names, factors.split([weight.shape[0] for weight in weights]), strict=True))
     return {name: made[name] for name in dense_linears(model) if name in made}
-
-
-def joined(names: Sequence[str]) -> str:
-    """Return the name of what is factored as one: the names of its layers joined by " + "."""
-    return " + ".join(names)
 
 
 def stacks_of(model: nn.Module, factorizer: LayerFactorizer) -> list[tuple[list[str], list[Tensor]]]:

@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dbf_compile.compression.importance import between, squared_norm
+
 # Added to the diagonal of normal equations, relative to its mean: components may be parallel.
 _JITTER = 1e-6
 # A flip must gain more than float32 sums of this many terms can err, or rows would flip to and fro.
@@ -73,8 +75,7 @@ def squared_error(
     target: Tensor, product: Product, row_metric: Tensor | None = None, column_metric: Tensor | None = None
 ) -> float:
     """Return J of ``product`` for ``target [P, Q]`` and the metrics L [P, P], R [Q, Q] (None for identity)."""
-    missed = target - product.dense()
-    return float((_right(_left(row_metric, missed), column_metric) * missed).sum(dtype=torch.float64))
+    return squared_norm(target - product.dense(), row_metric, column_metric)
 
 
 def refine(
@@ -84,7 +85,7 @@ def refine(
     column_metric: Tensor | None = None,
     sweeps: int = 2,
 ) -> Product:
-    """Return a product at least as good: ``sweeps`` times all scales by least squares, then all signs by descent.
+    """Return a product at least as good: scales by least squares, then ``sweeps`` times signs and scales again.
 
     Signs of a side are left alone where the metric of that side couples their rows.
 
@@ -95,9 +96,11 @@ def refine(
         column_metric: R, positive semidefinite [Q, Q], or None for the identity.
         sweeps: how often; 0 returns ``product``.
     """
+    if sweeps == 0:
+        return product
     best, error = product, squared_error(target, product, row_metric, column_metric)
+    found = refit_scales(target, product, row_metric, column_metric)
     for _ in range(sweeps):
-        found = refit_scales(target, best, row_metric, column_metric)
         if row_metric is None:
             found = flip_signs(target, found, column_metric)
         if column_metric is None:
@@ -121,9 +124,11 @@ def refit_scales(
     and the mirror image of the latter for ``scale_in``. Arguments as for :func:`refine`.
     """
     outer, inner = product.outer, product.inner
-    weighted = _left(row_metric, outer)  # L F
-    projected = _right(weighted.T @ target, column_metric)  # Fᵀ L W R
-    mid = _fit((outer.T @ weighted) * (_right(inner, column_metric) @ inner.T), (projected * inner).sum(1))
+    weighted = between(outer, row_metric, None)  # L F
+    projected = between(weighted.T @ target, None, column_metric)  # Fᵀ L W R
+    mid = _fit(
+        (outer.T @ weighted) * (between(inner, None, column_metric) @ inner.T), (projected * inner).sum(1)
+    )
     product = product._replace(scale_mid=mid)
     product = product._replace(scale_out=_fit_side(target, product, row_metric, column_metric))
     return product._replace(scale_in=_fit_side(target.T, product.transposed, column_metric, row_metric))
@@ -140,7 +145,7 @@ def flip_signs(target: Tensor, product: Product, column_metric: Tensor | None = 
         column_metric: R, positive semidefinite [Q, Q], or None for the identity.
     """
     rows = product.scale_mid[:, None] * product.inner
-    weighted = _right(rows, column_metric)
+    weighted = between(rows, None, column_metric)
     normal = weighted @ rows.T
     signs, scale = product.signs_out.clone(), product.scale_out[:, None]
     fields = (target - product.dense()) @ weighted.T
@@ -162,23 +167,15 @@ def _fit_side(
     target: Tensor, product: Product, row_metric: Tensor | None, column_metric: Tensor | None
 ) -> Tensor:
     basis = (product.signs_out * product.scale_mid) @ product.inner
-    weighted = _right(basis, column_metric)
+    weighted = between(basis, None, column_metric)
     if row_metric is None:
         power = (weighted * basis).sum(1)
         # A row that the product cannot reach keeps its scale.
         return torch.where(power > 0, (weighted * target).sum(1) / power, product.scale_out)
-    return _fit(row_metric * (weighted @ basis.T), (_left(row_metric, target) * weighted).sum(1))
+    return _fit(row_metric * (weighted @ basis.T), (between(target, row_metric, None) * weighted).sum(1))
 
 
 def _fit(normal: Tensor, wanted: Tensor) -> Tensor:
     normal.diagonal().add_(_JITTER * normal.diagonal().mean())
     solution: Tensor = torch.linalg.solve_ex(normal, wanted)[0]
     return solution
-
-
-def _left(metric: Tensor | None, matrix: Tensor) -> Tensor:
-    return matrix if metric is None else metric @ matrix
-
-
-def _right(matrix: Tensor, metric: Tensor | None) -> Tensor:
-    return matrix if metric is None else matrix @ metric
