@@ -36,21 +36,17 @@ def encoder_rows() -> Iterator[dict[str, Any]]:
     """Yield how near the embeddings of compressed encoders are to the dense one's."""
     model, batches = load_encoder()
     _, tokens = demo.load(blocks=1)
-    dense = torch.cat(
-        [demo.embed(model, tokens(EVALUATION[i : i + 16])) for i in range(0, len(EVALUATION), 16)]
-    )
-    forms = {
-        "none": dict,
-        "input only": lambda: dbf_compile.calibrate(model, batches, loss=None),
-        "diagonal": lambda: dbf_compile.calibrate(model, batches),
+    dense = embeddings(model, tokens)
+    forms: dict[str, Known] = {
+        "none": {},
+        "input only": dbf_compile.calibrate(model, batches, loss=None),
+        "diagonal": dbf_compile.calibrate(model, batches),
     }
     for bits in (2.0, 1.0):
-        for form, make in forms.items():
+        for form, known in forms.items():
             for budget in ("equal", "allocated") if form == "diagonal" else ("equal",):
-                made, true_bits = compressed(model, bits, make(), budget)
-                found = torch.cat(
-                    [demo.embed(made, tokens(EVALUATION[i : i + 16])) for i in range(0, len(EVALUATION), 16)]
-                )
+                made, true_bits = compressed(model, bits, known, budget)
+                found = embeddings(made, tokens)
                 pairs = torch.triu_indices(len(found), len(found), 1)
                 near = spearman((found @ found.T)[*pairs], (dense @ dense.T)[*pairs])
                 yield {
@@ -64,45 +60,67 @@ def encoder_rows() -> Iterator[dict[str, Any]]:
                 }
 
 
+def embeddings(model: nn.Module, tokens: Callable[..., dict[str, Tensor]]) -> Tensor:
+    """Return the embeddings of the sentences to judge by."""
+    parts = [EVALUATION[start : start + 16] for start in range(0, len(EVALUATION), 16)]
+    return torch.cat([demo.embed(model, tokens(part)) for part in parts])
+
+
+def language_matrices() -> list[tuple[str, Tensor, Importance]]:
+    """Return name, weight and importance of three weights of the tiny Llama; none where it is not at hand."""
+    if not STORIES.exists():
+        return []
+    model, calibrating, _ = load_language()
+    importance = dbf_compile.calibrate(model, calibrating)
+    names = ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
+    layers = dict(model.named_modules())
+    return [
+        (f"stories260K {name}", layers[path].weight.detach(), importance[path])
+        for name in names
+        for path in [f"model.layers.2.{name}"]
+    ]
+
+
+def load_language() -> tuple[nn.Module, list[dict[str, Tensor]], Tensor]:
+    """Return the tiny Llama, its calibration batches, and the windows to judge by."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(STORIES).eval().requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    batches = list(dbf_compile.token_batches(TEXT, tokenizer, length=WINDOW, count=CALIBRATING + JUDGING))
+    return model, batches[:CALIBRATING], torch.cat([batch["input_ids"] for batch in batches[CALIBRATING:]])
+
+
 def language_rows() -> Iterator[dict[str, Any]]:
     """Yield the perplexity of compressed tiny Llamas; nothing where the data is not at hand."""
     if not STORIES.exists():
         print(f"no {STORIES}: the part with perplexities is left out")
         return
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(STORIES).eval().requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(STORIES)
-    windows = [
-        batch["input_ids"]
-        for batch in dbf_compile.token_batches(TEXT, tokenizer, length=WINDOW, count=CALIBRATING + JUDGING)
-    ]
-    calibrating = [{"input_ids": window} for window in windows[:CALIBRATING]]
-    judging = torch.cat(windows[CALIBRATING:])
+    model, calibrating, judging = load_language()
     calibrate = partial(dbf_compile.calibrate, model, calibrating)
     diagonal, kronecker = calibrate(), calibrate(form="kronecker")
-    forms: dict[str, Callable[[], Known]] = {
-        "none": dict,
-        "input only": lambda: calibrate(loss=None),
-        "data-free": lambda: dbf_compile.calibrate(model, None),
-        "diagonal": lambda: diagonal,
-        "diagonal, sampled labels": lambda: calibrate(loss="sampled"),
-        "diagonal, shrunk 0.2": lambda: {name: item.shrunk(0.2) for name, item in diagonal.items()},
-        "diagonal, tempered": lambda: {name: item.tempered() for name, item in diagonal.items()},
-        "diagonal, clipped 0.999": lambda: calibrate(clip=0.999),
-        "whole input": lambda: calibrate(form="input"),
-        "kronecker": lambda: kronecker,
-        "kronecker, shrunk 0.2": lambda: {name: item.shrunk(0.2) for name, item in kronecker.items()},
-        "kronecker, tempered": lambda: {name: item.tempered() for name, item in kronecker.items()},
+    forms: dict[str, Known] = {
+        "none": {},
+        "input only": calibrate(loss=None),
+        "data-free": dbf_compile.calibrate(model, None),
+        "diagonal": diagonal,
+        "diagonal, sampled labels": calibrate(loss="sampled"),
+        "diagonal, shrunk 0.2": {name: item.shrunk(0.2) for name, item in diagonal.items()},
+        "diagonal, tempered": {name: item.tempered() for name, item in diagonal.items()},
+        "diagonal, clipped 0.999": calibrate(clip=0.999),
+        "whole input": calibrate(form="input"),
+        "kronecker": kronecker,
+        "kronecker, shrunk 0.2": {name: item.shrunk(0.2) for name, item in kronecker.items()},
+        "kronecker, tempered": {name: item.tempered() for name, item in kronecker.items()},
     }
     dense = perplexity(model, judging)
     yield language_row("dense", "", 32.0, dense, dense)
     for bits in (4.0, 3.0, 2.0):
-        for form, make in forms.items():
+        for form, known in forms.items():
             for budget in ("equal", "allocated"):
                 if budget == "allocated" and form not in ("diagonal", "kronecker", "kronecker, tempered"):
                     continue
-                made, true_bits = compressed(model, bits, make(), budget)
+                made, true_bits = compressed(model, bits, known, budget)
                 yield language_row(form, budget, true_bits, perplexity(made, judging), dense)
 
 

@@ -51,10 +51,15 @@ def test_a_file_a_text_and_rows_give_the_same(tmp_path):
 
 
 @pytest.mark.skipif(find_spec("datasets") is None, reason="the datasets package is not installed")
-def test_a_datasets_object_is_read_by_its_column():
-    from datasets import Dataset
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_datasets_object_is_read_by_its_column(tmp_path, streaming):
+    from datasets import load_dataset
 
-    rows = Dataset.from_dict({"text": ["abc def", "ghi jkl"]})
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "abc def"}\n{"text": "ghi jkl"}\n')
+    rows = load_dataset(
+        "json", data_files=str(path), split="train", streaming=streaming, cache_dir=str(tmp_path)
+    )
     assert torch.equal(windows(rows, length=4), windows(["abc def", "ghi jkl"], length=4))
 
 
