@@ -274,7 +274,7 @@ def spread(
     limits = {
         name: (curve.mid_features(fixed[name]),) * 2
         if name in fixed
-        else _range(curve, floor, ceiling, multiple)
+        else _range(curve, floor, bits_per_weight, ceiling, multiple)
         for name, curve in curves.items()
     }
     chosen = {name: low for name, (low, _) in limits.items()}
@@ -332,11 +332,17 @@ def _check(
         )
 
 
-def _range(curve: ErrorCurve, floor: float, ceiling: float, multiple: int) -> tuple[int, int]:
-    """Return the least and the largest R: multiples where there is one between floor and ceiling."""
+def _range(
+    curve: ErrorCurve, floor: float, bits_per_weight: float, ceiling: float, multiple: int
+) -> tuple[int, int]:
+    """Return the least and the largest R: multiples where there is one between floor and ceiling.
+
+    The least is never above R at ``bits_per_weight``, so that floors of free weights always fit the budget.
+    """
     low, high = curve.mid_features(floor), curve.mid_features(ceiling)
     up, down = -(-low // multiple) * multiple, high // multiple * multiple
-    return (up, down) if up <= down else (low, high)
+    low, high = (up, down) if up <= down else (low, high)
+    return min(low, curve.mid_features(bits_per_weight)), high
 
 
 def _reason(size: int, limits: tuple[int, int]) -> str:
@@ -395,32 +401,38 @@ def _take_steps(
 
 
 def _overshoot_and_trim(chosen: dict[str, int], left: float, free: _Free, multiple: int) -> float:
-    """Take one more step than fits, then give back single middle features until it does."""
+    """Take one more step than fits, then give back single middle features until it does.
+
+    The most useful step is tried first; one of a single middle feature, which needs the least back, last.
+    """
     steps = [
-        _move(name, curve, chosen[name], min(high, chosen[name] + multiple))
+        (size == 1, *_move(name, curve, chosen[name], min(high, chosen[name] + size)))
         for name, (curve, _, high) in free.items()
+        for size in {multiple, 1}
         if chosen[name] < high
     ]
-    if not steps:
-        return left
-    _, name, start, end = max(steps)
-    curve = free[name][0]
-    trial = {**chosen, name: end}
-    over = curve.bits(end) - curve.bits(start) - left
-    while over > 0:
-        # Within a word of signs_out, so that each saves a row of signs_in and none leaves a hole of N words.
-        cuts = [
-            _move(other, item, trial[other] - 1, trial[other])
-            for other, (item, low, _) in free.items()
-            if trial[other] > max(low, 1) and words_per_row(trial[other] - 1) == words_per_row(trial[other])
-        ]
-        if not cuts:
-            return left
-        _, other, smaller, larger = min(cuts)
-        trial[other] = smaller
-        over -= free[other][0].bits(larger) - free[other][0].bits(smaller)
-    chosen.update(trial)
-    return -over
+    for _, _, name, start, end in sorted(steps, key=lambda step: (step[0], -step[1])):
+        curve = free[name][0]
+        trial = {**chosen, name: end}
+        over = curve.bits(end) - curve.bits(start) - left
+        while over > 0:
+            # Within a word of signs_out, so that each saves a row of signs_in and none leaves a hole of N words.
+            cuts = [
+                _move(other, item, trial[other] - 1, trial[other])
+                for other, (item, low, _) in free.items()
+                if other != name
+                and trial[other] > max(low, 1)
+                and words_per_row(trial[other] - 1) == words_per_row(trial[other])
+            ]
+            if not cuts:
+                break
+            _, other, smaller, larger = min(cuts)
+            trial[other] = smaller
+            over -= free[other][0].bits(larger) - free[other][0].bits(smaller)
+        if over <= 0:
+            chosen.update(trial)
+            return -over
+    return left
 
 
 def _fill(chosen: dict[str, int], left: float, free: _Free) -> float:
