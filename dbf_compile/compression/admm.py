@@ -379,19 +379,14 @@ def _in_parts(
         if progress is not None:
             told = partial(_tell, progress, sum(sizes[:index]) / mid_features, size / mid_features)
         parts = _alternate(problem.turns(residual / unit), size, kept, generator, iterations, told)
-        parts = [
-            part._replace(scale_mid=part.scale_mid * scale)
-            for part, scale in zip(parts, unit[:, 0], strict=True)
-        ]
         products = [_beside(*pair) for pair in zip(products, parts, strict=True)] if products else parts
-        if len(sizes) > 1:
-            products = [
-                refit_scales(
-                    problem.matrix[i], p, _at(problem.row_metric, i), _at(problem.column_metric, i)
-                ).nonnegative
-                for i, p in enumerate(products)
-            ]
-            residual = problem.matrix - torch.stack([p.dense() for p in products])
+        products = [
+            refit_scales(
+                problem.matrix[i], p, _at(problem.row_metric, i), _at(problem.column_metric, i)
+            ).nonnegative
+            for i, p in enumerate(products)
+        ]
+        residual = problem.matrix - torch.stack([product.dense() for product in products])
     return products
 
 
@@ -420,13 +415,14 @@ def _at(metric: Tensor | None, index: int) -> Tensor | None:
 
 
 def _beside(left: Product, right: Product) -> Product:
-    """Return the sum of two products, with the outer and inner scales of the first; those of the second are their
-    multiples."""
-    ratio = torch.linalg.vector_norm(left.scale_out) * torch.linalg.vector_norm(left.scale_in)
+    """Return the middle features of two products side by side, whose outer and inner scales have one direction.
+
+    The middle scales of the second are in another unit: they have to be fitted.
+    """
     return left._replace(
         signs_out=torch.cat([left.signs_out, right.signs_out], dim=1),
         signs_in=torch.cat([left.signs_in, right.signs_in]),
-        scale_mid=torch.cat([left.scale_mid, right.scale_mid / ratio.clamp_min(_TINY)]),
+        scale_mid=torch.cat([left.scale_mid, right.scale_mid]),
     )
 
 
@@ -438,7 +434,10 @@ def _alternate(
     iterations: int,
     progress: Callable[[float], object] | None,
 ) -> list[Product]:
-    """Return a product for every matrix of the batch, found by ADMM; ``kept`` are columns of the left and right."""
+    """Return a product for every matrix of the batch, found by ADMM; its scales are not fitted.
+
+    ``kept`` are columns of the left and the right factor, or None to find them.
+    """
     batch, left_size, right_size = turns[1].target.shape
     # Drawn on the CPU, so that all devices start alike. Zeros for the left factor, which moves first, let the whole
     # turn with the signs and the order of its side.
@@ -456,14 +455,12 @@ def _alternate(
             "float32 products of full precision",
             "turn TF32 off while factoring",
         )
-    zeros = ~turns[1].target.flatten(1).any(1, keepdim=True)
-    middle = torch.where(zeros, 0.0, right.rows)
     return [
         Product(
             signs_of(left.primal[index]).T,
             signs_of(right.primal[index]),
             left.columns[index],
-            middle[index],
+            right.rows[index],
             right.columns[index],
         )
         for index in range(batch)

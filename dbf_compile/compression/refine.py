@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dbf_compile.compression.importance import between, squared_norm
+from dbf_compile.compression.projection import signs_of
 
 # Added to the diagonal of normal equations, relative to its mean: components may be parallel.
 _JITTER = 1e-6
@@ -58,7 +59,7 @@ class Product(NamedTuple):
     @property
     def nonnegative(self) -> Product:
         """The same product with scales of 0 or more: what was negative has gone into the signs."""
-        out, mid, into = (torch.where(scale < 0, -1.0, 1.0) for scale in self[2:])
+        out, mid, into = (signs_of(scale) for scale in self[2:])
         return Product(
             self.signs_out * out[:, None],
             self.signs_in * mid[:, None] * into,
@@ -85,7 +86,7 @@ def refine(
     column_metric: Tensor | None = None,
     sweeps: int = 2,
 ) -> Product:
-    """Return a product at least as good: scales by least squares, then ``sweeps`` times signs and scales again.
+    """Return a product at least as good: ``sweeps`` times signs by descent, then scales by least squares.
 
     Signs of a side are left alone where the metric of that side couples their rows.
 
@@ -96,11 +97,9 @@ def refine(
         column_metric: R, positive semidefinite [Q, Q], or None for the identity.
         sweeps: how often; 0 returns ``product``.
     """
-    if sweeps == 0:
-        return product
     best, error = product, squared_error(target, product, row_metric, column_metric)
-    found = refit_scales(target, product, row_metric, column_metric)
     for _ in range(sweeps):
+        found = best
         if row_metric is None:
             found = flip_signs(target, found, column_metric)
         if column_metric is None:
@@ -176,6 +175,7 @@ def _fit_side(
 
 
 def _fit(normal: Tensor, wanted: Tensor) -> Tensor:
-    normal.diagonal().add_(_JITTER * normal.diagonal().mean())
+    # The second term is for a product of zeros, whose scales stay zeros.
+    normal.diagonal().add_(_JITTER * normal.diagonal().mean() + torch.finfo(normal.dtype).tiny)
     solution: Tensor = torch.linalg.solve_ex(normal, wanted)[0]
     return solution

@@ -14,6 +14,10 @@ from hypothesis import strategies as st
 from dbf_compile.compression.admm import (
     FactorizerConfig,
     _part_sizes,
+    _solve,
+    _spectrum,
+    _Step,
+    _Turn,
     factorize,
     factorize_batch,
     weighted_error,
@@ -356,6 +360,27 @@ def test_moments_without_coupling_give_what_their_diagonals_give():
     errors = [weighted_error(weight, factorize(weight, 40, item, config), plain) for item in (whole, plain)]
     # The same equations, solved by eigenvectors in place of Cholesky factors; signs near zero may tip.
     assert errors[0] == pytest.approx(errors[1], rel=0.03)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 7), SEEDS, st.booleans(), st.booleans())
+def test_a_turn_solves_its_normal_equations(mid, rows, columns, seed, coupled_rows, coupled_columns):
+    def correlations(size, seed):
+        root = torch.nn.functional.normalize(gaussian(size, size + 2, seed), dim=1)
+        return (root @ root.T)[None]
+
+    left = correlations(rows, seed + 1) if coupled_rows else None
+    right = correlations(columns, seed + 2) if coupled_columns else None
+    basis, wanted = gaussian(mid, rows, seed)[None], gaussian(mid, columns, seed + 3)[None]
+    step = _Step(ridge=0.1, rho=0.3, relaxation=1.0, leak=1.0, averaging=0.0)
+    turn = _Turn(gaussian(rows, columns)[None], left, _spectrum(right))
+    found = torch.empty_like(wanted)
+    _solve(turn, basis, wanted, step, out=found)
+    normal = (basis if left is None else basis @ left) @ basis.mT
+    shift = step.rho + step.ridge * float(normal.diagonal(dim1=-2, dim2=-1).mean())
+    back = normal @ found @ (torch.eye(columns)[None] if right is None else right) + shift * found
+    # float32; the shift bounds the condition number by about 10.
+    torch.testing.assert_close(back, wanted, rtol=1e-3, atol=1e-3)
 
 
 # Batches and progress

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from dbf_compile.compression.calibration import calibrate
-from dbf_compile.compression.losses import output_loss
+from dbf_compile.compression.calibration import _Moment, calibrate
+from dbf_compile.compression.losses import loss_named, output_loss
 from dbf_compile.errors import ConversionError, OptionError, WeightError
 
 
@@ -418,6 +418,34 @@ def test_blocks_that_visit_a_device_one_at_a_time_give_the_same(kind):
             torch.testing.assert_close(
                 item.output_grad_second_moment, visiting[name].output_grad_second_moment
             )
+
+
+def test_what_is_computed_again_is_not_measured_again(monkeypatch):
+    def additions(device):
+        calls = []
+        add = _Moment.add
+        with monkeypatch.context() as patch:
+            patch.setattr(_Moment, "add", lambda *args, **kwargs: calls.append(1) or add(*args, **kwargs))
+            calibrate(tiny("LlamaForCausalLM"), tokens(2), device=device)
+        return len(calls)
+
+    assert additions("cpu") == additions(None) > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss"),
+    [("LlamaForCausalLM", "next_token"), ("BertForMaskedLM", "sampled"), ("BertModel", "output")],
+)
+def test_padding_has_no_part_in_a_loss(kind, loss):
+    (batch,) = tokens(1)
+    mask = torch.ones_like(batch["input_ids"])
+    mask[:, 8:] = 0
+    model = tiny(kind)
+    criterion = loss_named(loss, model, torch.Generator().manual_seed(0))
+    outputs = model(**batch, attention_mask=mask)
+    seen = outputs.last_hidden_state if loss == "output" else outputs.logits
+    (gradient,) = torch.autograd.grad(criterion(outputs, {**batch, "attention_mask": mask}), seen)
+    assert gradient[:, :7].any() and not gradient[:, 8:].any()
 
 
 def test_at_most_one_block_is_away_from_home(monkeypatch):

@@ -171,6 +171,14 @@ def test_a_metric_has_ones_on_its_diagonal_and_undoes_the_weights(size, seed):
     torch.testing.assert_close(rebuilt, moment, rtol=1e-4, atol=1e-5)  # float32 roots and products
 
 
+def test_a_feature_that_was_never_active_is_coupled_to_none():
+    moment = covariance(4)
+    moment[2] = moment[:, 2] = 0
+    _, metric = Importance(moment).metrics()
+    assert torch.equal(metric.diagonal(), torch.ones(4))
+    assert not metric[2, [0, 1, 3]].any() and not metric[[0, 1, 3], 2].any()
+
+
 def test_vectors_have_no_metric_and_matrices_have_their_diagonal():
     moment = covariance(5)
     assert Importance(torch.ones(5), None).metrics() == (None, None)
