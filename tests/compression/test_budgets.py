@@ -174,6 +174,12 @@ def test_overridden_weights_have_their_bits_and_the_others_make_up_for_them():
     assert found.mid_features["b"] < found.mid_features["a"]
 
 
+def test_a_multiple_too_coarse_for_a_floor_is_no_reason_to_fail():
+    # 128 x 128 at 1 bit holds 32 middle features: rounded up to 64, the floors alone would exceed the budget.
+    made = {f"layer{index}": curve(128, 128) for index in range(8)}
+    assert spread(made, 1.0, multiple=64).true_bits_per_weight <= 1.0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
