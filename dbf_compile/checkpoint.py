@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,12 +26,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dbf_compile.errors import CheckpointError, FactorsError
-from dbf_compile.factors import SCALE_DTYPES, TENSOR_NAMES, DoubleBinaryFactors
+from dbf_compile.factors import FIRST_STAGE, SCALE_DTYPES, TENSOR_NAMES, DoubleBinaryFactors
+from dbf_compile.folders import appearing
 from dbf_compile.signs import words_per_row
 
 FORMAT, VERSION = "dbf", "1"
 RESERVED_KEYS = ("format", "format_version", "layers")
-FIRST_STAGE = ("signs_in", "scale_in", "scale_mid")
 
 _DTYPE_NAMES = {torch.int32: "I32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 _SCALE_DTYPES = tuple(_DTYPE_NAMES[dtype] for dtype in SCALE_DTYPES)
@@ -100,15 +99,7 @@ def save(
             # A copy: safetensors refuses views, and tensors that occur twice.
             if key not in tensors:
                 tensors[key] = made.tensors()[tensor].detach().to("cpu", copy=True).contiguous()
-    header = _header(layers, metadata or {})
-    try:
-        _write_atomically(tensors, header, path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"writing {path} failed ({error})",
-            "a path in an existing, writable folder",
-            "choose another path",
-        ) from error
+    write_tensors(tensors, _header(layers, metadata or {}), path)
 
 
 def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> dict[str, DoubleBinaryFactors]:
@@ -163,24 +154,26 @@ def _header(layers: Mapping[str, _Layer], metadata: Mapping[str, str]) -> dict[s
     return {"format": FORMAT, "format_version": VERSION, "layers": described, **metadata}
 
 
-def _write_atomically(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name[:64]}.") as folder:
-        partial = Path(folder) / "partial"
-        partial.touch()
-        mode = partial.stat().st_mode  # what the user's umask gives a new file; safetensors makes it private
-        save_file(dict(tensors), partial, dict(header))
-        partial.chmod(mode)
-        _flush(partial)
-        partial.replace(path)
-    _flush(path.parent)  # the new name, too, survives a power failure
+def write_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Path) -> None:
+    """Write a safetensors file, which appears whole or not at all and replaces what was there.
 
+    Args:
+        tensors: on the CPU, contiguous, none a view of another.
+        header: strings.
+        path: the file; its folder exists.
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    Raises:
+        CheckpointError: it cannot be written.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        with appearing(path) as partial:
+            save_file(dict(tensors), partial, dict(header))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"writing {path} failed ({error})",
+            "a path in an existing, writable folder with room for it",
+            "make room, or choose another path",
+        ) from error
 
 
 @contextmanager

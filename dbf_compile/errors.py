@@ -6,6 +6,7 @@ DBFError
 ├── WeightError             a dense weight or its importance cannot be factored
 ├── CheckpointError         a file is not a readable checkpoint of this library
 ├── OptionError             an option is unknown, or its value is of the wrong type or range
+├── ResumeError             an interrupted compression cannot be gone on with
 ├── ConversionError         a model cannot be converted as asked
 ├── TrainingError           a gradient is wanted for a weight that exists only in factored form
 ├── GraphInvariantError     a pass produced, or was given, an illegal graph
@@ -57,6 +58,10 @@ class CheckpointError(DBFError, ValueError):
 
 class OptionError(DBFError, ValueError):
     """An option is unknown, or its value is of the wrong type or range."""
+
+
+class ResumeError(DBFError, RuntimeError):
+    """An interrupted compression cannot be gone on with."""
 
 
 class ConversionError(DBFError, ValueError):

@@ -19,6 +19,7 @@ from dbf_compile.signs import check_words, padding_is_zero, unpack_signs, words_
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SCALE_BITS = 16  # the factorizer stores scales in half precision
 SIGN_NAMES = ("signs_in", "signs_out")
+FIRST_STAGE = ("signs_in", "scale_in", "scale_mid")  # what layers that read one input may have in common
 TENSOR_NAMES = (*SIGN_NAMES, "scale_in", "scale_mid", "scale_out")
 
 
@@ -114,11 +115,7 @@ class DoubleBinaryFactors:
             FactorsError: the parts do not share the tensors of their first stage.
         """
         first = parts[0]
-        if any(
-            getattr(part, name) is not getattr(first, name)
-            for part in parts
-            for name in ("signs_in", "scale_in", "scale_mid")
-        ):
+        if any(getattr(part, name) is not getattr(first, name) for part in parts for name in FIRST_STAGE):
             raise FactorsError(
                 "parts with first stages of their own",
                 "parts that came out of one split()",

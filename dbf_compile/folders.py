@@ -1,8 +1,11 @@
-"""Where dbf_compile keeps what may be made again: built kernels and factors."""
+"""Where dbf_compile keeps what may be made again, and how it writes a file so that nobody ever sees half of one."""
 
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import platformdirs
@@ -12,3 +15,34 @@ def cache_folder() -> Path:
     """Return ``$DBF_CACHE_DIR``, else the user's cache folder for dbf_compile; it may not exist yet."""
     override = os.environ.get("DBF_CACHE_DIR")
     return Path(override) if override else Path(platformdirs.user_cache_dir("dbf_compile"))
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """Yield the path of a file to write; at the end it is moved to ``path``, and survives a power failure there.
+
+    Where the block raises, ``path`` is left as it was. The folder of ``path`` exists.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name[:64]}.") as folder:
+        partial = Path(folder) / "partial"
+        partial.touch()
+        mode = partial.stat().st_mode  # what the user's umask gives a new file; writers may make it private
+        yield partial
+        partial.chmod(mode)
+        _flush(partial)
+        partial.replace(path)
+    _flush(path.parent)  # the new name, too
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in UTF-8, which appears whole or not at all and replaces what was there."""
+    with appearing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dbf_compile.errors import ConversionError
-from dbf_compile.factors import SIGN_NAMES, TENSOR_NAMES, DoubleBinaryFactors
+from dbf_compile.factors import FIRST_STAGE, SIGN_NAMES, TENSOR_NAMES, DoubleBinaryFactors
 from dbf_compile.ops import double_binary_linear
 from dbf_compile.signs import deinterleave, interleave, interleaved_on
 
@@ -49,6 +49,12 @@ class DoubleBinaryLinear(nn.Module):
             self.bias = bias
         else:
             self.bias = nn.Parameter(bias, requires_grad=bias.requires_grad)
+
+    def share_first_stage_(self, owner: DoubleBinaryLinear) -> None:
+        """Take the first stage of ``owner``, in place; this layer's ``state_dict`` leaves it to the owner's."""
+        for name in FIRST_STAGE:
+            self.register_buffer(name, getattr(owner, name), persistent=False)
+        self.interleaved = owner.interleaved
 
     @property
     def in_features(self) -> int:
@@ -104,7 +110,8 @@ class DoubleBinaryLinear(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.interleaved:
-            destination |= {prefix + name: deinterleave(destination[prefix + name]) for name in SIGN_NAMES}
+            kept = [prefix + name for name in SIGN_NAMES if prefix + name in destination]
+            destination |= {key: deinterleave(destination[key]) for key in kept}
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -204,12 +211,12 @@ def swap_(model: nn.Module, factors: Mapping[str, DoubleBinaryFactors]) -> nn.Mo
         factored.train(dense.training)
         if name == "":
             return factored
-        _replace_everywhere(model, dense, factored)
+        replace_everywhere(model, dense, factored)
     return model
 
 
-def _replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    # A shared layer hangs under several parents; all of them must see the new one.
+def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` in the place of ``old``, in place: a shared layer hangs under several parents, which all must see it."""
     for parent in model.modules():
         for child_name, child in parent._modules.items():
             if child is old:

@@ -20,9 +20,8 @@ from support.strategies import double_binary_factors, random_factors
 from torch import Tensor
 
 from dbf_compile import checkpoint
-from dbf_compile.checkpoint import FIRST_STAGE
 from dbf_compile.errors import CheckpointError
-from dbf_compile.factors import TENSOR_NAMES, DoubleBinaryFactors
+from dbf_compile.factors import FIRST_STAGE, TENSOR_NAMES, DoubleBinaryFactors
 from dbf_compile.linear import DoubleBinaryLinear
 
 # One folder for all examples of a test is wanted: each example overwrites the file of the one before.
