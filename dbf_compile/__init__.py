@@ -5,7 +5,11 @@ W  ≈  diag(scale_out) · signs_out · diag(scale_mid) · signs_in · diag(scal
 
 from __future__ import annotations
 
+from functools import partial
+from importlib import import_module
+
 from dbf_compile.checkpoint import load, read_metadata, save
+from dbf_compile.compress import Compressed, compress
 from dbf_compile.compression.admm import FactorizerConfig, factorize, weighted_error
 from dbf_compile.compression.batches import token_batches
 from dbf_compile.compression.budgets import Allocation, allocate
@@ -14,14 +18,20 @@ from dbf_compile.compression.importance import Importance
 from dbf_compile.compression.model import convert_, factorize_model
 from dbf_compile.errors import DBFError
 from dbf_compile.factors import DoubleBinaryFactors
+from dbf_compile.integrations.on_import import when_imported
 from dbf_compile.linear import DoubleBinaryLinear
-from dbf_compile.options import CompileOptions, CompressionConfig
+from dbf_compile.options import CompileOptions, CompressionConfig, CompressOptions
 
 __version__ = "0.1.0"
+
+# Whoever loads a compressed folder needs no import but this package's and transformers', in any order.
+when_imported("transformers.quantizers.auto", partial(import_module, "dbf_compile.integrations.transformers"))
 
 __all__ = [
     "Allocation",
     "CompileOptions",
+    "CompressOptions",
+    "Compressed",
     "CompressionConfig",
     "DBFError",
     "DoubleBinaryFactors",
@@ -30,6 +40,7 @@ __all__ = [
     "Importance",
     "allocate",
     "calibrate",
+    "compress",
     "convert_",
     "factorize",
     "factorize_model",

@@ -1,7 +1,7 @@
 """Options: what a user may set, checked once, at the door.
 
-``CompressionConfig`` says how weights become factors, ``CompileOptions`` adds what the compiler needs.
-Both come from plain dictionaries through :func:`parse`, which refuses unknown keys and wrong types.
+``CompressionConfig`` says how weights become factors, ``CompileOptions`` adds what the compiler needs, and
+``CompressOptions`` what the compression of a whole model needs. All come from plain dictionaries through :func:`parse`, which refuses unknown keys and wrong types.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dbf_compile.errors import OptionError
 DENSE_BY_DEFAULT = ("*lm_head", "*embed_out", "*predictions.decoder", "*output_projection", "*proj_out")
 MIN_BITS, MAX_BITS = 0.05, 16.0
 ACCURACIES = ("exact", "fast")
+MODES, BUDGETS = ("auto", "independent", "block"), ("equal", "allocated")
 PRESETS = {"fast": 215, "balanced": 600, "best": 6000}  # iterations of the factorizer
 
 
@@ -78,6 +79,51 @@ class CompressionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompressOptions(CompressionConfig):
+    """What ``compress(model, output, bits=..., ...)`` takes.
+
+    Args:
+        mode: "independent": statistics once, then every weight on its own. "block": block after block, with inputs from
+            the compressed prefix and targets from the dense model. "auto": "block" where there is data.
+        length, windows: tokens of a window of text, and how many windows to calibrate and train with.
+        holdout: windows after those to judge by; 0 to judge nothing.
+        form: of importance: "diagonal", "input" or "kronecker"; see ``calibrate``.
+        temper: power of the spectrum of importances; None to take them as they are, 0.5 is a usual value.
+        budget: "equal" bits for all weights, or "allocated" by measured error curves.
+        tune: epochs in which the still dense weights of a block are tuned before a weight is factored ("block").
+        refine: epochs in which signs and scales of a block are refined at its end ("block").
+        distill: epochs in which scales learn the logits of the dense model at the end; 0 switches a stage off.
+        max_shard_size: bytes of a weight file.
+    """
+
+    mode: str = "auto"
+    length: int = 512
+    windows: int = 64
+    holdout: int = 8
+    form: str = "diagonal"
+    temper: float | None = None
+    budget: str = "equal"
+    tune: int = 4
+    refine: int = 4
+    distill: int = 4
+    max_shard_size: int = 2 * 10**9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, allowed in (("mode", MODES), ("budget", BUDGETS)):
+            if getattr(self, name) not in allowed:
+                raise OptionError(
+                    f"{name}={getattr(self, name)!r}", ", ".join(map(repr, allowed)), f"leave {name} out"
+                )
+        lowest = {"length": 2, "windows": 1, "holdout": 0, "tune": 0, "refine": 0, "distill": 0}
+        for name, low in (*lowest.items(), ("max_shard_size", 1)):
+            if getattr(self, name) < low:
+                raise OptionError(f"{name}={getattr(self, name)}", f"{low} or more", f"leave {name} out")
+        if self.temper is not None and not 0 <= self.temper <= 1:
+            raise OptionError(f"temper={self.temper}", "0 to 1, or None", "0.5 is a usual value")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompileOptions(CompressionConfig):
     """What ``torch.compile(model, backend="dbf", options={...})`` takes.
 
@@ -109,6 +155,7 @@ _Config = TypeVar("_Config", bound=CompressionConfig)
 
 _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "float": ("a number", lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)),
+    "float | None": ("a number or None", lambda v: v is None or _CHECKS["float"][1](v)),
     "int": ("a whole number", lambda v: isinstance(v, int) and not isinstance(v, bool)),
     "int | None": (
         "a whole number or None",
@@ -139,7 +186,7 @@ def parse(kind: type[_Config], given: Mapping[str, Any]) -> _Config:
     """Build a configuration from a dictionary and refuse what it does not know.
 
     Args:
-        kind: CompressionConfig or CompileOptions.
+        kind: CompressionConfig or one that extends it.
         given: option name to value.
 
     Raises:

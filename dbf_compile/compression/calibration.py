@@ -102,15 +102,15 @@ def calibrate(
     empty = True
     with (
         _measuring(model, meters, run),
-        _block_by_block(model, meters, run, device),
+        block_by_block(model, list(blocks_of(model, meters).values()), device, run),
         torch.set_grad_enabled(criterion is not None),
     ):
         for batch in batches:
             empty = False
             if device is not None:
-                batch = _moved(batch, device)
+                batch = moved(batch, device)
             run.mask = attention_mask(batch)
-            output = _call(model, batch)
+            output = call_model(model, batch)
             if criterion is not None and anchor is not None:
                 torch.autograd.grad(_scalar(criterion(output, batch)), anchor, allow_unused=True)
     if empty:
@@ -246,14 +246,17 @@ def _forward_hook(meter: _Meter, run: _Run) -> Callable[..., Tensor | None]:
 
 
 @contextmanager
-def _block_by_block(
-    model: nn.Module, meters: Mapping[str, _Meter], run: _Run, device: torch.device | str | None
+def block_by_block(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    device: torch.device | str | None,
+    run: _Run | None = None,
 ) -> Iterator[None]:
     """Let each block visit ``device`` for its turn, forward and backward; the rest of the model stays there."""
     if device is None:
         yield
         return
-    blocks = _blocks(model, meters)
+    run = run or _Run(None)
     inside = {id(tensor) for block in blocks for tensor in _tensors(block)}
     homes = [(tensor, tensor.data) for tensor in _tensors(model) if id(tensor) not in inside]
     try:
@@ -296,20 +299,21 @@ def _visiting(block: nn.Module, run: _Run, device: torch.device | str) -> Callab
     return visit
 
 
-def _blocks(model: nn.Module, meters: Mapping[str, _Meter]) -> list[nn.Module]:
-    """Return the members of the longest list of modules that holds a measured layer: a transformer's blocks."""
+def blocks_of(model: nn.Module, layers: Iterable[str]) -> dict[str, nn.Module]:
+    """Return a transformer's blocks by name: the members of the longest list of modules that holds one of ``layers``."""
+    names = list(layers)
     lists = {
-        name: list(module)
+        name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and any(layer.startswith(f"{name}.") for layer in meters)
+        if isinstance(module, nn.ModuleList) and any(layer.startswith(f"{name}.") for layer in names)
     }
     # A list inside of a block (the experts of one) is no list of blocks.
-    outermost = [
-        blocks
+    outermost = {
+        name: {f"{name}.{index}": block for index, block in enumerate(blocks)}
         for name, blocks in lists.items()
         if not any(name.startswith(f"{other}.") for other in lists if other != name)
-    ]
-    return max(outermost, key=len, default=[])
+    }
+    return max(outermost.values(), key=len, default={})
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
@@ -317,17 +321,19 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers()
 
 
-def _moved(batch: Any, device: torch.device | str) -> Any:
+def moved(batch: Any, device: torch.device | str) -> Any:
+    """Return a batch with all its tensors on ``device``."""
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return {key: _moved(value, device) for key, value in batch.items()}
+        return {key: moved(value, device) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return [_moved(value, device) for value in batch]
+        return [moved(value, device) for value in batch]
     return batch
 
 
-def _call(model: nn.Module, batch: Any) -> Any:
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """Call a model with a batch: a tensor, or the sequence or mapping of its arguments."""
     if isinstance(batch, Tensor):
         return model(batch)
     if isinstance(batch, Mapping):

@@ -14,16 +14,21 @@ Shape letters: K in_features, N out_features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dbf_compile.errors import OptionError, WeightError
+from dbf_compile.checkpoint import write_tensors
+from dbf_compile.errors import CheckpointError, OptionError, WeightError
 
 # The notebooks' floor: a feature that was never active still gets the scale that fits it best on its own.
 FLOOR = 1e-8
+_FORMAT = "dbf_importance"
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,13 +51,13 @@ class Importance:
     output_grad_second_moment: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name, moment in self._moments().items():
+        for name, moment in self.moments().items():
             _check_moment(name, moment)
 
     def __repr__(self) -> str:
         sizes = (
             f"{name}={None if moment is None else list(moment.shape)}"
-            for name, moment in self._moments().items()
+            for name, moment in self.moments().items()
         )
         return f"Importance({', '.join(sizes)})"
 
@@ -151,14 +156,15 @@ class Importance:
 
         return self._map(temper)
 
-    def _moments(self) -> dict[str, Tensor | None]:
+    def moments(self) -> dict[str, Tensor | None]:
+        """Return the two moments by name, in the order of the constructor."""
         return {
             "input_second_moment": self.input_second_moment,
             "output_grad_second_moment": self.output_grad_second_moment,
         }
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Importance:
-        return Importance(*(m if m is None else change(m.detach()) for m in self._moments().values()))
+        return Importance(*(m if m is None else change(m.detach()) for m in self.moments().values()))
 
     @staticmethod
     def stack(items: Sequence[Importance], rows: Sequence[int]) -> Importance:
@@ -365,3 +371,48 @@ def _check_weight(weight: object) -> None:
             "finite entries",
             "check the checkpoint it was loaded from",
         )
+
+
+def save_importance(importance: Mapping[str, Importance], path: str | Path) -> None:
+    """Write what ``calibrate`` returned to a safetensors file, which appears whole or not at all.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    tensors = {
+        f"{name}.{kind}": moment.detach().to("cpu", copy=True).contiguous()
+        for name, item in importance.items()
+        for kind, moment in item.moments().items()
+        if moment is not None
+    }
+    write_tensors(tensors, {"format": _FORMAT, "layers": json.dumps(list(importance))}, Path(path))
+
+
+def load_importance(path: str | Path) -> dict[str, Importance]:
+    """Read a file written by :func:`save_importance`.
+
+    Raises:
+        CheckpointError: no such file, another kind of file, or a damaged one.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("format") != _FORMAT:
+                raise CheckpointError(
+                    f"{path} of format {header.get('format')!r}",
+                    _FORMAT,
+                    "pass a file written by save_importance",
+                )
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        return {
+            name: Importance(*(tensors.get(f"{name}.{kind}") for kind in Importance().moments()))
+            for name in json.loads(header["layers"])
+        }
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{path} is no readable file of importances ({error})",
+            "a whole file written by save_importance",
+            "calibrate again",
+        ) from error

@@ -59,9 +59,7 @@ def loss_named(name: str, model: nn.Module, generator: torch.Generator) -> Loss:
 class _Auto:
     def __init__(self, model: nn.Module, generator: torch.Generator) -> None:
         self._generator = generator
-        generates = getattr(model, "can_generate", None)
-        encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        self._causal = callable(generates) and bool(generates()) and not encoder_decoder
+        self._causal = is_causal(model)
 
     def __call__(self, output: Any, batch: Any) -> Tensor:
         if isinstance(getattr(output, "loss", None), Tensor):
@@ -71,6 +69,13 @@ class _Auto:
                 return next_token_loss(output, batch)
             return sampled_loss(output, batch, self._generator)
         return projected_output(output, batch, self._generator)
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Return whether a model predicts every token from those before it alone."""
+    generates = getattr(model, "can_generate", None)
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return callable(generates) and bool(generates()) and not encoder_decoder
 
 
 def output_loss(output: Any, batch: Any) -> Tensor:
@@ -145,7 +150,7 @@ def projected_output(output: Any, batch: Any, generator: torch.Generator) -> Ten
     Raises:
         ConversionError: no floating-point tensor in the output.
     """
-    found = _first_tensor(output)
+    found = first_tensor(output)
     if found is None:
         raise ConversionError(
             f"a model output of type {type(output).__name__} without a floating-point tensor",
@@ -188,7 +193,8 @@ def _logits(output: Any) -> Tensor:
     return found
 
 
-def _first_tensor(output: Any) -> Tensor | None:
+def first_tensor(output: Any) -> Tensor | None:
+    """Return the first floating-point tensor of a model's output, ``last_hidden_state`` where there is one, or None."""
     if isinstance(output, Tensor):
         return output if output.is_floating_point() else None
     hidden = getattr(output, "last_hidden_state", None)
@@ -197,4 +203,4 @@ def _first_tensor(output: Any) -> Tensor | None:
     values = output.values() if isinstance(output, Mapping) else output
     if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
         return None
-    return next((found for value in values if (found := _first_tensor(value)) is not None), None)
+    return next((found for value in values if (found := first_tensor(value)) is not None), None)

@@ -133,6 +133,18 @@ def refit_scales(
     return product._replace(scale_in=_fit_side(target.T, product.transposed, column_metric, row_metric))
 
 
+def flip_costs(target: Tensor, product: Product, column_metric: Tensor | None = None) -> Tensor:
+    """Return by how much J rises [P, M] if one sign of ``signs_out`` is flipped and all else stays.
+
+    Arguments as for :func:`flip_signs`, at whose result no cost is negative beyond rounding.
+    """
+    rows = product.scale_mid[:, None] * product.inner
+    weighted = between(rows, None, column_metric)
+    scale = product.scale_out[:, None]
+    fields = (target - product.dense()) @ weighted.T
+    return 4 * scale * (product.signs_out * fields + scale * (weighted * rows).sum(1))
+
+
 def flip_signs(target: Tensor, product: Product, column_metric: Tensor | None = None) -> Product:
     """Return ``product`` after flipping, in every row of ``signs_out`` at a time, the sign that gains most.
 

@@ -1,0 +1,716 @@
+"""``compress``: from a pretrained model to a folder that loads like any other of transformers.
+
+    statistics     second moments of all layers          <output>.work/importance.safetensors
+    budget         a middle dimension for every weight   <output>.work/allocation.json
+    factors        of every weight, or of every block    <output>.work/<name>.safetensors
+    distillation   of all scales                         <output>.work/distilled.safetensors
+    the folder     written beside, moved into place      <output>
+
+Every step is one result of :class:`~dbf_compile.compression.work.Work`: made once, by whichever process comes first, and
+found again by all others and by a run that goes on after a crash. More workers are more processes that call ``compress``
+with the same arguments.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dbf_compile.compression.admm import FactorizerConfig, factorize, weighted_error
+from dbf_compile.compression.batches import token_batches
+from dbf_compile.compression.blocks import BlockRecipe, compress_block, factored_copy
+from dbf_compile.compression.budgets import allocate
+from dbf_compile.compression.cache import tensor_hash
+from dbf_compile.compression.calibration import block_by_block, blocks_of, calibrate, moved
+from dbf_compile.compression.coverage import coverage
+from dbf_compile.compression.distillation import distill
+from dbf_compile.compression.importance import Importance, load_importance, save_importance
+from dbf_compile.compression.jobs import FactorJob
+from dbf_compile.compression.losses import is_causal, token_ids
+from dbf_compile.compression.model import LayerFactorizer
+from dbf_compile.compression.streams import Streams, record
+from dbf_compile.compression.work import RESUME, Made, Work
+from dbf_compile.errors import ConversionError, DBFError, OptionError
+from dbf_compile.evaluation import compare
+from dbf_compile.experts import unfuse_
+from dbf_compile.factors import DoubleBinaryFactors, stored_bits
+from dbf_compile.folders import write_text
+from dbf_compile.linear import swap_
+from dbf_compile.options import PRESETS, CompressionConfig, CompressOptions, parse
+from dbf_compile.report import write_report
+
+_REPORT, _PAGE = "dbf_report.json", "dbf_report.html"
+_LEAST_SHARE = 0.5  # of the weights, below which a user should know
+_NOT_FOR_RESULTS = ("progress", "cache_dir", "max_shard_size")
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What ``compress`` made.
+
+    Attributes:
+        folder: the model, for ``from_pretrained``.
+        report: the content of ``dbf_report.json``.
+    """
+
+    folder: Path
+    report: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        bits, covered = self.report["bits"], self.report["coverage"]["share"]
+        lines = [
+            f"{self.folder}: {bits['factored']:.3f} bits per weight in {covered:.1%} of the weights, "
+            f"{bits['file']:.3f} in the whole file"
+        ]
+        found = self.report.get("evaluation") or {}
+        if "kl" in found:
+            lines.append(
+                f"{found['measure']}: KL {found['kl']:.4f}, top-1 agreement {found['top1_agreement']:.1%}"
+            )
+        if "compressed" in found and "dense" in found:
+            lines.append(f"dense {found['dense']:.4f}, compressed {found['compressed']:.4f} nats a token")
+        if "error" in found:
+            lines.append(f"{found['measure']}: {found['error']:.4f}")
+        return "\n".join(lines)
+
+
+def compress(
+    model: str | Path | nn.Module,
+    output: str | Path,
+    *,
+    bits: float = 2.0,
+    data: str | Path | Iterable[Any] | None = None,
+    batches: Sequence[Any] | None = None,
+    tokenizer: Any = None,
+    resume: str = "auto",
+    workers: int | None = None,
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+    keep_work: bool = False,
+    **options: Any,
+) -> Compressed:
+    """Compress a pretrained model of transformers into a folder for ``from_pretrained``.
+
+    Results are kept in ``<output>.work`` as they come: a run that was stopped goes on where it was, with the same result
+    as if it had not been. Other processes that call ``compress`` with the same arguments, at the same time, on any machine
+    that sees the folder, share the work; ranks of torchrun do.
+
+    Args:
+        model: the folder of a model, its name on the Hub, or the model itself.
+        output: the folder to write; it does not exist yet.
+        bits: stored bits per weight of the factored layers, scales and padding counted.
+        data: text to calibrate with: path of a file, texts, or rows of a dataset; see ``token_batches``. None, and no
+            ``batches``: random tokens, which is worse.
+        batches: ready batches in place of text, for models that read something else.
+        tokenizer: for ``data``; None for that of the model's folder.
+        resume: "auto", "required" or "never"; see :class:`~dbf_compile.compression.work.Work`.
+        workers: weights that this process factors at a time; None for one a core, or a GPU.
+        device: where to compute; blocks visit it one at a time. None for a GPU where there is one.
+        trust_remote_code: as of ``from_pretrained``.
+        keep_work: leave ``<output>.work`` there at the end.
+        **options: fields of :class:`~dbf_compile.options.CompressOptions`.
+
+    Returns:
+        The folder and its report.
+
+    Raises:
+        OptionError, ConversionError: something was asked for that cannot be done.
+        ResumeError: the work that is there belongs to other arguments.
+        CheckpointError: the model's files are damaged, or results cannot be written.
+    """
+    config = parse(CompressOptions, {"bits_per_weight": bits, **options})
+    output = Path(output)
+    run = _Run.opened(model, output, config, data, batches, tokenizer, resume, device, trust_remote_code)
+    if run is not None:
+        threads = torch.get_num_threads()
+        try:
+            # Sums depend on the number of threads; so that results do not, it is the same for all workers.
+            torch.set_num_threads(os.cpu_count() or 1)
+            run.finish(workers or _default_workers(run.device))
+        except (OSError, DBFError):
+            if not output.exists():  # else another worker has finished, and removed the work under this one
+                raise
+        finally:
+            torch.set_num_threads(threads)
+        if not keep_work:
+            run.work.remove()
+    return Compressed(output, _report_of(output))
+
+
+def compress_in_processes(
+    model: str | Path, output: str | Path, *, processes: int, progress: bool = True, **options: Any
+) -> Compressed:
+    """Call ``compress`` in several processes of this machine at once, which share the work and its cores.
+
+    Args:
+        model: folder or name of the model.
+        output: the folder to write.
+        processes: how many.
+        progress: show the progress of the first.
+        **options: further arguments of :func:`compress`.
+
+    Returns:
+        What ``compress`` returns.
+    """
+    workers = max(1, (os.cpu_count() or 1) // processes)
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        tasks = [
+            pool.submit(
+                compress, model, output, **{"workers": workers, **options, "progress": progress and not rank}
+            )
+            for rank in range(processes)
+        ]
+        made = [task.result() for task in tasks]
+        return made[0]
+
+
+@dataclass
+class _Run:
+    """One call of ``compress``: what it works on, and its steps."""
+
+    output: Path
+    model: nn.Module  # dense, its experts unfused
+    source: Path | None
+    tokenizer: Any
+    config: CompressOptions
+    batches: list[Any]
+    judging: list[Any]
+    device: torch.device
+    facts: dict[str, Any]
+    work: Work
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @staticmethod
+    def opened(
+        given: str | Path | nn.Module,
+        output: Path,
+        config: CompressOptions,
+        data: Any,
+        batches: Sequence[Any] | None,
+        tokenizer: Any,
+        resume: str,
+        device: torch.device | str | None,
+        trust_remote_code: bool,
+    ) -> _Run | None:
+        """Check the arguments, open the model without reading it, and take up the work; None where all is done."""
+        from dbf_compile.integrations import pretrained
+
+        _check(given, output, config, data, batches, resume)
+        if isinstance(given, nn.Module):
+            source, model, name = None, _view_of(given).eval().requires_grad_(False), type(given).__name__
+            model_hash = _model_hash(model)
+        else:
+            source, name = pretrained.local_folder(given), Path(given).name
+            model, model_hash = (
+                pretrained.open_dense(source, trust_remote_code),
+                pretrained.content_hash(source),
+            )
+        if data is not None and tokenizer is None:
+            tokenizer = pretrained.tokenizer_of(source, trust_remote_code)
+        every = list(batches or [])
+        if data is not None:
+            wanted = config.windows + config.holdout
+            every = list(token_batches(data, tokenizer, length=config.length, count=wanted))
+        kept = min(config.holdout, len(every) // 5)  # little data is needed to calibrate
+        calibrating, judging = every[: len(every) - kept], every[len(every) - kept :]
+        facts: dict[str, Any] = {
+            "model": {
+                "name": name,
+                "architecture": type(model).__name__,
+                "parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "hash": model_hash,
+            },
+            "data": {
+                "source": str(data)
+                if isinstance(data, (str, Path))
+                else "given"
+                if every
+                else "random tokens",
+                "hash": _batches_hash(every),
+                "windows": len(calibrating),
+                "tokens": sum(_tokens(batch) for batch in calibrating),
+            },
+        }
+        if config.mode == "auto":
+            config = replace(config, mode="block" if every else "independent")
+        settings = {key: value for key, value in asdict(config).items() if key not in _NOT_FOR_RESULTS}
+        fingerprint = {"model": model_hash, "data": facts["data"]["hash"], "settings": settings}
+        if output.exists():
+            if _report_of(output).get("fingerprint") == json.loads(json.dumps(fingerprint)):
+                return None
+            raise OptionError(
+                f"output {output}, which exists", "a path where nothing is", "remove it, or choose another"
+            )
+        facts["fingerprint"] = fingerprint
+        work = Work(output.with_name(output.name + ".work"), fingerprint, resume)
+        where = torch.device(device) if device is not None else _default_device()
+        unfuse_(model)
+        return _Run(output, model, source, tokenizer, config, calibrating, judging, where, facts, work)
+
+    def finish(self, workers: int) -> None:
+        """Make what is missing, and the folder."""
+        with self.work.exclusive("output"):
+            if self.output.exists():
+                return  # another worker was faster
+        began = time.perf_counter()
+        with self._timed("calibrate"):
+            importance = self._importance()
+        with self._timed("allocate"):
+            allocation = self._allocation(importance)
+        jobs = LayerFactorizer(self.config, importance, mid_features=allocation).jobs(self.model)
+        if not jobs:
+            raise ConversionError(
+                f"{type(self.model).__name__} without a linear layer to factor",
+                "nn.Linear or Conv1D layers that are neither skipped nor too small",
+                f"check skip={list(self.config.skip)} and bits={self.config.bits_per_weight}",
+            )
+        covered = coverage(self.model, {name for job in jobs for name in job.names}, self.config)
+        if covered["share"] < _LEAST_SHARE:
+            largest = ", ".join(f"{row['name']} ({row['reason']})" for row in covered["dense"][:3])
+            warnings.warn(
+                f"only {covered['share']:.0%} of the weights are factored; the largest others: {largest}",
+                stacklevel=4,
+            )
+        blocks = blocks_of(self.model, [job.names[0] for job in jobs]) if self.config.mode == "block" else {}
+        places = {job.name: _block_of(job, blocks) for job in jobs}
+        with self._timed("factor"):
+            self._factor_alone([job for job in jobs if places[job.name] is None], workers)
+            if blocks:
+                inside = {name: [job for job in jobs if places[job.name] == name] for name in blocks}
+                self._factor_blocks(blocks, inside)
+        results = {job.name: _result_name(job, places[job.name]) for job in jobs}
+        with self._timed("distill"):
+            distilled = self._distilled(results)
+        with self.work.exclusive("output"):
+            if not self.output.exists():
+                self.seconds["total"] = time.perf_counter() - began
+                self._write(jobs, places, results, covered, distilled)
+
+    def _importance(self) -> dict[str, Importance]:
+        config = self.config
+
+        def make(path: Path) -> None:
+            given = self.batches or None
+            if given is None and not hasattr(getattr(self.model, "config", None), "vocab_size"):
+                return save_importance({}, path)  # it reads something else, and nothing was given
+            found = calibrate(self.model, given, form=config.form, device=self.device, seed=config.seed)
+            if config.temper is not None:
+                found = {name: item.tempered(config.temper) for name, item in found.items()}
+            save_importance(found, path)
+
+        return load_importance(self.work.once("importance.safetensors", make))
+
+    def _allocation(self, importance: Mapping[str, Importance]) -> Mapping[str, int] | None:
+        if self.config.budget == "equal":
+            return None
+        known = {item.name: getattr(self.config, item.name) for item in fields(CompressionConfig)}
+
+        def make(path: Path) -> None:
+            found = allocate(self.model, importance, **known)
+            write_text(path, json.dumps(dict(found.mid_features)))
+
+        return dict(json.loads(self.work.once("allocation.json", make).read_text()))
+
+    def _factor_alone(self, jobs: Sequence[FactorJob], workers: int) -> None:
+        """Factor weights that have nothing to do with each other, long ones first."""
+        jobs = sorted(jobs, key=lambda job: -job.mid_features * job.size)
+        by_name = {_result_name(job, None): job for job in jobs}
+        stopped = threading.Event()
+
+        def work_off(bar: tqdm[Any]) -> None:
+            self.work.all_factors(list(by_name), lambda name: self._factor_one(by_name[name], bar, stopped))
+
+        if not all(map(self.work.has, by_name)):
+            missing = sum(job.size for name, job in by_name.items() if not self.work.has(name))
+            bar = tqdm(
+                total=missing,
+                unit="weight",
+                unit_scale=True,
+                desc="factoring",
+                disable=not self.config.progress,
+            )
+            with bar, ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                try:
+                    for future in [pool.submit(work_off, bar) for _ in range(workers)]:
+                        future.result()
+                finally:
+                    stopped.set()  # where one has failed, or the user has: what the others do can be done again
+
+    def _factor_one(self, job: FactorJob, bar: tqdm[Any], stopped: threading.Event) -> Made:
+        began, done = time.perf_counter(), 0
+
+        def advance(fraction: float) -> None:
+            nonlocal done
+            if stopped.is_set():
+                raise _StoppedError
+            step = int(fraction * job.size) - done
+            done += step
+            bar.update(step)
+
+        weight = job.stacked.to(self.device)
+        try:
+            made = factorize(weight, job.mid_features, job.importance, self._factorizer, progress=advance)
+        except DBFError as error:
+            raise error.inside(job.name) from error
+        facts = {
+            "errors": {job.name: weighted_error(weight, made, job.importance)},
+            "seconds": {job.name: round(time.perf_counter() - began, 3)},
+            "stages": [],
+        }
+        parts = made.to("cpu").split([part.shape[0] for part in job.weights])
+        return dict(zip(job.names, parts, strict=True)), facts
+
+    def _factor_blocks(
+        self, blocks: Mapping[str, nn.Module], jobs: Mapping[str, Sequence[FactorJob]]
+    ) -> None:
+        """Factor block after block; one process does, the others wait and take over if it dies."""
+        config = self.config
+        recipe = BlockRecipe(config.tune, config.refine, self._factorizer)
+        with self.work.exclusive("blocks"):
+            if all(self.work.has(name) for name in blocks):
+                return
+            with block_by_block(self.model, list(blocks.values()), self.device):
+                given = [moved(batch, self.device) for batch in self.batches]
+                streams = record(self.model, list(blocks.values()), given)
+            dense = compressed = streams.hidden
+            bar = tqdm(
+                total=sum(job.size for part in jobs.values() for job in part),
+                unit="weight",
+                unit_scale=True,
+                desc="blocks",
+                disable=not config.progress,
+            )
+            with bar:
+                for index, (name, block) in enumerate(blocks.items()):
+                    size, before = sum(job.size for job in jobs[name]), bar.n
+                    exact = _float_copy(block, self.device)
+                    targets = _outputs(streams, exact, index, dense)
+
+                    def make(
+                        name: str = name,
+                        index: int = index,
+                        block: nn.Module = exact,
+                        inputs: Sequence[Tensor] = compressed,
+                        targets: Sequence[Tensor] = targets,
+                        size: int = size,
+                        before: float = before,
+                    ) -> Made:
+                        def tell(share: float) -> None:
+                            bar.update(int(before + share * size) - bar.n)
+
+                        found = compress_block(
+                            name, index, block, jobs[name], streams, inputs, targets, recipe, tell
+                        )
+                        facts = {
+                            "errors": found.errors,
+                            "seconds": found.seconds,
+                            "stages": found.stages,
+                        }
+                        return {key: made.to("cpu") for key, made in found.factors.items()}, facts
+
+                    factors = self.work.factors(name, make)[0] if jobs[name] else {}
+                    bar.update(before + size - bar.n)
+                    compressed = _outputs(streams, factored_copy(exact, name, factors), index, compressed)
+                    dense = targets
+
+    def _distilled(self, results: Mapping[str, str]) -> dict[str, Any] | None:
+        """Return what distillation gained, or None where it is not done; its factors are the result "distilled"."""
+        if not (self.config.distill and self.batches and is_causal(self.model)):
+            return None
+
+        def make() -> Made:
+            began = time.perf_counter()
+            student = self._student(self._all_factors(results))
+            before = compare(self.model, student, self.judging)
+            steps = self.config.distill * len(self.batches)
+            bar = tqdm(total=steps, unit="step", desc="distilling", disable=not self.config.progress)
+            with bar:
+                made = distill(
+                    self.model,
+                    student,
+                    self.batches,
+                    self.config.distill,
+                    self.config.seed,
+                    lambda: bar.update(1),
+                )
+            after = compare(self.model, self._student(made), self.judging)
+            seconds = round(time.perf_counter() - began, 3)
+            return made, {"before": before, "after": after, "seconds": seconds}
+
+        return self.work.factors("distilled", make)[1]
+
+    def _student(self, factors: Mapping[str, DoubleBinaryFactors]) -> nn.Module:
+        return swap_(_view_of(self.model), factors)
+
+    def _all_factors(self, results: Mapping[str, str]) -> dict[str, DoubleBinaryFactors]:
+        found: dict[str, DoubleBinaryFactors] = {}
+        for name in dict.fromkeys(results.values()):
+            found |= self.work.read(name)[0]
+        return found
+
+    @property
+    def _factorizer(self) -> FactorizerConfig:
+        config = self.config
+        iterations = PRESETS[config.preset] if config.iterations is None else config.iterations
+        return FactorizerConfig(iterations=iterations, seed=config.seed)
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - began, 3)
+
+    def _write(
+        self,
+        jobs: Sequence[FactorJob],
+        places: Mapping[str, str | None],
+        results: Mapping[str, str],
+        covered: Mapping[str, Any],
+        distilled: Mapping[str, Any] | None,
+    ) -> None:
+        """Write the folder beside the output and move it there."""
+        from dbf_compile.integrations import pretrained
+
+        stored = sum(stored_bits(job.in_features, job.mid_features, job.out_features) for job in jobs)
+        factored = stored / sum(job.size for job in jobs)
+        layers = {
+            name: {
+                "mid_features": job.mid_features,
+                "shares_first_stage_with": None if name == job.names[0] else job.names[0],
+            }
+            for job in jobs
+            for name in job.names
+        }
+        result_of = {
+            name: results[job.name] if distilled is None else "distilled"
+            for job in jobs
+            for name in job.names
+        }
+        read = lru_cache(maxsize=1)(lambda name: self.work.read(name)[0])
+        # Hidden, so that nobody takes it for a model before it is one; of its own, so that it is not mixed with another.
+        folder = Path(tempfile.mkdtemp(dir=self.output.parent, prefix=f".{self.output.name}."))
+        try:
+            folder.chmod(0o777 & ~_umask())
+            size = pretrained.write_model(
+                folder,
+                self.model,
+                layers,
+                lambda name: read(result_of[name])[name],
+                factored,
+                self.config.max_shard_size,
+                self.source,
+                self.tokenizer,
+            )
+            report = self._report(jobs, places, results, covered, distilled)
+            report["bits"] = {
+                "target": self.config.bits_per_weight,
+                "factored": factored,
+                "file": 8 * size / covered["weights"],
+            }
+            write_text(folder / _REPORT, json.dumps(report, indent=1) + "\n")
+            write_report(report, folder / _PAGE)
+            folder.rename(self.output)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _report(
+        self,
+        jobs: Sequence[FactorJob],
+        places: Mapping[str, str | None],
+        results: Mapping[str, str],
+        covered: Mapping[str, Any],
+        distilled: Mapping[str, Any] | None,
+    ) -> dict[str, Any]:
+        facts = {name: self.work.read(name)[1] for name in dict.fromkeys(results.values())}
+        numbers = {name: number for number, name in enumerate(blocks_of(self.model, list(self._names(jobs))))}
+        stages = [stage for found in facts.values() for stage in found["stages"]]
+        if distilled is not None:
+            evaluation = distilled["after"]
+            if "kl" in evaluation:
+                stages.append(
+                    {
+                        "stage": "distill",
+                        "block": None,
+                        "measure": "KL from the dense model",
+                        "before": distilled["before"]["kl"],
+                        "after": evaluation["kl"],
+                        "seconds": distilled["seconds"],
+                    }
+                )
+        else:
+            evaluation = compare(self.model, self._student(self._all_factors(results)), self.judging)
+        return {
+            "dbf_compile": version("dbf-compile"),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            **self.facts,
+            "settings": json.loads(json.dumps(asdict(self.config))),
+            "coverage": dict(covered),
+            "layers": [
+                {
+                    "name": job.name,
+                    "shape": [job.out_features, job.in_features],
+                    "mid_features": job.mid_features,
+                    "bits_per_weight": stored_bits(job.in_features, job.mid_features, job.out_features)
+                    / job.size,
+                    "error": facts[results[job.name]]["errors"][job.name],
+                    "seconds": facts[results[job.name]]["seconds"][job.name],
+                    "block": next(
+                        (number for name, number in numbers.items() if job.name.startswith(f"{name}.")), None
+                    ),
+                }
+                for job in jobs
+            ],
+            "stages": stages,
+            "evaluation": evaluation,
+            "time": self.seconds,
+            "memory": {"peak_bytes": _peak_memory()},
+            "machine": {
+                "processor": platform.processor() or platform.machine(),
+                "cores": os.cpu_count(),
+                "device": str(self.device),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        }
+
+    @staticmethod
+    def _names(jobs: Sequence[FactorJob]) -> Iterator[str]:
+        for job in jobs:
+            yield from job.names
+
+
+class _StoppedError(Exception):
+    """Another thread has failed, or the user wants to stop."""
+
+
+def _check(given: Any, output: Path, config: CompressOptions, data: Any, batches: Any, resume: str) -> None:
+    if not output.parent.is_dir():
+        raise OptionError(
+            f"output {output}, whose parent is no folder", "a folder that exists", "make it first"
+        )
+    if resume not in RESUME:
+        raise OptionError(f"resume={resume!r}", ", ".join(map(repr, RESUME)), "leave it at 'auto'")
+    if data is not None and batches is not None:
+        raise OptionError("data and batches", "one of them", "pass text as data, or ready batches")
+    if config.mode == "block" and data is None and not batches:
+        raise OptionError(
+            "mode='block' without data", "data or batches", "pass data='text.txt', or mode='independent'"
+        )
+    if isinstance(given, nn.Module) and not hasattr(given, "config"):
+        raise ConversionError(
+            f"a model of type {type(given).__name__}",
+            "a model of transformers, its folder, or its name on the Hub",
+            "use dbf_compile.convert_ for other modules",
+        )
+
+
+def _report_of(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / _REPORT).read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def _view_of(model: nn.Module) -> nn.Module:
+    """Return a copy of a model that shares all its tensors: layers can be replaced without a trace in the original."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def _float_copy(block: nn.Module, device: torch.device) -> nn.Module:
+    return copy.deepcopy(block).to(device).float().requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def _outputs(streams: Streams, block: nn.Module, index: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+    return [streams.run(block, index, batch, hidden) for batch, hidden in enumerate(inputs)]
+
+
+def _block_of(job: FactorJob, blocks: Iterable[str]) -> str | None:
+    return next((name for name in blocks if all(each.startswith(f"{name}.") for each in job.names)), None)
+
+
+def _result_name(job: FactorJob, block: str | None) -> str:
+    """Return the name of the result that holds the factors of a job: its block's, or its own."""
+    return job.names[0] if block is None else block
+
+
+def _model_hash(model: nn.Module) -> str:
+    digest = hashlib.sha256(repr(getattr(model, "config", None)).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor_hash(tensor))
+    return digest.hexdigest()
+
+
+def _batches_hash(batches: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            digest.update(tensor_hash(value))
+        elif isinstance(value, Mapping):
+            for key in sorted(value):
+                digest.update(str(key).encode())
+                add(value[key])
+        elif isinstance(value, (tuple, list)):
+            for item in value:
+                add(item)
+        else:
+            digest.update(repr(value).encode())
+
+    for batch in batches:
+        add(batch)
+    return digest.hexdigest()
+
+
+def _tokens(batch: Any) -> int:
+    ids = token_ids(batch)
+    return 0 if ids is None else ids.numel()
+
+
+def _default_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def _default_workers(device: torch.device) -> int:
+    if device.type != "cpu":
+        return 1
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _peak_memory() -> int:
+    """Return the most memory that this process has had, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,59 @@
+"""Coverage: which share of a model's weights is factored, and why the rest is not."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from torch import nn
+
+from dbf_compile.linear import dense_linears
+from dbf_compile.options import CompressionConfig
+
+_SMALL = ("norm", "bias")  # thousands of tiny ones: one row together
+
+
+def coverage(model: nn.Module, factored: Collection[str], config: CompressionConfig) -> dict[str, Any]:
+    """Return the share of a dense model's weights that is factored, and what is not, largest first.
+
+    Args:
+        model: with all its layers dense; weights under several names count once.
+        factored: names of the layers that are factored.
+        config: what decided on them.
+
+    Returns:
+        ``{"share": 0 to 1, "weights": number, "dense": [{"name", "weights", "share", "reason"}]}``
+    """
+    linears = dense_linears(model)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    rows: dict[tuple[str, str], int] = {}
+    covered = 0
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        for kind, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if name in factored and kind == "weight":
+                covered += parameter.numel()
+                continue
+            reason = _reason(name, module, kind, name in linears, config)
+            row = ("all norms and biases", "norm or bias") if reason in _SMALL else (name, reason)
+            rows[row] = rows.get(row, 0) + parameter.numel()
+    dense = [
+        {"name": name, "weights": size, "share": size / total, "reason": reason}
+        for (name, reason), size in sorted(rows.items(), key=lambda item: -item[1])
+    ]
+    return {"share": covered / max(1, total), "weights": total, "dense": dense}
+
+
+def _reason(name: str, module: nn.Module, kind: str, linear: bool, config: CompressionConfig) -> str:
+    if kind.endswith("bias"):
+        return "bias"
+    if "norm" in type(module).__name__.lower():
+        return "norm"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if linear:
+        return "skipped by name" if config.skips(name) else "head, or too small to gain"
+    return f"not a linear layer ({type(module).__name__})"

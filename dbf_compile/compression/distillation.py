@@ -1,0 +1,104 @@
+"""Distillation: the scales of a compressed model learn the logits of the dense one.
+
+    min  Σ_t KL( softmax(dense logits_t) ‖ softmax(compressed logits_t) )        over the scales alone, signs fixed
+
+Source: the last stage of NanoQuant. Training signs as well over-fits a calibration set, as its replications found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dbf_compile.compression.calibration import call_model
+from dbf_compile.compression.losses import attention_mask
+from dbf_compile.compression.training import TrainableScales, train, trained_factors
+from dbf_compile.factors import DoubleBinaryFactors
+from dbf_compile.linear import DoubleBinaryLinear, replace_everywhere
+
+_RATE = 0.01  # in units of the root mean square of a scale vector
+
+
+def distill(
+    dense: nn.Module,
+    compressed: nn.Module,
+    batches: Sequence[Any],
+    epochs: int,
+    seed: int = 0,
+    progress: Callable[[], object] = lambda: None,
+) -> dict[str, DoubleBinaryFactors]:
+    """Return factors with scales tuned to the dense model's logits; both models are left as they were.
+
+    Args:
+        dense: the teacher.
+        compressed: the same with factored layers.
+        batches: to learn from.
+        epochs: how often each is used.
+        seed: of their order.
+        progress: called after every step.
+
+    Returns:
+        Factors by layer name.
+    """
+    layers = {
+        name: module for name, module in compressed.named_modules() if isinstance(module, DoubleBinaryLinear)
+    }
+    owners: dict[int, TrainableScales] = {}
+    students: dict[str, TrainableScales] = {}
+    for name, layer in layers.items():
+        student = TrainableScales(layer.factors, layer.bias, owners.get(id(layer.signs_in)))
+        owners.setdefault(id(layer.signs_in), student)
+        students[name] = student
+    for name, student in students.items():
+        replace_everywhere(compressed, layers[name], student)
+    modes = [(model, model.training) for model in (dense, compressed)]
+    try:
+        for model, _ in modes:
+            model.eval()
+        scales = [scale for student in students.values() for scale in student.scales]
+
+        def loss(sample: int) -> Tensor:
+            batch = batches[sample]
+            with torch.no_grad():
+                wanted = logits_of(call_model(dense, batch))
+            return divergence(wanted, logits_of(call_model(compressed, batch)), batch).mean()
+
+        generator = torch.Generator().manual_seed(seed)
+        train([(scales, _RATE)], loss, len(batches), epochs, generator, progress)
+        return trained_factors(students)
+    finally:
+        for name, student in students.items():
+            replace_everywhere(compressed, student, layers[name])
+        for model, mode in modes:
+            model.train(mode)
+
+
+def divergence(wanted: Tensor, found: Tensor, batch: Any) -> Tensor:
+    """Return KL(wanted ‖ found) in nats of every position that is no padding, as a vector."""
+    log_wanted = torch.log_softmax(wanted.float(), -1)
+    log_found = torch.log_softmax(found.float(), -1)
+    lost = (log_wanted.exp() * (log_wanted - log_found)).sum(-1)
+    return _kept(lost, batch)
+
+
+def agreement(wanted: Tensor, found: Tensor, batch: Any) -> Tensor:
+    """Return whether both predict the same, at every position that is no padding, as a vector."""
+    return _kept(wanted.argmax(-1) == found.argmax(-1), batch)
+
+
+def _kept(values: Tensor, batch: Any) -> Tensor:
+    mask = attention_mask(batch)
+    return (
+        values[mask.to(values.device)]
+        if mask is not None and mask.shape == values.shape
+        else values.flatten()
+    )
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the logits of a model's output: ``output.logits``, or the output itself."""
+    found: Tensor = output if isinstance(output, Tensor) else output.logits
+    return found

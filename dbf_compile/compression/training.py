@@ -1,0 +1,253 @@
+"""Factored layers that can be trained, and the loop that trains them.
+
+    y = scale_out ⊙ (sign(latent_out) · (scale_mid ⊙ (sign(latent_in) · (scale_in ⊙ x)))) + bias
+
+A sign has no gradient: the latent number behind it gets that of the sign (straight-through estimator), and the sign
+follows when the latent crosses zero. How far from zero it starts says how sure the sign is: by how much the error of the
+weight would rise if it alone were flipped, in units of the mean over its row of ``signs_out`` (column of ``signs_in``).
+
+Source: straight-through refinement of factors as in NanoQuant; the shape of the loop (Adam, cosine to zero, one window
+a step) too; latents from the cost of a flip are our own. Rates are relative to the root mean square of what is trained, so that no weight's unit matters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dbf_compile.compression.importance import Importance, WeightedWeight
+from dbf_compile.compression.projection import half_scales, signs_of
+from dbf_compile.compression.refine import Product, flip_costs
+from dbf_compile.factors import DoubleBinaryFactors
+from dbf_compile.signs import pack_signs, unpack_signs
+
+_SCALES = ("scale_in", "scale_mid", "scale_out")
+_TINY = 1e-30
+_BETAS = (0.9, 0.95)
+
+
+def _add_scales(layer: nn.Module, factors: DoubleBinaryFactors) -> None:
+    for name in _SCALES:
+        layer.register_parameter(name, nn.Parameter(getattr(factors, name).float(), requires_grad=False))
+
+
+class _Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor) -> Tensor:
+        return signs_of(latent)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+class TrainableDoubleBinary(nn.Module):
+    """A factored layer whose signs and scales are parameters in float32, none of which requires a gradient at first.
+
+    Args:
+        factors: where to start.
+        sureness: of ``signs_in`` and ``signs_out``, as of :func:`sureness_of`.
+        bias: [N], or None; a constant.
+        owner: the layer whose first stage this one shares, or None.
+    """
+
+    bias: Tensor | None
+    scale_in: nn.Parameter
+    scale_mid: nn.Parameter
+    scale_out: nn.Parameter
+
+    def __init__(
+        self,
+        factors: DoubleBinaryFactors,
+        sureness: tuple[Tensor, Tensor],
+        bias: Tensor | None = None,
+        owner: TrainableDoubleBinary | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("bias", None if bias is None else bias.detach().float(), persistent=False)
+        _add_scales(self, factors)
+        inner = unpack_signs(factors.signs_in, factors.in_features) * sureness[0]
+        outer = unpack_signs(factors.signs_out, factors.mid_features) * sureness[1]
+        self.latent_in = nn.Parameter(inner, requires_grad=False)
+        self.latent_out = nn.Parameter(outer, requires_grad=False)
+        if owner is not None:
+            self.latent_in, self.scale_in, self.scale_mid = owner.latent_in, owner.scale_in, owner.scale_mid
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return y [..., N] for x [..., K], computed in float32, in the dtype of x."""
+        exact = x.float()
+        signs_in, signs_out = _Sign.apply(self.latent_in), _Sign.apply(self.latent_out)  # type: ignore[no-untyped-call]
+        inner = nn.functional.linear(exact * self.scale_in, signs_in) * self.scale_mid
+        y: Tensor = nn.functional.linear(inner, signs_out) * self.scale_out
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+    @property
+    def scales(self) -> list[nn.Parameter]:
+        """The three scale vectors."""
+        return [getattr(self, name) for name in _SCALES]
+
+    @property
+    def latents(self) -> list[nn.Parameter]:
+        """The two matrices behind the signs."""
+        return [self.latent_in, self.latent_out]
+
+
+class TrainableScales(nn.Module):
+    """A factored layer whose scales are parameters, float32, and whose signs stay packed.
+
+    Args:
+        factors: where to start.
+        bias: [N], or None; a constant.
+        owner: the layer whose first stage this one shares, or None.
+    """
+
+    bias: Tensor | None
+    scale_in: nn.Parameter
+    scale_mid: nn.Parameter
+    scale_out: nn.Parameter
+
+    def __init__(
+        self, factors: DoubleBinaryFactors, bias: Tensor | None, owner: TrainableScales | None = None
+    ) -> None:
+        super().__init__()
+        self.factors = factors
+        self.register_buffer("bias", bias, persistent=False)
+        _add_scales(self, factors)
+        if owner is not None:
+            self.scale_in, self.scale_mid = owner.scale_in, owner.scale_mid
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return y [..., N] for x [..., K], computed in float32, in the dtype of x."""
+        # Unpacked signs are 32 times as large: they are made again for the backward pass instead of being kept.
+        y: Tensor = checkpoint(self._compute, x.float(), use_reentrant=False)
+        return y.to(x.dtype)
+
+    def _compute(self, x: Tensor) -> Tensor:
+        factors, linear = self.factors, nn.functional.linear
+        inner = linear(x * self.scale_in, unpack_signs(factors.signs_in, factors.in_features))
+        outer = linear(inner * self.scale_mid, unpack_signs(factors.signs_out, factors.mid_features))
+        y: Tensor = outer * self.scale_out
+        return y if self.bias is None else y + self.bias
+
+    @property
+    def scales(self) -> list[nn.Parameter]:
+        """The three scale vectors."""
+        return [getattr(self, name) for name in _SCALES]
+
+
+@torch.no_grad()
+def sureness_of(
+    weight: Tensor, factors: DoubleBinaryFactors, importance: Importance | None
+) -> tuple[Tensor, Tensor]:
+    """Return how sure the signs of factors are: the cost of flipping each alone, means of rows (columns) at 1.
+
+    Args:
+        weight: what was factored, [N, K].
+        factors: of it.
+        importance: with which it was.
+
+    Returns:
+        float32 [R, K] for ``signs_in`` and [N, R] for ``signs_out``, 0 or more.
+    """
+    given = WeightedWeight.of(weight, importance)
+    product = Product(
+        unpack_signs(factors.signs_out, factors.mid_features),
+        unpack_signs(factors.signs_in, factors.in_features),
+        factors.scale_out.float() * given.rows,
+        factors.scale_mid.float() / (given.unit or 1.0),
+        factors.scale_in.float() * given.columns,
+    )
+    outer = flip_costs(given.matrix, product, given.column_metric)
+    inner = flip_costs(given.matrix.T, product.transposed, given.row_metric)
+    inner, outer = (
+        costs.clamp_min(0) / costs.clamp_min(0).mean(1, keepdim=True).clamp_min(_TINY)
+        for costs in (inner, outer)
+    )
+    return inner.T, outer
+
+
+@torch.no_grad()
+def trained_factors(
+    layers: Mapping[str, TrainableDoubleBinary | TrainableScales],
+) -> dict[str, DoubleBinaryFactors]:
+    """Return the factors of trained layers by name, scales rounded to float16; shared first stages stay shared."""
+    groups: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        groups.setdefault(id(layer.scale_in), []).append(name)
+    made: dict[str, DoubleBinaryFactors] = {}
+    for names in groups.values():
+        signs = [_signs(layers[name]) for name in names]
+        first = layers[names[0]]
+        scale_out = torch.cat([layers[name].scale_out for name in names])
+        # Training may have turned a scale negative: the signs take it over.
+        into, mid, out = (signs_of(scale) for scale in (first.scale_in, first.scale_mid, scale_out))
+        stacked = DoubleBinaryFactors(
+            pack_signs(signs[0][0] * into * mid[:, None]),
+            pack_signs(torch.cat([outer for _, outer in signs]) * out[:, None]),
+            *half_scales(1.0, first.scale_in.abs(), first.scale_mid.abs(), scale_out.abs()),
+        )
+        made.update(zip(names, stacked.split([len(outer) for _, outer in signs]), strict=True))
+    return {name: made[name] for name in layers}
+
+
+def _signs(layer: TrainableDoubleBinary | TrainableScales) -> tuple[Tensor, Tensor]:
+    if isinstance(layer, TrainableDoubleBinary):
+        return signs_of(layer.latent_in), signs_of(layer.latent_out)
+    factors = layer.factors
+    return (
+        unpack_signs(factors.signs_in, factors.in_features),
+        unpack_signs(factors.signs_out, factors.mid_features),
+    )
+
+
+def train(
+    rates: Sequence[tuple[Sequence[nn.Parameter], float]],
+    loss: Callable[[int], Tensor],
+    samples: int,
+    epochs: int,
+    generator: torch.Generator,
+    progress: Callable[[], object] = lambda: None,
+) -> None:
+    """Train parameters in place, one sample a step, and leave none with a gradient.
+
+    Args:
+        rates: parameters and their rate of learning, in units of the root mean square of each; parameters that occur
+            twice count once.
+        loss: of the sample with the index given.
+        samples: how many there are.
+        epochs: how often each is used; 0 does nothing.
+        generator: shuffles them.
+        progress: called after every step.
+    """
+    if not epochs:
+        return
+    seen: set[int] = set()
+    groups: list[dict[str, Any]] = []
+    for parameters, rate in rates:
+        for parameter in parameters:
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                size = float(parameter.detach().square().mean().sqrt())
+                groups.append({"params": [parameter.requires_grad_(True)], "lr": rate * size})
+    optimizer = torch.optim.Adam(groups, betas=_BETAS)
+    steps = epochs * samples
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
+    )
+    with torch.enable_grad():
+        for _ in range(epochs):
+            for sample in torch.randperm(samples, generator=generator).tolist():
+                optimizer.zero_grad()
+                loss(sample).backward()
+                optimizer.step()
+                schedule.step()
+                progress()
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.requires_grad_(False)
+            parameter.grad = None

@@ -1,0 +1,99 @@
+"""What this machine can run, and what is missing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+
+from dbf_compile.folders import cache_folder
+from dbf_compile.kernels import cpp_build
+from dbf_compile.kernels.sign_matmul import cpu_kernel
+
+_EXTRAS = {
+    "transformers": "compressing and loading models",
+    "accelerate": "device_map and models larger than a device",
+    "peft": "LoRA adapters",
+    "datasets": "text from the Hub",
+    "lm_eval": "dbf-compile eval --tasks",
+    "ray": "workers on a cluster",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what.
+        state: "good", "slow" (works, but not as fast as it could) or "missing".
+        detail: what was found, or what to do.
+        needed: whether nothing works without it.
+    """
+
+    name: str
+    state: str
+    detail: str
+    needed: bool = False
+
+
+def examine() -> list[Finding]:
+    """Look at the processor, the compiler, GPUs, folders and packages of this machine."""
+    return list(_findings())
+
+
+def _findings() -> Iterator[Finding]:
+    yield Finding("python", "good", platform.python_version())
+    yield Finding("torch", "good", f"{torch.__version__}, {torch.get_num_threads()} threads")
+    yield Finding("processor", "good", f"{platform.machine()}, {os.cpu_count()} cores")
+    compiler = cpp_build.compiler()
+    if compiler is None:
+        yield Finding("compiler", "slow", "none: install g++ or clang++ for the fast CPU kernels")
+    else:
+        yield Finding("compiler", "good", compiler)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            built = cpu_kernel.available()
+        wanted = os.environ.get("DBF_CPU_ISA", "the best of this processor")
+        detail = f"built; instruction set: {wanted}; torch uses {torch.backends.cpu.get_cpu_capability()}"
+        if not built:
+            detail = str(caught[0].message) if caught else "they cannot be built"
+        yield Finding("CPU kernels", "good" if built else "slow", detail)
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            found = torch.cuda.get_device_properties(index)
+            memory = f"{found.total_memory / 2**30:.0f} GiB"
+            yield Finding(f"GPU {index}", "good", f"{found.name}, {memory}, sm_{found.major}{found.minor}")
+        yield _package("triton", "the GPU kernels", needed=True)
+    else:
+        yield Finding("GPU", "good", "none that torch can see; the CPU kernels are used")
+    yield _writable()
+    for name, use in _EXTRAS.items():
+        yield _package(name, use)
+
+
+def _package(name: str, use: str, needed: bool = False) -> Finding:
+    try:
+        return Finding(name, "good", metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return Finding(name, "missing", f"for {use}: pip install {name.replace('_', '-')}", needed)
+
+
+def _writable() -> Finding:
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        return Finding(
+            "cache folder", "missing", f"{error}: set DBF_CACHE_DIR to a folder of yours", needed=True
+        )
+    return Finding("cache folder", "good", f"{folder}, {shutil.disk_usage(folder).free / 2**30:.0f} GiB free")

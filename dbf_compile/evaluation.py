@@ -1,0 +1,159 @@
+"""How far a compressed model is from the dense one, and how well either predicts text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dbf_compile.compression.batches import token_batches
+from dbf_compile.compression.calibration import call_model
+from dbf_compile.compression.distillation import agreement, divergence, logits_of
+from dbf_compile.compression.losses import first_tensor, is_causal, token_ids
+from dbf_compile.errors import OptionError
+
+
+@torch.no_grad()
+def compare(dense: nn.Module | None, compressed: nn.Module, batches: Iterable[Any]) -> dict[str, Any]:
+    """Measure a compressed model on batches, beside the dense one where there is one.
+
+    Args:
+        dense: the original, or None.
+        compressed: the model to judge.
+        batches: as for ``calibrate``; windows of tokens for language models.
+
+    Returns:
+        Of causal language models "compressed" and "dense", in nats a token, and "perplexity", of the compressed one;
+        of all that predict tokens "kl", from the dense to the compressed prediction in nats, and "top1_agreement"; of
+        others "error", the relative squared error of the output. "measure" says what of, and of how many predictions.
+    """
+    sums: dict[str, float] = {}
+    predictions = positions = 0
+    causal = is_causal(compressed)
+    for batch in batches:
+        found = call_model(compressed, batch)
+        wanted = None if dense is None else call_model(dense, batch)
+        ids = token_ids(batch)
+        if ids is None or not _predicts(found, ids):
+            if wanted is not None:
+                _add_error(sums, first_tensor(wanted), first_tensor(found))
+            continue
+        logits = logits_of(found)
+        if causal:
+            predictions += ids.shape[0] * (ids.shape[1] - 1)
+            _add(sums, "compressed", _nats(logits, ids))
+        if wanted is not None:
+            target = logits_of(wanted)
+            apart = divergence(target, logits, batch)
+            positions += apart.numel()
+            _add(sums, "kl", float(apart.sum()))
+            _add(sums, "top1_agreement", float(agreement(target, logits, batch).sum()))
+            if causal:
+                _add(sums, "dense", _nats(target, ids))
+    result: dict[str, Any] = {}
+    if "power" in sums:
+        result |= {"error": sums["lost"] / sums["power"], "measure": "relative squared error of the output"}
+    if positions:
+        result |= {name: sums[name] / positions for name in ("kl", "top1_agreement")}
+        result["measure"] = f"{positions} predictions"
+    if predictions:
+        result |= {name: sums[name] / predictions for name in ("dense", "compressed") if name in sums}
+        result["perplexity"] = math.exp(min(result["compressed"], 700.0))
+        result["measure"] = f"nats a token, {predictions} predictions"
+    return result
+
+
+def evaluate_folder(
+    model: str | Path,
+    *,
+    data: str | Path | None = None,
+    dense: str | Path | None = None,
+    length: int = 2048,
+    windows: int = 10_000,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Measure a model in a folder: perplexity and distance from the dense model on text, and tasks of lm-eval.
+
+    Args:
+        model: folder of a model, compressed or not, or its name on the Hub.
+        data: path of a text, cut into windows that do not overlap.
+        dense: the dense model, for KL and top-1 agreement.
+        length: tokens of a window, which is the context length the perplexity belongs to.
+        windows: at most so many.
+        tasks: names of tasks of lm-eval, for which its package is to be installed.
+        limit: examples of a task at most.
+        trust_remote_code: as of ``from_pretrained``.
+
+    Returns:
+        What :func:`compare` returns, "context_length" and "windows"; for tasks their metrics by "task/metric".
+
+    Raises:
+        OptionError: lm-eval is wanted and not installed.
+    """
+    from dbf_compile.integrations import pretrained
+
+    folder = pretrained.local_folder(model)
+    tokenizer = pretrained.tokenizer_of(folder, trust_remote_code)
+    found: dict[str, Any] = {}
+    loaded = pretrained.open_any(folder, trust_remote_code)
+    if data is not None:
+        given = list(token_batches(data, tokenizer, length=length, count=windows))
+        other = None
+        if dense is not None:
+            other = pretrained.open_any(pretrained.local_folder(dense), trust_remote_code)
+        found |= {"context_length": length, "windows": len(given), **compare(other, loaded, given)}
+    if tasks:
+        found |= _task_results(loaded, tokenizer, tasks, limit)
+    return found
+
+
+def _task_results(
+    model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit: int | None
+) -> dict[str, Any]:
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise OptionError(
+            f"tasks={list(tasks)} without lm-eval ({error})",
+            "lm-eval installed",
+            "pip install 'dbf-compile[eval]'",
+        ) from error
+    language_model = HFLM(pretrained=model, tokenizer=tokenizer)
+    results = simple_evaluate(model=language_model, tasks=list(tasks), limit=limit)["results"]
+    return {
+        f"{task}/{metric.split(',')[0]}": value
+        for task, metrics in results.items()
+        for metric, value in metrics.items()
+        if isinstance(value, float)
+    }
+
+
+def _add_error(sums: dict[str, float], target: Tensor | None, found: Tensor | None) -> None:
+    if target is not None and found is not None:
+        _add(sums, "lost", float((found.float() - target.float()).square().sum()))
+        _add(sums, "power", float(target.float().square().sum()))
+
+
+def _add(sums: dict[str, float], name: str, amount: float) -> None:
+    sums[name] = sums.get(name, 0.0) + amount
+
+
+def _predicts(output: Any, ids: Tensor) -> bool:
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    return isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[:2] == ids.shape
+
+
+def _nats(logits: Tensor, ids: Tensor) -> float:
+    """Return the summed cross-entropy of every token given those before it."""
+    return float(
+        nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten().to(logits.device), reduction="sum"
+        )
+    )

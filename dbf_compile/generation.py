@@ -1,0 +1,192 @@
+"""Text from a model, compiled, with what it took."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dbf_compile.linear import DoubleBinaryLinear
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A text and its making.
+
+    Attributes:
+        text: what came after the prompt.
+        prompt_tokens, new_tokens: how many.
+        prefill_seconds: until the first new token.
+        decode_seconds: for those after it.
+        compile_seconds: before that, once for a model and its shapes.
+        weight_bytes: of the model's parameters and buffers, what several layers share counted once.
+    """
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    compile_seconds: float
+    weight_bytes: int
+
+    @property
+    def prefill_rate(self) -> float:
+        """Tokens of the prompt a second."""
+        return self.prompt_tokens / max(self.prefill_seconds, 1e-9)
+
+    @property
+    def decode_rate(self) -> float:
+        """New tokens a second."""
+        return (self.new_tokens - 1) / max(self.decode_seconds, 1e-9)
+
+    def summary(self) -> dict[str, float]:
+        """Return the figures, without the text."""
+        figures = {key: value for key, value in asdict(self).items() if key != "text"}
+        return {**figures, "prefill_rate": self.prefill_rate, "decode_rate": self.decode_rate}
+
+
+def generate(
+    model: nn.Module | str | Path,
+    prompt: str | Tensor,
+    *,
+    tokenizer: Any = None,
+    max_new_tokens: int = 64,
+    stream: Callable[[str], object] | None = None,
+    compiled: bool = True,
+    device: torch.device | str | None = None,
+    **options: Any,
+) -> Generation:
+    """Generate text with a static cache and compiled decoding: the backend "dbf" for compressed models, else Inductor's.
+
+    Args:
+        model: a model of transformers, its folder, or its name on the Hub.
+        prompt: the text to go on from, or its tokens [1, T].
+        tokenizer: of the model; None for that of its folder.
+        max_new_tokens: 1 or more.
+        stream: called with every piece of text as it comes.
+        compiled: False to run eagerly.
+        device: where to; None for a GPU where there is one.
+        **options: further arguments of ``model.generate``, such as ``do_sample`` and ``temperature``.
+
+    Returns:
+        The text, and the time and memory it took.
+    """
+    from dbf_compile.integrations import pretrained
+
+    if not isinstance(model, nn.Module):
+        folder = pretrained.local_folder(model)
+        tokenizer = pretrained.tokenizer_of(folder) if tokenizer is None else tokenizer
+        model = pretrained.open_any(folder)
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen: Any = model
+    chosen = chosen.to(where).eval()
+    ids = prompt if isinstance(prompt, Tensor) else tokenizer(prompt, return_tensors="pt")["input_ids"]
+    given = {"input_ids": ids.to(where), "attention_mask": torch.ones_like(ids).to(where)}
+    settings = {"do_sample": False, **options, **_compilation(chosen, compiled)}
+    length = {"max_new_tokens": max_new_tokens, "min_new_tokens": min(2, max_new_tokens)}
+    began = time.perf_counter()
+    if compiled:
+        # The cache has the length that the real call will have: its shape is compiled for.
+        cached = {
+            "max_new_tokens": max_new_tokens,
+            "stopping_criteria": [_AfterTwo(given["input_ids"].shape[1])],
+        }
+        with torch.no_grad():
+            chosen.generate(**given, **settings, **cached)
+    compile_seconds = time.perf_counter() - began
+    streamer = pretrained.timed_streamer(tokenizer, stream)
+    began = time.perf_counter()
+    with torch.no_grad():
+        tokens = chosen.generate(**given, **settings, **length, streamer=streamer)
+    ended = time.perf_counter()
+    prompt_tokens = given["input_ids"].shape[1]
+    first = streamer.times[0] if streamer.times else ended
+    return Generation(
+        tokenizer.decode(tokens[0, prompt_tokens:], skip_special_tokens=True),
+        prompt_tokens,
+        tokens.shape[1] - prompt_tokens,
+        first - began,
+        ended - first,
+        compile_seconds,
+        weight_bytes(chosen),
+    )
+
+
+def time_models(
+    models: Sequence[str | Path],
+    prompt_tokens: int,
+    new_tokens: int,
+    rounds: int,
+    device: torch.device | str | None = None,
+) -> dict[str, dict[str, float]]:
+    """Time models in turns, so that all see the same machine, and return the medians of :meth:`Generation.summary`.
+
+    Args:
+        models: folders or names on the Hub.
+        prompt_tokens: of a prompt of random tokens.
+        new_tokens: generated after it.
+        rounds: how often.
+        device: where to; None for a GPU where there is one.
+    """
+    from dbf_compile.integrations import pretrained
+
+    opened = {}
+    for name in models:
+        folder = pretrained.local_folder(name)
+        opened[str(name)] = (pretrained.open_any(folder), pretrained.tokenizer_of(folder))
+    figures: dict[str, list[dict[str, float]]] = {name: [] for name in opened}
+    for _ in range(rounds):
+        for name, (model, tokenizer) in opened.items():
+            generator = torch.Generator().manual_seed(0)
+            prompt = torch.randint(len(tokenizer), (1, prompt_tokens), generator=generator)
+            made = generate(
+                model, prompt, tokenizer=tokenizer, max_new_tokens=new_tokens, device=device, eos_token_id=-1
+            )
+            figures[name].append(made.summary())
+    return {
+        name: {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+        for name, rows in figures.items()
+    }
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Return the bytes of a model's parameters and buffers; what several layers share counts once."""
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in (*model.parameters(), *model.buffers())
+    }
+    return sum(storages.values())
+
+
+def _compilation(model: nn.Module, compiled: bool) -> dict[str, Any]:
+    if not compiled:
+        return {"disable_compile": True}
+    from transformers import CompileConfig
+
+    factored = any(isinstance(layer, DoubleBinaryLinear) for layer in model.modules())
+    device = next(model.parameters()).device
+    config: Any = CompileConfig(
+        backend="dbf" if factored else "inductor",
+        mode="reduce-overhead" if device.type == "cuda" else None,
+        fullgraph=False,
+        dynamic=False,
+    )
+    config._compile_all_devices = True  # transformers leaves the CPU out otherwise
+    return {"cache_implementation": "static", "compile_config": config}
+
+
+class _AfterTwo:
+    """Stops after two new tokens: prefill and one step of decoding are compiled then."""
+
+    def __init__(self, prompt_tokens: int) -> None:
+        self._enough = prompt_tokens + 2
+
+    def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.full((ids.shape[0],), ids.shape[1] >= self._enough, device=ids.device)

@@ -1,0 +1,327 @@
+"""Folders of pretrained models: opened without being read, and written shard by shard.
+
+transformers leaves the tensors of a safetensors file mapped where the dtype is that of the file. An open model therefore
+takes no memory of its own: what is not worked on is on the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+from transformers.models.auto import modeling_auto
+
+from dbf_compile.checkpoint import write_tensors
+from dbf_compile.errors import CheckpointError, ConversionError
+from dbf_compile.factors import FIRST_STAGE, TENSOR_NAMES, DoubleBinaryFactors
+from dbf_compile.folders import write_text
+from dbf_compile.integrations.transformers import GUARD, DBFConfig, Layers
+from dbf_compile.linear import dense_weight
+from dbf_compile.signs import words_per_row
+
+_WEIGHTS = "model.safetensors"
+_WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+# What belongs to a model besides its weights and its config.json.
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+
+Piece = tuple[str, int, Callable[[], Tensor]]  # name, bytes, and the tensor when it is wanted
+
+
+def local_folder(path: str | Path) -> Path:
+    """Return the folder of a model: ``path`` itself, or where the Hub's model of that name was downloaded to.
+
+    Raises:
+        ConversionError: there is neither.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=list(_WANTED)))
+    except (OSError, ValueError) as error:  # no such name, no network, no permission
+        raise ConversionError(
+            f"{str(path)!r}: {str(error).splitlines()[0]}",
+            "the folder of a pretrained model, or a name on the Hub such as 'Qwen/Qwen3-0.6B'",
+            "check the path",
+        ) from error
+
+
+def open_dense(folder: Path, trust_remote_code: bool = False) -> nn.Module:
+    """Return the model of a folder in evaluation mode, as the class its configuration names, in the dtype of its files.
+
+    Raises:
+        ConversionError: no model is there, or a compressed one.
+        CheckpointError: its files are damaged.
+    """
+    if not (folder / "config.json").is_file():
+        raise ConversionError(
+            f"{folder} without config.json", "the folder of a pretrained model", "check the path"
+        )
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if (getattr(config, "quantization_config", None) or {}) != {}:
+        raise ConversionError(
+            f"{folder}, which is quantized already", "a dense model", "compress the model it was made from"
+        )
+    kind = model_class(config)
+    try:
+        model: nn.Module = kind.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} cannot be loaded ({error})", "a whole, undamaged model", "download it again"
+        ) from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise CheckpointError(
+            f"{folder} has a damaged file ({error})", "a whole, undamaged model", "download it again"
+        ) from error
+    return model.eval().requires_grad_(False)
+
+
+def open_any(folder: Path, trust_remote_code: bool = False) -> Any:
+    """Return the model of a folder, compressed or not, in evaluation mode, in the dtype of its files."""
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if getattr(config, "quantization_config", None) is None:
+        return open_dense(folder, trust_remote_code)
+    kind = model_class(config)
+    return kind.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code).eval()
+
+
+class _TimedStreamer(transformers.TextStreamer):
+    """Passes text on as it comes, and remembers when its tokens came."""
+
+    def __init__(self, tokenizer: Any, stream: Callable[[str], object] | None) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._stream = stream
+        self._prompted = False
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, then one token after the other."""
+        if self._prompted:
+            self.times.append(time.perf_counter())
+        self._prompted = True
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Pass on text that will not change any more."""
+        if self._stream is not None:
+            self._stream(text)
+
+
+def timed_streamer(tokenizer: Any, stream: Callable[[str], object] | None) -> _TimedStreamer:
+    """Return a streamer for ``generate`` that notes in ``times`` when each new token came."""
+    return _TimedStreamer(tokenizer, stream)
+
+
+def tokenizer_of(folder: Path | None, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer in the folder of a model.
+
+    Raises:
+        ConversionError: there is none.
+    """
+    try:
+        if folder is not None:
+            return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        reason = "a model without a folder"
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    raise ConversionError(
+        f"text without a tokenizer ({reason})", "a tokenizer for the text", "pass tokenizer=..."
+    )
+
+
+def model_class(config: Any) -> Any:
+    """Return the class of transformers that a configuration names first, AutoModelForCausalLM where it names none."""
+    name = next(iter(getattr(config, "architectures", None) or ()), "")
+    return getattr(transformers, name, transformers.AutoModelForCausalLM)
+
+
+def content_hash(folder: Path) -> str:
+    """Return a hash of the configuration and all weight files of a folder."""
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def write_model(
+    folder: Path,
+    model: nn.Module,
+    layers: Layers,
+    factors: Callable[[str], DoubleBinaryFactors],
+    bits_per_weight: float,
+    max_shard_size: int,
+    source: Path | None = None,
+    tokenizer: Any = None,
+) -> int:
+    """Write a compressed model as a folder that ``from_pretrained`` loads; no more than a shard is in memory at a time.
+
+    Args:
+        folder: where to, an empty folder.
+        model: dense, of transformers, its experts unfused.
+        layers: table of the factored layers, as of :class:`DBFConfig`.
+        factors: gives those of a layer.
+        bits_per_weight: of the factored layers, for the record.
+        max_shard_size: bytes of a file; a tensor that is larger has one for itself.
+        source: the folder the model comes from, whose tokenizer and other companions are copied.
+        tokenizer: to save where there is no source.
+
+    Returns:
+        The bytes of the weight files.
+    """
+    shards = list(_shards(_pieces(model, layers, factors), max_shard_size))
+    places: dict[str, str] = {}
+    written = 0
+    for number, shard in enumerate(shards, 1):
+        name = _WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors({key: make() for key, _, make in shard}, {"format": "pt"}, folder / name)
+        places.update(dict.fromkeys((key for key, _, _ in shard), name))
+        written += (folder / name).stat().st_size
+    if len(shards) > 1:
+        total = sum(size for shard in shards for _, size, _ in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        write_text(folder / f"{_WEIGHTS}.index.json", json.dumps(index, indent=1))
+    _write_config(folder, model, DBFConfig(layers, bits_per_weight=bits_per_weight))
+    if source is not None:
+        for pattern in _COMPANIONS:
+            for path in source.glob(pattern):
+                if path.is_file() and not path.name.endswith(".safetensors"):
+                    shutil.copyfile(path, folder / path.name)
+    elif tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(folder)
+    return written
+
+
+def _pieces(
+    model: nn.Module, layers: Layers, factors: Callable[[str], DoubleBinaryFactors]
+) -> Iterator[Piece]:
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    for name, tensor in model.state_dict().items():
+        layer, _, kind = name.rpartition(".")
+        if name in tied:
+            continue
+        if layer not in layers or kind != GUARD:
+            yield name, tensor.numel() * tensor.element_size(), _copy_of(tensor)
+            continue
+        yield name, 0, _copy_of(torch.empty(0, dtype=tensor.dtype))
+        entry = layers[layer]
+        shared = entry["shares_first_stage_with"] is not None
+        kept = [part for part in TENSOR_NAMES if not (shared and part in FIRST_STAGE)]
+        for part in kept:
+            yield (
+                f"{layer}.{part}",
+                _part_size(part, model.get_submodule(layer), entry["mid_features"]),
+                _part_of(factors, layer, part),
+            )
+
+
+def _copy_of(tensor: Tensor) -> Callable[[], Tensor]:
+    return lambda: tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _part_of(factors: Callable[[str], DoubleBinaryFactors], layer: str, part: str) -> Callable[[], Tensor]:
+    return lambda: factors(layer).tensors()[part].clone().contiguous()
+
+
+def _part_size(part: str, layer: nn.Module, mid_features: int) -> int:
+    rows, columns = dense_weight(layer).shape
+    words = {
+        "signs_in": mid_features * words_per_row(columns),
+        "signs_out": rows * words_per_row(mid_features),
+    }
+    scales = {"scale_in": columns, "scale_mid": mid_features, "scale_out": rows}
+    return 4 * words[part] if part in words else 2 * scales[part]
+
+
+def _shards(pieces: Iterable[Piece], max_shard_size: int) -> Iterator[list[Piece]]:
+    shard: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        if shard and size + piece[1] > max_shard_size:
+            yield shard
+            shard, size = [], 0
+        shard.append(piece)
+        size += piece[1]
+    if shard:
+        yield shard
+
+
+def _write_config(folder: Path, model: Any, quantization: DBFConfig) -> None:
+    config = model.config
+    architecture = type(model).__name__
+    made = {**config.to_dict(), "architectures": [architecture]}
+    made["quantization_config"] = {
+        key: value for key, value in vars(quantization).items() if not key.startswith("_")
+    }
+    made["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    own = type(model).__module__.startswith("transformers.")  # else the code is not ours to import
+    if own:
+        made["auto_map"] = {"AutoConfig": "configuration_dbf.DBFModelConfig"}
+        made["auto_map"] |= dict.fromkeys(_auto_classes(model), "modeling_dbf.DBFModel")
+    write_text(folder / "config.json", json.dumps(made, indent=2, sort_keys=True, default=str) + "\n")
+    if getattr(model, "generation_config", None) is not None and model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    if own:
+        names = {"config": type(config).__name__, "model": architecture}
+        write_text(folder / "configuration_dbf.py", _CONFIGURATION.format(**names))
+        write_text(folder / "modeling_dbf.py", _MODELING.format(**names))
+
+
+def _auto_classes(model: Any) -> list[str]:
+    """Return the names of the Auto classes of transformers that would make ``model`` of its configuration."""
+    found = []
+    for name, auto in vars(modeling_auto).items():
+        mapping = getattr(auto, "_model_mapping", None) if name.startswith("AutoModel") else None
+        if mapping is not None and type(model.config) in mapping:
+            kinds = mapping[type(model.config)]
+            if type(model) in (kinds if isinstance(kinds, (tuple, list)) else (kinds,)):
+                found.append(name)
+    return found
+
+
+# What transformers runs for ``trust_remote_code=True``. It looks for the packages that are imported here, and says which
+# one is to be installed.
+_CONFIGURATION = '''"""Loads where dbf_compile is installed but not imported: importing it registers the quantizer."""
+
+import dbf_compile  # noqa: F401
+from transformers import {config}
+
+
+class DBFModelConfig({config}):
+    """{config} of a model that dbf_compile has compressed."""
+'''
+_MODELING = '''"""The model class of a folder that dbf_compile has compressed."""
+
+from transformers import {model}
+
+from .configuration_dbf import DBFModelConfig
+
+
+class DBFModel({model}):
+    """{model} with double binary factors."""
+
+    config_class = DBFModelConfig
+'''

@@ -1,0 +1,239 @@
+"""Hugging Face: what a compressed folder holds, and the quantizer that loads it.
+
+    config.json               "quantization_config": {"quant_method": "dbf", "dbf_format_version": 1,
+                              "layers": {name: {"mid_features": R, "shares_first_stage_with": name or null}}}
+    model*.safetensors        "<layer>.<tensor>" for the five tensors of a factored layer (a shared first stage is
+                              stored once), everything else under its name in the dense model
+    dbf_report.json           where it came from, and what every layer lost
+    *_dbf.py                  for ``trust_remote_code=True``: they import dbf_compile, which registers the quantizer
+
+A factored layer also stores an empty tensor "<layer>.weight". Where this package is not imported, transformers knows
+no "dbf", says so in a warning, and would go on with random weights: at the shape of that tensor it stops instead.
+
+``import dbf_compile`` registers the quantizer. Only the part of its interface is used that is the same in
+transformers 5.16 to 5.23.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from dbf_compile.errors import CheckpointError, ConversionError, FactorsError
+from dbf_compile.experts import unfuse_
+from dbf_compile.factors import FIRST_STAGE, TENSOR_NAMES, DoubleBinaryFactors
+from dbf_compile.linear import DoubleBinaryLinear, dense_linears, dense_weight, replace_everywhere
+from dbf_compile.signs import words_per_row
+
+METHOD, VERSION = "dbf", 1
+GUARD = "weight"
+_DAMAGED = "the folder is damaged: compress the model again"
+
+Layers = Mapping[str, Mapping[str, Any]]
+
+
+class DBFConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a compressed model.
+
+    Args:
+        layers: name of each factored layer to its ``mid_features``, and the layer whose first stage it shares.
+        dbf_format_version: version of the layout of the folder.
+        bits_per_weight: stored bits per weight of the factored layers, for the record.
+    """
+
+    def __init__(
+        self,
+        layers: Layers | None = None,
+        dbf_format_version: int = VERSION,
+        bits_per_weight: float | None = None,
+        **_: Any,
+    ) -> None:
+        self.quant_method: Any = METHOD
+        self.dbf_format_version = dbf_format_version
+        self.bits_per_weight = bits_per_weight
+        self.layers = {} if layers is None else layers
+        self.post_init()
+
+    def post_init(self) -> None:
+        """Check all fields; they come from a file.
+
+        Raises:
+            CheckpointError: a newer version, or a table of layers that no compression wrote.
+        """
+        if self.dbf_format_version != VERSION:
+            raise CheckpointError(
+                f"dbf_format_version={self.dbf_format_version!r}",
+                f"dbf_format_version={VERSION}",
+                "update dbf_compile",
+            )
+        if not isinstance(self.layers, Mapping):
+            raise CheckpointError(f"layers of type {type(self.layers).__name__}", "a dictionary", _DAMAGED)
+        for name, entry in self.layers.items():
+            size = entry.get("mid_features") if isinstance(entry, Mapping) else None
+            if type(size) is not int or size < 1:
+                raise CheckpointError(f"layer {name!r}: {entry!r}", "mid_features of 1 or more", _DAMAGED)
+            owner = self.layers.get(entry.get("shares_first_stage_with") or name, {})
+            if (
+                not isinstance(owner, Mapping)
+                or owner.get("shares_first_stage_with") is not None
+                or owner.get("mid_features") != size
+            ):
+                raise CheckpointError(
+                    f"layer {name!r}: {entry!r}",
+                    "a first stage of its own, or that of a layer of equal mid_features that has one",
+                    _DAMAGED,
+                )
+
+
+class DBFQuantizer(HfQuantizer):
+    """Puts factored layers in the place of dense ones before ``from_pretrained`` reads their tensors."""
+
+    requires_calibration = True
+    quantization_config: DBFConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse to factor while loading.
+
+        Raises:
+            ConversionError: the folder holds a dense model.
+        """
+        if not self.pre_quantized:
+            raise ConversionError(
+                "a dense model to be factored by from_pretrained",
+                "a folder written by dbf_compile.compress",
+                "call dbf_compile.compress(path, output, bits=2.0) first",
+            )
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        unfuse_(model)
+        insert_layers_(model, self.quantization_config.layers)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        finish_layers_(model, self.quantization_config.layers)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Return that ``save_pretrained`` works: tensors are stored under the names they have in the model."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether adapters can be trained on top; the factors themselves are constants."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``generate`` may compile the model."""
+        return True
+
+
+def layer_table(factors: Mapping[str, DoubleBinaryFactors]) -> dict[str, dict[str, Any]]:
+    """Return ``layers`` of :class:`DBFConfig` for factors, those of one ``split`` sharing their first stage."""
+    owners: dict[int, str] = {}
+    table = {}
+    for name, made in factors.items():
+        owner = owners.setdefault(id(made.signs_in), name)
+        table[name] = {
+            "mid_features": made.mid_features,
+            "shares_first_stage_with": None if owner == name else owner,
+        }
+    return table
+
+
+def insert_layers_(model: nn.Module, layers: Layers) -> None:
+    """Put factored layers without content (on the meta device) in the place of dense ones, in place.
+
+    Raises:
+        CheckpointError: a name is no dense linear layer of the model.
+    """
+    dense = dense_linears(model)
+    missing = [name for name in layers if name not in dense]
+    if missing:
+        raise CheckpointError(
+            f"factors for {missing[0]!r}, which is no linear layer of {type(model).__name__}",
+            ", ".join(dense) or "none: the model has no linear layer",
+            "load with the class of the model that was compressed",
+        )
+    made: dict[str, DoubleBinaryLinear] = {}
+    for name, entry in sorted(
+        layers.items(), key=lambda item: item[1]["shares_first_stage_with"] is not None
+    ):
+        old = dense[name]
+        rows, columns = dense_weight(old).shape
+        layer = DoubleBinaryLinear(_empty(columns, entry["mid_features"], rows), _parameter(old.bias))
+        owner = entry["shares_first_stage_with"]
+        if owner is not None:
+            if made[owner].in_features != columns:
+                raise CheckpointError(
+                    f"layer {name!r} of {columns} in_features shares its first stage with {owner!r}",
+                    f"{made[owner].in_features} in_features",
+                    _DAMAGED,
+                )
+            layer.share_first_stage_(made[owner])
+        layer.register_buffer(GUARD, torch.empty(0, dtype=dense_weight(old).dtype, device="meta"))
+        layer.train(old.training)
+        made[name] = layer
+        replace_everywhere(model, old, layer)
+
+
+def finish_layers_(model: nn.Module, layers: Layers) -> None:
+    """Complete layers whose tensors have been loaded, in place: shared first stages, order of signs; all is checked.
+
+    Raises:
+        CheckpointError: tensors are missing, or are no factors.
+    """
+    for name, entry in layers.items():
+        layer: Any = model.get_submodule(name)
+        owner = entry["shares_first_stage_with"]
+        if owner is not None:
+            layer.share_first_stage_(model.get_submodule(owner))
+        elif layer.signs_in.device.type == "meta":
+            continue  # offloaded to disk: nothing to look at yet
+        absent = [
+            tensor
+            for tensor in TENSOR_NAMES
+            if not (owner and tensor in FIRST_STAGE) and not _was_loaded(getattr(layer, tensor))
+        ]
+        if absent:
+            raise CheckpointError(f"layer {name!r} without {', '.join(absent)}", "all five tensors", _DAMAGED)
+        try:
+            _ = layer.factors
+        except FactorsError as error:
+            raise CheckpointError(f"layer {name!r}: {error.got}", error.allowed, _DAMAGED) from error
+    model._apply(lambda tensor: tensor)  # the layers put their signs in the order of the device
+
+
+def _was_loaded(tensor: Tensor) -> bool:
+    # What transformers marks every tensor with that came from a file.
+    return bool(getattr(tensor, "_is_hf_initialized", False))
+
+
+def _parameter(bias: object) -> nn.Parameter | None:
+    return bias if isinstance(bias, nn.Parameter) else None
+
+
+def _empty(in_features: int, mid_features: int, out_features: int) -> DoubleBinaryFactors:
+    def words(rows: int, columns: int) -> Tensor:
+        return torch.empty(rows, words_per_row(columns), dtype=torch.int32, device="meta")
+
+    def scale(size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.float16, device="meta")
+
+    return DoubleBinaryFactors(
+        words(mid_features, in_features),
+        words(out_features, mid_features),
+        scale(in_features),
+        scale(mid_features),
+        scale(out_features),
+    )
+
+
+# Importing this file is what registers; it happens once.
+register_quantization_config(METHOD)(DBFConfig)
+register_quantizer(METHOD)(DBFQuantizer)
