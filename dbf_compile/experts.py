@@ -36,7 +36,9 @@ class Experts(nn.Module):
             bias = fused._parameters.pop(f"{name}_bias", None)
             if weight is not None:
                 self.add_module(name, nn.ModuleList(_linears(weight, bias, bool(fused.is_transposed))))
-        self.fused: Any = fused  # what its rule for gates is like only it knows
+        self.fused: Any
+        # Not as a module of this one: to transformers it would be experts that lack their weights.
+        object.__setattr__(self, "fused", fused)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

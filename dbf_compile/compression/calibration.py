@@ -101,6 +101,7 @@ def calibrate(
     run = _Run(anchor)
     empty = True
     with (
+        without_cache(model),
         _measuring(model, meters, run),
         block_by_block(model, list(blocks_of(model, meters).values()), device, run),
         torch.set_grad_enabled(criterion is not None),
@@ -330,6 +331,23 @@ def moved(batch: Any, device: torch.device | str) -> Any:
     if isinstance(batch, (tuple, list)):
         return [moved(value, device) for value in batch]
     return batch
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Let a model of transformers keep no keys and values: a block that computes twice would attend to both."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
+    cached = getattr(config, "use_cache", None)
+    if not cached:
+        yield
+        return
+    try:
+        config.use_cache = False
+        yield
+    finally:
+        config.use_cache = cached
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:

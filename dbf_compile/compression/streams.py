@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbf_compile.compression.calibration import call_model
+from dbf_compile.compression.calibration import call_model, without_cache
 from dbf_compile.errors import ConversionError
 
 _HIDDEN = "hidden_states"
@@ -83,25 +83,20 @@ def record(model: nn.Module, blocks: Sequence[nn.Module], batches: Iterable[Any]
             raise _StopHereError
 
     handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in blocks]
-    config: Any = getattr(model, "config", None)
-    cached = getattr(config, "use_cache", None)
     try:
-        if cached:
-            config.use_cache = False
-        for batch in batches:
-            seen.clear()
-            copies.clear()
-            with suppress(_StopHereError):
-                call_model(model, batch)
-            if len(seen) != len(blocks):
-                raise _other_way(f"{len(seen)} calls of {len(blocks)} blocks")
-            streams.hidden.append(seen[0][0])
-            streams.calls.append([(args, kwargs) for _, args, kwargs in seen])
+        with without_cache(model):
+            for batch in batches:
+                seen.clear()
+                copies.clear()
+                with suppress(_StopHereError):
+                    call_model(model, batch)
+                if len(seen) != len(blocks):
+                    raise _other_way(f"{len(seen)} calls of {len(blocks)} blocks")
+                streams.hidden.append(seen[0][0])
+                streams.calls.append([(args, kwargs) for _, args, kwargs in seen])
     finally:
         for handle in handles:
             handle.remove()
-        if cached:
-            config.use_cache = cached
     return streams
 
 
