@@ -15,6 +15,9 @@ from dbf_compile.factors import FIRST_STAGE, SIGN_NAMES, TENSOR_NAMES, DoubleBin
 from dbf_compile.ops import double_binary_linear
 from dbf_compile.signs import deinterleave, interleave, interleaved_on
 
+# Name of an empty tensor that a layer may have where other libraries look for a dense weight.
+GUARD = "weight"
+
 
 class DoubleBinaryLinear(nn.Module):
     """A linear layer kept as double binary factors.

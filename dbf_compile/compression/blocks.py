@@ -173,7 +173,12 @@ def compress_block(
         scales = [scale for layer in trained.values() for scale in layer.scales]
         latents = [latent for layer in trained.values() for latent in layer.latents]
         rates = [(scales, _SCALE_RATE), (latents, _LATENT_RATE)]
+        before = [parameter.detach().clone() for parameter in (*scales, *latents)]
         train(rates, loss, len(inputs), recipe.refine, generator, partial(advance, 1 / len(inputs)))
+        if error() > lost:  # flips may do harm where samples are few
+            with torch.no_grad():
+                for parameter, kept in zip((*scales, *latents), before, strict=True):
+                    parameter.copy_(kept)
         stage("refine", "all", lost, began)
     result.factors = trained_factors(trained)
     return result

@@ -24,8 +24,8 @@ from dbf_compile.checkpoint import write_tensors
 from dbf_compile.errors import CheckpointError, ConversionError
 from dbf_compile.factors import FIRST_STAGE, TENSOR_NAMES, DoubleBinaryFactors
 from dbf_compile.folders import write_text
-from dbf_compile.integrations.transformers import GUARD, DBFConfig, Layers
-from dbf_compile.linear import dense_weight
+from dbf_compile.integrations.transformers import DBFConfig, Layers
+from dbf_compile.linear import GUARD, dense_weight
 from dbf_compile.signs import words_per_row
 
 _WEIGHTS = "model.safetensors"
@@ -272,7 +272,8 @@ def _shards(pieces: Iterable[Piece], max_shard_size: int) -> Iterator[list[Piece
 def _write_config(folder: Path, model: Any, quantization: DBFConfig) -> None:
     config = model.config
     architecture = type(model).__name__
-    made = {**config.to_dict(), "architectures": [architecture]}
+    made = {**json.loads(config.to_json_string()), "architectures": [architecture]}
+    made.pop("_name_or_path", None)  # where the model lay on this machine
     made["quantization_config"] = {
         key: value for key, value in vars(quantization).items() if not key.startswith("_")
     }

@@ -28,11 +28,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from dbf_compile.errors import CheckpointError, ConversionError, FactorsError
 from dbf_compile.experts import unfuse_
 from dbf_compile.factors import FIRST_STAGE, TENSOR_NAMES, DoubleBinaryFactors
-from dbf_compile.linear import DoubleBinaryLinear, dense_linears, dense_weight, replace_everywhere
+from dbf_compile.linear import GUARD, DoubleBinaryLinear, dense_linears, dense_weight, replace_everywhere
 from dbf_compile.signs import words_per_row
 
 METHOD, VERSION = "dbf", 1
-GUARD = "weight"
 _DAMAGED = "the folder is damaged: compress the model again"
 
 Layers = Mapping[str, Mapping[str, Any]]

@@ -1,0 +1,39 @@
+"""Coverage counts every weight once and says why it is not factored."""
+
+import pytest
+from support.models import tiny_gpt2, tiny_llama
+
+from dbf_compile.compression.coverage import coverage
+from dbf_compile.compression.model import LayerFactorizer
+from dbf_compile.options import CompressionConfig
+
+pytest.importorskip("transformers")
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_shares_add_up_and_shared_weights_count_once(make):
+    model, config = make(), CompressionConfig(bits_per_weight=4.0)
+    names = {name for job in LayerFactorizer(config).jobs(model) for name in job.names}
+    found = coverage(model, names, config)
+    assert found["weights"] == sum(parameter.numel() for parameter in model.parameters())
+    assert found["share"] + sum(row["share"] for row in found["dense"]) == pytest.approx(1.0)
+    assert [row["weights"] for row in found["dense"]] == sorted(
+        (r["weights"] for r in found["dense"]), reverse=True
+    )
+    reasons = {row["name"]: row["reason"] for row in found["dense"]}
+    if make is tiny_llama:
+        assert reasons["model.embed_tokens"] == "embedding" and reasons["lm_head"] == "skipped by name"
+    else:
+        assert "lm_head" not in reasons  # it is the embedding
+        assert reasons["transformer.wte"] == "embedding"
+    assert reasons["all norms and biases"] == "norm or bias"
+
+
+def test_layers_that_stay_dense_say_why():
+    model = tiny_llama(layers=1)
+    config = CompressionConfig(skip=("*o_proj",))
+    found = coverage(model, {"model.layers.0.mlp.up_proj"}, config)
+    reasons = {row["name"]: row["reason"] for row in found["dense"]}
+    assert reasons["model.layers.0.self_attn.o_proj"] == "skipped by name"
+    assert reasons["model.layers.0.mlp.down_proj"] == "head, or too small to gain"
+    assert "model.layers.0.mlp.up_proj" not in reasons

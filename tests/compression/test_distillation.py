@@ -1,0 +1,62 @@
+"""Distillation of scales: nearer to the dense model, signs untouched, models left as they were."""
+
+import copy
+
+import pytest
+import torch
+from support.models import factored, tiny_llama
+
+from dbf_compile.compression.distillation import agreement, distill, divergence
+from dbf_compile.linear import DoubleBinaryLinear, swap_
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def distilled():
+    dense = tiny_llama().requires_grad_(False)
+    student = factored(dense, bits_per_weight=3.0, iterations=20).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    batches = [{"input_ids": torch.randint(1, 256, (1, 24), generator=generator)} for _ in range(10)]
+    before = copy.deepcopy(student.state_dict())
+    steps = []
+    found = distill(dense, student, batches[:8], 4, progress=lambda: steps.append(1))
+    return dense, student, batches, before, found, steps
+
+
+def apart(dense, student, batches):
+    with torch.no_grad():
+        return sum(float(divergence(dense(**b).logits, student(**b).logits, b).mean()) for b in batches)
+
+
+def test_scales_come_nearer_to_the_dense_model_on_other_data_too(distilled):
+    dense, student, batches, _, found, steps = distilled
+    better = swap_(copy.deepcopy(dense), found)
+    assert apart(dense, better, batches[:8]) < 0.8 * apart(dense, student, batches[:8])
+    assert apart(dense, better, batches[8:]) < apart(dense, student, batches[8:])
+    assert len(steps) == 4 * 8
+
+
+def test_signs_stay_and_the_student_is_left_as_it_was(distilled):
+    _, student, _, before, found, _ = distilled
+    assert all(torch.equal(before[key], value) for key, value in student.state_dict().items())
+    assert not any(parameter.grad is not None for parameter in student.parameters())
+    for name, layer in student.named_modules():
+        if isinstance(layer, DoubleBinaryLinear):
+            old, new = layer.factors.dense(), found[name].dense()
+            assert ((old < 0) != (new < 0)).float().mean() < 0.2  # entries near zero only
+            assert found[name].scale_in.dtype == torch.float16
+
+
+def test_divergence_is_that_of_distributions_and_leaves_padding_out():
+    wanted, found = torch.randn(2, 3, 7), torch.randn(2, 3, 7)
+    lost = divergence(wanted, found, {})
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=wanted), torch.distributions.Categorical(logits=found)
+    )
+    assert torch.allclose(lost, expected.flatten(), atol=1e-5)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    assert torch.allclose(
+        divergence(wanted, found, {"attention_mask": mask}), expected[mask.bool()], atol=1e-5
+    )
+    assert agreement(wanted, wanted, {"attention_mask": mask}).tolist() == [True] * 3

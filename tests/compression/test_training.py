@@ -1,0 +1,195 @@
+"""Factored layers that are trained: what they compute, what training changes, what comes back."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.models import randn
+from support.strategies import random_factors
+
+from dbf_compile.compression.admm import FactorizerConfig, factorize
+from dbf_compile.compression.importance import Importance
+from dbf_compile.compression.training import (
+    TrainableDoubleBinary,
+    TrainableScales,
+    sureness_of,
+    train,
+    trained_factors,
+)
+from dbf_compile.factors import DoubleBinaryFactors
+from dbf_compile.signs import pack_signs, unpack_signs
+
+SURE = (torch.ones(()), torch.ones(()))
+# Scales in float16 of equal size lose 2^-11 each.
+ROUNDING = 3 * 2**-11
+
+
+def layers(factors, bias=None):
+    return {"signs": TrainableDoubleBinary(factors, SURE, bias), "scales": TrainableScales(factors, bias)}
+
+
+@pytest.mark.parametrize("kind", ["signs", "scales"])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trainable_layer_computes_what_its_factors_stand_for(kind, biased, dtype):
+    factors, bias = random_factors(37, 19, 23), randn(23, seed=1) if biased else None
+    x = randn(5, 37, dtype=dtype)
+    y = layers(factors, bias)[kind](x)
+    expected = x.double() @ factors.dense(torch.float64).T + (bias.double() if biased else 0)
+    assert y.dtype == dtype and y.shape == (5, 23)
+    # float32 sums of 37 and 19 products; then the dtype's own rounding.
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-8
+    assert (y.double() - expected).abs().max() < tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["signs", "scales"])
+def test_untrained_factors_come_back_but_for_rounding(kind):
+    stacked = random_factors(37, 19, 50)
+    parts = dict(zip("abc", stacked.split([20, 1, 29]), strict=True))
+    made, owner = {}, None
+    for name, part in parts.items():
+        make = {
+            "signs": lambda p, o: TrainableDoubleBinary(p, SURE, None, o),
+            "scales": lambda p, o: TrainableScales(p, None, o),
+        }
+        made[name] = make[kind](part, owner)
+        owner = owner or made[name]
+    found = trained_factors(made)
+    assert list(found) == list(parts)
+    for name, part in parts.items():
+        exact = part.dense(torch.float64)
+        assert (found[name].dense(torch.float64) - exact).abs().max() <= ROUNDING * exact.abs().max()
+        assert found[name].signs_in is found["a"].signs_in
+    # Those that were factored apart stay apart.
+    apart = trained_factors({"a": made["a"], "d": layers(random_factors(37, 19, 5, seed=1))[kind]})
+    assert apart["a"].signs_in is not apart["d"].signs_in
+
+
+def test_negative_scales_go_into_the_signs():
+    layer = TrainableDoubleBinary(random_factors(12, 6, 9), SURE)
+    with torch.no_grad():
+        for scale in layer.scales:
+            scale[::2] *= -1
+        x = randn(4, 12)
+        y = layer(x)
+    found = trained_factors({"a": layer})["a"]
+    assert all(bool((scale >= 0).all()) for scale in (found.scale_in, found.scale_mid, found.scale_out))
+    assert (x @ found.dense().T - y).abs().max() <= 4 * ROUNDING * y.abs().max()
+
+
+def test_a_latent_gets_the_gradient_of_its_sign():
+    factors = random_factors(8, 5, 6)
+    layer = TrainableDoubleBinary(factors, (torch.full((5, 8), 0.25), torch.full((6, 5), 3.0)))
+    signs = [
+        unpack_signs(factors.signs_in, 8).requires_grad_(),
+        unpack_signs(factors.signs_out, 5).requires_grad_(),
+    ]
+    x, g = randn(3, 8), randn(3, 6, seed=1)
+    for latent in layer.latents:
+        latent.requires_grad_(True)
+    (layer(x) * g).sum().backward()
+    scale_in, scale_mid, scale_out = (scale.detach() for scale in layer.scales)
+    expected = ((((x * scale_in) @ signs[0].T) * scale_mid) @ signs[1].T * scale_out * g).sum()
+    for latent, wanted in zip(layer.latents, torch.autograd.grad(expected, signs), strict=True):
+        assert torch.allclose(latent.grad, wanted, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    N=st.integers(1, 12),
+    K=st.integers(1, 12),
+    R=st.integers(1, 9),
+    seed=st.integers(0, 99),
+    weighted=st.booleans(),
+)
+def test_sureness_is_what_flipping_a_sign_costs(N, K, R, seed, weighted):
+    weight = randn(N, K, seed=seed)
+    importance = (
+        Importance(randn(K, seed=1).square() + 0.1, randn(N, seed=2).square() + 0.1) if weighted else None
+    )
+    factors = factorize(weight, R, importance, FactorizerConfig(iterations=20))
+    inner, outer = sureness_of(weight, factors, importance)
+    assert inner.shape == (R, K) and outer.shape == (N, R)
+    rows, columns = (importance or Importance()).feature_weights(N, K)
+
+    def error(made):
+        return float((rows[:, None] * (weight - made.dense(torch.float64)) * columns).square().sum())
+
+    def flipped(name, size, row, column):
+        signs = unpack_signs(getattr(factors, name), size)
+        signs[row, column] *= -1
+        return DoubleBinaryFactors(**{**factors.tensors(), name: pack_signs(signs)})
+
+    base = error(factors)
+    costs = torch.tensor(
+        [[error(flipped("signs_out", R, n, r)) - base for r in range(R)] for n in range(N)]
+    ).clamp_min(0)
+    wanted = costs / costs.mean(1, keepdim=True).clamp_min(1e-30)
+    # Costs are differences of sums in float32; rows whose costs vanish have no ratio.
+    solid = costs.mean(1) > 1e-4 * base + 1e-9
+    assert torch.allclose(outer[solid], wanted[solid].float(), rtol=0.02, atol=0.02)
+    assert bool((inner >= 0).all()) and bool((outer >= 0).all())
+
+
+def fit(layer, weight, rates, epochs=10):
+    """Train a layer to give a weight's outputs; return the loss before and after."""
+    x, steps = randn(256, weight.shape[1], seed=1), []
+
+    def loss(sample):
+        part = x[16 * sample : 16 * sample + 16]
+        return (layer(part) - part @ weight.T).square().mean()
+
+    def whole():
+        return float(torch.stack([loss(sample) for sample in range(16)]).mean())
+
+    before = whole()
+    train(rates, loss, 16, epochs, torch.Generator().manual_seed(0), lambda: steps.append(1))
+    assert len(steps) == 16 * epochs
+    assert all(p.grad is None and not p.requires_grad for p in layer.parameters())
+    return before, whole()
+
+
+@pytest.mark.parametrize("kind", ["signs", "scales"])
+def test_training_scales_finds_those_of_the_weight_and_keeps_the_signs(kind):
+    factors = random_factors(16, 12, 24)
+    layer = layers(factors)[kind]
+    with torch.no_grad():
+        for scale in layer.scales:
+            scale.mul_(1 + 0.3 * torch.rand(scale.shape, generator=torch.Generator().manual_seed(1)))
+    untrained = trained_factors({"a": layer})["a"]
+    before, after = fit(layer, factors.dense(), [(layer.scales, 0.02)])
+    assert after < 0.01 * before
+    assert torch.equal(trained_factors({"a": layer})["a"].signs_out, untrained.signs_out)
+
+
+def test_training_latents_flips_wrong_signs_that_are_unsure():
+    factors = random_factors(16, 12, 24)
+    signs = unpack_signs(factors.signs_out, 12)
+    wrong = torch.rand(signs.shape, generator=torch.Generator().manual_seed(1)) < 0.1
+    given = {**factors.tensors(), "signs_out": pack_signs(torch.where(wrong, -signs, signs))}
+    sureness = (torch.ones(12, 16), torch.where(wrong, 0.1, 1.0))
+    layer = TrainableDoubleBinary(DoubleBinaryFactors(**given), sureness)
+    before, after = fit(layer, factors.dense(), [(layer.latents, 0.005)])
+    assert after < 0.1 * before
+    assert ((layer.latent_out < 0) != (signs < 0)).sum() < 0.1 * wrong.sum()
+
+
+def test_equal_seeds_train_alike_and_no_epochs_do_nothing():
+    weight, x = randn(24, 16), randn(64, 16, seed=1)
+    factors = factorize(weight, 12, None, FactorizerConfig(iterations=5))
+
+    def trained(epochs):
+        layer = TrainableDoubleBinary(factors, SURE)
+
+        def loss(sample):
+            part = x[8 * sample : 8 * sample + 8]
+            return (layer(part) - part @ weight.T).square().mean()
+
+        train([(layer.scales, 0.01)], loss, 8, epochs, torch.Generator().manual_seed(3))
+        return trained_factors({"a": layer})["a"]
+
+    first, second = trained(2), trained(2)
+    assert all(torch.equal(first.tensors()[name], second.tensors()[name]) for name in first.tensors())
+    assert torch.equal(first.signs_in, factors.signs_in)  # only scales were trained
+    assert torch.equal(trained(0).scale_out, trained(0).scale_out)
+    assert not torch.equal(trained(0).scale_out, first.scale_out)

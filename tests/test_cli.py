@@ -1,0 +1,156 @@
+"""The command line: what it prints, what it returns, what it leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from support.pretrained import FAST, text_of, tiny_folder
+
+pytest.importorskip("transformers")
+pytest.importorskip("typer")
+
+from typer.testing import CliRunner
+
+from dbf_compile import cli
+from dbf_compile.errors import DBFError, OptionError
+
+SETTINGS = ["--windows", "8", "--length", "16", "--no-progress"]
+for option in ("iterations", "holdout", "tune", "refine", "distill"):
+    SETTINGS += ["--set", f"{option}={FAST[option]}"]
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def facts(*arguments):
+    done = run(*arguments, "--json")
+    assert done.exit_code == 0, (done.output, done.exception)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return tiny_folder(tmp_path_factory.mktemp("cli") / "dense")
+
+
+@pytest.fixture(scope="module")
+def made(dense):
+    output = dense.with_name("made")
+    done = run("compress", dense, "-o", output, "--bits", 4, "--data", text_of(dense), *SETTINGS)
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "bits per weight in" in done.output and "dbf_report.html" in done.output
+    return output
+
+
+def test_inspect_shows_coverage_bits_and_errors(made, dense):
+    text = run("inspect", made).output
+    assert "embedding" in text and "model.layers.1.mlp.down_proj" in text
+    found = facts("inspect", made)
+    report = json.loads((made / "dbf_report.json").read_text())
+    assert found["factored"] == pytest.approx(report["bits"]["factored"])
+    assert found["file"] == pytest.approx(report["bits"]["file"])
+    assert found["share"] == pytest.approx(report["coverage"]["share"])
+    assert [row["error"] for row in found["layers"]] == [row["error"] for row in report["layers"]]
+    with pytest.raises(DBFError, match="not compressed"):
+        raise run("inspect", dense).exception
+
+
+def test_inspect_notices_damage(made, tmp_path):
+    import shutil
+
+    shutil.copytree(made, tmp_path / "copy")
+    file = tmp_path / "copy" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(DBFError, match="damaged"):
+        raise run("inspect", tmp_path / "copy").exception
+
+
+def test_eval_states_the_context_length(made, dense):
+    found = facts("eval", made, "--data", text_of(dense), "--dense", dense, "--length", 32, "--windows", 3)
+    assert found["context_length"] == 32 and found["windows"] == 3
+    assert {"perplexity", "kl", "top1_agreement", "dense"} <= found.keys()
+    assert isinstance(run("eval", made).exception, OptionError)
+
+
+def test_generate_streams_text_and_figures(made, dense):
+    done = run("generate", made, "add the", "-n", 4, "--no-compiled")
+    assert done.exit_code == 0 and "tokens/s" in done.output and "add the" in done.output
+    found = facts("generate", made, "add the", "-n", 4, "--dense", dense)
+    assert set(found) == {str(made), str(dense)}
+    figures = found[str(made)]
+    assert figures["new_tokens"] == 4 and figures["prompt_tokens"] == 7
+    assert figures["weight_bytes"] < found[str(dense)]["weight_bytes"]
+
+
+def test_generated_tokens_do_not_depend_on_compilation(made):
+    plain = facts("generate", made, "add", "-n", 6, "--no-compiled")
+    assert facts("generate", made, "add", "-n", 6)[str(made)]["text"] == plain[str(made)]["text"]
+
+
+def test_bench_times_both_models_in_turns(made, dense):
+    arguments = ("bench", made, "--dense", dense, "--prompt-tokens", 5, "-n", 3, "--rounds", 1)
+    found = facts(*arguments)
+    assert all(row["decode_rate"] > 0 and row["new_tokens"] == 3 for row in found.values())
+    assert "times the dense model's" in run(*arguments).output
+
+
+def test_doctor_names_what_is_there_and_what_is_missing(monkeypatch, tmp_path):
+    found = facts("doctor")
+    assert found["torch"]["state"] == "good" and "CPU kernels" in found
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("DBF_CACHE_DIR", str(blocked / "cache"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    done = run("doctor")
+    assert done.exit_code == 1
+    assert "set DBF_CACHE_DIR" in done.output and "install g++ or clang++" in done.output
+
+
+def test_settings_are_json_or_text():
+    assert cli._settings(["a=1", 'b=["x"]', "c=fast", "d=null"]) == {
+        "a": 1,
+        "b": ["x"],
+        "c": "fast",
+        "d": None,
+    }
+    with pytest.raises(OptionError, match="name=value"):
+        cli._settings(["distill"])
+
+
+def test_help_teaches_by_example():
+    for command in ("compress", "eval", "generate", "bench", "inspect"):
+        assert f"dbf-compile {command} " in run(command, "--help").output
+    assert run("compress").exit_code == 2
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "dbf_compile.cli", *(str(argument) for argument in arguments)]
+
+
+def test_an_error_is_one_line_and_status_1(tmp_path):
+    done = subprocess.run(
+        command("compress", tmp_path / "nothing", "-o", tmp_path / "made"), capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+def test_ctrl_c_leaves_what_can_be_gone_on_with(dense, tmp_path):
+    output = tmp_path / "made"
+    given = ("compress", dense, "-o", output, "--bits", 4, "--data", text_of(dense), "--mode", "independent")
+    slow = [*given, *SETTINGS, "--set", "iterations=100000"]
+    process = subprocess.Popen(command(*slow), stderr=subprocess.PIPE, text=True, env=os.environ)
+    while not (tmp_path / "made.work" / "importance.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.5)  # in the middle of a weight
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "run the same command again" in errors and "Traceback" not in errors
+    assert (tmp_path / "made.work" / "manifest.json").exists() and not output.exists()
