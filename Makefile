@@ -6,7 +6,7 @@ VENV   := .venv
 RUN    := PYTHONSAFEPATH=1 $(VENV)/bin/python
 PIP    := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench bench-cpu bench-gpu bench-factorizer clean
+.PHONY: demo test check bench bench-cpu bench-gpu bench-factorizer bench-compress clean
 
 # QUICK=1: two layers of the encoder and fewer measurements.
 demo: $(VENV)/.demo
@@ -36,6 +36,11 @@ bench-gpu: $(VENV)/.demo
 # The factorizer against the authors' own and other codes, then whole models; about an hour on two cores.
 bench-factorizer: $(VENV)/.demo
 	$(VENV)/bin/python benchmarks/bench_factorizer.py
+
+# Whole models, compressed at 4 to 1 bits: one of 10 million parameters is trained first, where it is not there; an hour.
+bench-compress: $(VENV)/.demo
+	test -d out/python10m || $(VENV)/bin/python benchmarks/train_python_model.py
+	$(VENV)/bin/python benchmarks/compress_models.py
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage

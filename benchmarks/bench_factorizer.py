@@ -4,6 +4,7 @@
     python benchmarks/bench_factorizer.py --part targets     every matrix of MiniLM at 1, 1.5 and 2 bits
     python benchmarks/bench_factorizer.py --part best        the preset "best" too, on two matrices
     python benchmarks/bench_factorizer.py --part curves      error against bits, 0.5 to 4, with a plot
+    python benchmarks/bench_factorizer.py --part precision   products of a GPU's TF32 and bfloat16, emulated
     python benchmarks/bench_factorizer.py --part recovery    weights that are double binary products: how many are found
     python benchmarks/bench_factorizer.py --part models      embeddings and perplexity of whole models
     python benchmarks/bench_factorizer.py --part large       one 4096 x 4096 matrix
@@ -29,6 +30,7 @@ from factorizer_models import encoder_rows, language_matrices, language_rows, lo
 from measure import RESULTS, commit, processor, versions, write_results
 from official_admm import official
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from dbf_compile.compression.admm import FactorizerConfig, factorize, weighted_error
 from dbf_compile.compression.calibration import calibrate
@@ -66,6 +68,7 @@ def main() -> None:
         "targets": targets,
         "best": best,
         "curves": curves,
+        "precision": precision,
         "recovery": recovery,
         "models": models,
         "large": large,
@@ -122,6 +125,43 @@ def curves() -> None:
     rows = run(tasks)
     write_results("factorizer_curves", rows)
     plot_curves(rows)
+
+
+def precision() -> None:
+    """Errors with products as a GPU makes them: operands of 11 (TF32) or 8 (bfloat16) bits, sums in float32."""
+    chosen = ("layer.2.attention.self.query", "layer.2.intermediate.dense", "layer.2.output.dense")
+    rows = []
+    for matrix in encoder_matrices():
+        if not matrix.name.endswith(chosen):
+            continue
+        for bits in (2.0, 1.0):
+            errors = {}
+            for name, digits in (("float32", None), ("tf32", 10), ("bfloat16", 7)):
+                with _Rounded(digits):
+                    errors[name] = error_and_bits("fast", matrix.weight, matrix.importance, bits)[0]
+            ratios = {name: round(error / errors["float32"], 5) for name, error in errors.items()}
+            rows.append({"matrix": matrix.name, "bits": bits, "error": errors["float32"], **ratios})
+    write_results("factorizer_precision", list(show(iter(rows))))
+
+
+class _Rounded(TorchFunctionMode):
+    """Rounds what goes into products to so many binary digits behind the first, to nearest."""
+
+    def __init__(self, digits: int | None) -> None:
+        super().__init__()
+        self._dropped = None if digits is None else 23 - digits
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._dropped and getattr(function, "__name__", "") in ("matmul", "mm", "bmm", "__matmul__"):
+            args = tuple(self._round(arg) if isinstance(arg, Tensor) else arg for arg in args)
+        return function(*args, **(kwargs or {}))
+
+    def _round(self, operand: Tensor) -> Tensor:
+        if operand.dtype != torch.float32:
+            return operand
+        words, dropped = operand.contiguous().view(torch.int32), self._dropped
+        half = (1 << (dropped - 1)) - 1 + ((words >> dropped) & 1)  # ties to even
+        return ((words + half) & ~((1 << dropped) - 1)).view(torch.float32)
 
 
 def recovery() -> None:

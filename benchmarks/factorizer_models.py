@@ -41,7 +41,10 @@ def encoder_rows() -> Iterator[dict[str, Any]]:
         "none": {},
         "input only": dbf_compile.calibrate(model, batches, loss=None),
         "diagonal": dbf_compile.calibrate(model, batches),
+        "whole input": dbf_compile.calibrate(model, batches, form="input"),
     }
+    kronecker = dbf_compile.calibrate(model, batches, form="kronecker")
+    forms["kronecker, tempered"] = {name: item.tempered() for name, item in kronecker.items()}
     for bits in (2.0, 1.0):
         for form, known in forms.items():
             for budget in ("equal", "allocated") if form == "diagonal" else ("equal",):

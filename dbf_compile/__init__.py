@@ -18,6 +18,7 @@ from dbf_compile.compression.importance import Importance
 from dbf_compile.compression.model import convert_, factorize_model
 from dbf_compile.errors import DBFError
 from dbf_compile.factors import DoubleBinaryFactors
+from dbf_compile.generation import generate
 from dbf_compile.integrations.on_import import when_imported
 from dbf_compile.linear import DoubleBinaryLinear
 from dbf_compile.options import CompileOptions, CompressionConfig, CompressOptions
@@ -44,6 +45,7 @@ __all__ = [
     "convert_",
     "factorize",
     "factorize_model",
+    "generate",
     "load",
     "read_metadata",
     "save",

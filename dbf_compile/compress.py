@@ -19,7 +19,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import shutil
 import sys
 import tempfile
@@ -149,7 +148,7 @@ def compress(
         threads = torch.get_num_threads()
         try:
             # Sums depend on the number of threads; so that results do not, it is the same for all workers.
-            torch.set_num_threads(os.cpu_count() or 1)
+            torch.set_num_threads(_cores())
             run.finish(workers or _default_workers(run.device))
         except (OSError, DBFError):
             if not output.exists():  # else another worker has finished, and removed the work under this one
@@ -176,7 +175,7 @@ def compress_in_processes(
     Returns:
         What ``compress`` returns.
     """
-    workers = max(1, (os.cpu_count() or 1) // processes)
+    workers = max(1, _cores() // processes)
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         tasks = [
             pool.submit(
@@ -590,7 +589,7 @@ class _Run:
             "memory": {"peak_bytes": _peak_memory()},
             "machine": {
                 "processor": platform.processor() or platform.machine(),
-                "cores": os.cpu_count(),
+                "cores": _cores(),
                 "device": str(self.device),
                 "torch": torch.__version__,
                 "python": platform.python_version(),
@@ -701,11 +700,20 @@ def _default_device() -> torch.device:
 def _default_workers(device: torch.device) -> int:
     if device.type != "cpu":
         return 1
-    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _peak_memory() -> int:
-    """Return the most memory that this process has had, in bytes."""
+    """Return the most memory that this process has had, in bytes; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
