@@ -5,6 +5,7 @@
     python benchmarks/bench_factorizer.py --part best        the preset "best" too, on two matrices
     python benchmarks/bench_factorizer.py --part curves      error against bits, 0.5 to 4, with a plot
     python benchmarks/bench_factorizer.py --part precision   products of a GPU's TF32 and bfloat16, emulated
+    python benchmarks/bench_factorizer.py --part seeds       how far seeds spread where "fast" loses, at 1 bit
     python benchmarks/bench_factorizer.py --part recovery    weights that are double binary products: how many are found
     python benchmarks/bench_factorizer.py --part models      embeddings and perplexity of whole models
     python benchmarks/bench_factorizer.py --part large       one 4096 x 4096 matrix
@@ -69,6 +70,7 @@ def main() -> None:
         "best": best,
         "curves": curves,
         "precision": precision,
+        "seeds": seeds,
         "recovery": recovery,
         "models": models,
         "large": large,
@@ -142,6 +144,31 @@ def precision() -> None:
             ratios = {name: round(error / errors["float32"], 5) for name, error in errors.items()}
             rows.append({"matrix": matrix.name, "bits": bits, "error": errors["float32"], **ratios})
     write_results("factorizer_precision", list(show(iter(rows))))
+
+
+def seeds() -> None:
+    """Errors of five seeds at 1 bit, of the authors' factorizer and of two numbers of turns, on the keys of four blocks."""
+    rows = []
+    for matrix in encoder_matrices():
+        if (
+            not matrix.name.endswith("attention.self.key")
+            or ".layer.0." in matrix.name
+            or ".5." in matrix.name
+        ):
+            continue
+        weight, importance = matrix.weight, matrix.importance
+        mid_features = mid_features_for(1.0, weight.shape[1], weight.shape[0])
+        theirs = [official(weight, mid_features, importance, seed) for seed in range(5)]
+        row = {"matrix": matrix.name, "authors_low": min(theirs), "authors_high": max(theirs)}
+        for turns in (PRESETS["fast"], 250):
+            made = [
+                factorize(weight, mid_features, importance, FactorizerConfig(iterations=turns, seed=seed))
+                for seed in range(5)
+            ]
+            ours = statistics.mean(weighted_error(weight, factors, importance) for factors in made)
+            row[f"mean_over_authors_{turns}"] = round(ours / statistics.mean(theirs), 5)
+        rows.append(row)
+    write_results("factorizer_seeds", list(show(iter(rows))))
 
 
 class _Rounded(TorchFunctionMode):

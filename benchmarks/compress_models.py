@@ -20,8 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from bench_factorizer import GROUP
+from bench_factorizer import GROUP, round_to_nearest
 from factorizer_models import STORIES, TEXT
 from measure import commit, processor, versions, write_results
 from torch import Tensor, nn
@@ -151,14 +150,8 @@ def one_sign(weight: Tensor, importance: Importance) -> tuple[Tensor, int]:
 
 
 def rounded(weight: Tensor, importance: Importance) -> tuple[Tensor, int]:
-    """Two bits to nearest, a minimum and a step in 16 bits for every 64 weights of a row."""
-    pieces = []
-    for part in weight.split(GROUP, dim=1):
-        low, high = part.amin(1, keepdim=True), part.amax(1, keepdim=True)
-        step = ((high - low) / 3).half().float().clamp_min(1e-8)
-        low = low.half().float()
-        pieces.append(((part - low) / step).round().clamp(0, 3) * step + low)
-    return torch.cat(pieces, 1), 2 * weight.numel() + 32 * weight.shape[0] * len(pieces)
+    """Two bits to nearest, a minimum and a step in 16 bits for every 64 weights."""
+    return round_to_nearest(weight, 2), 2 * weight.numel() + 32 * weight.numel() // GROUP
 
 
 PEERS = {"OneBit": one_sign, "round to nearest": rounded}

@@ -14,13 +14,10 @@ with the same arguments.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import multiprocessing
 import os
-import platform
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -29,9 +26,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import UTC, datetime
-from functools import lru_cache
-from importlib.metadata import version
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +38,7 @@ from dbf_compile.compression.admm import FactorizerConfig, factorize, weighted_e
 from dbf_compile.compression.batches import token_batches
 from dbf_compile.compression.blocks import BlockRecipe, compress_block, factored_copy
 from dbf_compile.compression.budgets import allocate
-from dbf_compile.compression.cache import tensor_hash
+from dbf_compile.compression.cache import batches_hash, model_hash, program_hash
 from dbf_compile.compression.calibration import block_by_block, blocks_of, calibrate, moved
 from dbf_compile.compression.coverage import coverage
 from dbf_compile.compression.distillation import distill
@@ -56,11 +51,12 @@ from dbf_compile.compression.work import RESUME, Made, Work
 from dbf_compile.errors import ConversionError, DBFError, OptionError
 from dbf_compile.evaluation import compare
 from dbf_compile.experts import unfuse_
-from dbf_compile.factors import DoubleBinaryFactors, stored_bits
+from dbf_compile.factors import DoubleBinaryFactors
 from dbf_compile.folders import write_text
 from dbf_compile.linear import swap_
 from dbf_compile.options import PRESETS, CompressionConfig, CompressOptions, parse
 from dbf_compile.report import write_report
+from dbf_compile.summary import Part, outcome, surroundings
 
 _REPORT, _PAGE = "dbf_report.json", "dbf_report.html"
 _LEAST_SHARE = 0.5  # of the weights, below which a user should know
@@ -221,13 +217,10 @@ class _Run:
         _check(given, output, config, data, batches, resume)
         if isinstance(given, nn.Module):
             source, model, name = None, _view_of(given).eval().requires_grad_(False), type(given).__name__
-            model_hash = _model_hash(model)
+            content = model_hash(model)
         else:
             source, name = pretrained.local_folder(given), Path(given).name
-            model, model_hash = (
-                pretrained.open_dense(source, trust_remote_code),
-                pretrained.content_hash(source),
-            )
+            model, content = pretrained.open_dense(source, trust_remote_code), pretrained.content_hash(source)
         if data is not None and tokenizer is None:
             tokenizer = pretrained.tokenizer_of(source, trust_remote_code)
         every = list(batches or [])
@@ -241,15 +234,11 @@ class _Run:
                 "name": name,
                 "architecture": type(model).__name__,
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
-                "hash": model_hash,
+                "hash": content,
             },
             "data": {
-                "source": str(data)
-                if isinstance(data, (str, Path))
-                else "given"
-                if every
-                else "random tokens",
-                "hash": _batches_hash(every),
+                "source": _source_name(data, bool(every)),
+                "hash": batches_hash(every),
                 "windows": len(calibrating),
                 "tokens": sum(_tokens(batch) for batch in calibrating),
             },
@@ -257,7 +246,12 @@ class _Run:
         if config.mode == "auto":
             config = replace(config, mode="block" if every else "independent")
         settings = {key: value for key, value in asdict(config).items() if key not in _NOT_FOR_RESULTS}
-        fingerprint = {"model": model_hash, "data": facts["data"]["hash"], "settings": settings}
+        fingerprint = {
+            "model": content,
+            "data": facts["data"]["hash"],
+            "settings": settings,
+            "program": program_hash(),
+        }
         if output.exists():
             if _report_of(output).get("fingerprint") == json.loads(json.dumps(fingerprint)):
                 return None
@@ -294,20 +288,18 @@ class _Run:
                 f"only {covered['share']:.0%} of the weights are factored; the largest others: {largest}",
                 stacklevel=4,
             )
-        blocks = blocks_of(self.model, [job.names[0] for job in jobs]) if self.config.mode == "block" else {}
-        places = {job.name: _block_of(job, blocks) for job in jobs}
+        blocks = blocks_of(self.model, [job.names[0] for job in jobs])
+        parts = [Part.of(job, blocks, self.config.mode) for job in jobs]
         with self._timed("factor"):
-            self._factor_alone([job for job in jobs if places[job.name] is None], workers)
-            if blocks:
-                inside = {name: [job for job in jobs if places[job.name] == name] for name in blocks}
-                self._factor_blocks(blocks, inside)
-        results = {job.name: _result_name(job, places[job.name]) for job in jobs}
+            self._factor_alone([part for part in parts if part.alone], workers)
+            if not all(part.alone for part in parts):
+                self._factor_blocks(blocks, [part for part in parts if not part.alone])
         with self._timed("distill"):
-            distilled = self._distilled(results)
+            distilled = self._distilled(parts)
         with self.work.exclusive("output"):
             if not self.output.exists():
                 self.seconds["total"] = time.perf_counter() - began
-                self._write(jobs, places, results, covered, distilled)
+                self._write(parts, covered, distilled)
 
     def _importance(self) -> dict[str, Importance]:
         config = self.config
@@ -334,30 +326,27 @@ class _Run:
 
         return dict(json.loads(self.work.once("allocation.json", make).read_text()))
 
-    def _factor_alone(self, jobs: Sequence[FactorJob], workers: int) -> None:
+    def _factor_alone(self, parts: Sequence[Part], workers: int) -> None:
         """Factor weights that have nothing to do with each other, long ones first."""
-        jobs = sorted(jobs, key=lambda job: -job.mid_features * job.size)
-        by_name = {_result_name(job, None): job for job in jobs}
+        by_name = {
+            part.result: part.job
+            for part in sorted(parts, key=lambda part: -part.job.mid_features * part.job.size)
+        }
+        missing = sum(job.size for name, job in by_name.items() if not self.work.has(name))
+        if not missing:
+            return
         stopped = threading.Event()
 
-        def work_off(bar: tqdm[Any]) -> None:
+        def work_off() -> None:
             self.work.all_factors(list(by_name), lambda name: self._factor_one(by_name[name], bar, stopped))
 
-        if not all(map(self.work.has, by_name)):
-            missing = sum(job.size for name, job in by_name.items() if not self.work.has(name))
-            bar = tqdm(
-                total=missing,
-                unit="weight",
-                unit_scale=True,
-                desc="factoring",
-                disable=not self.config.progress,
-            )
-            with bar, ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                try:
-                    for future in [pool.submit(work_off, bar) for _ in range(workers)]:
-                        future.result()
-                finally:
-                    stopped.set()  # where one has failed, or the user has: what the others do can be done again
+        bar = self._bar("factoring", missing, "weight")
+        with bar, ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            try:
+                for future in [pool.submit(work_off) for _ in range(workers)]:
+                    future.result()
+            finally:
+                stopped.set()  # where one has failed, or the user has: what the others do can be done again
 
     def _factor_one(self, job: FactorJob, bar: tqdm[Any], stopped: threading.Event) -> Made:
         began, done = time.perf_counter(), 0
@@ -383,71 +372,69 @@ class _Run:
         parts = made.to("cpu").split([part.shape[0] for part in job.weights])
         return dict(zip(job.names, parts, strict=True)), facts
 
-    def _factor_blocks(
-        self, blocks: Mapping[str, nn.Module], jobs: Mapping[str, Sequence[FactorJob]]
-    ) -> None:
+    def _factor_blocks(self, blocks: Mapping[str, nn.Module], parts: Sequence[Part]) -> None:
         """Factor block after block; one process does, the others wait and take over if it dies."""
-        config = self.config
-        recipe = BlockRecipe(config.tune, config.refine, self._factorizer)
+        jobs = {name: [part.job for part in parts if part.result == name] for name in blocks}
         with self.work.exclusive("blocks"):
-            if all(self.work.has(name) for name in blocks):
+            if all(self.work.has(part.result) for part in parts):
                 return
             with block_by_block(self.model, list(blocks.values()), self.device):
                 given = [moved(batch, self.device) for batch in self.batches]
                 streams = record(self.model, list(blocks.values()), given)
             dense = compressed = streams.hidden
-            bar = tqdm(
-                total=sum(job.size for part in jobs.values() for job in part),
-                unit="weight",
-                unit_scale=True,
-                desc="blocks",
-                disable=not config.progress,
-            )
-            with bar:
+            with self._bar("blocks", sum(part.job.size for part in parts), "weight") as bar:
                 for index, (name, block) in enumerate(blocks.items()):
-                    size, before = sum(job.size for job in jobs[name]), bar.n
-                    exact = _float_copy(block, self.device)
-                    targets = _outputs(streams, exact, index, dense)
-
-                    def make(
-                        name: str = name,
-                        index: int = index,
-                        block: nn.Module = exact,
-                        inputs: Sequence[Tensor] = compressed,
-                        targets: Sequence[Tensor] = targets,
-                        size: int = size,
-                        before: float = before,
-                    ) -> Made:
-                        def tell(share: float) -> None:
-                            bar.update(int(before + share * size) - bar.n)
-
-                        found = compress_block(
-                            name, index, block, jobs[name], streams, inputs, targets, recipe, tell
+                    exact = copy.deepcopy(block).to(self.device).float().requires_grad_(False).eval()
+                    targets = streams.outputs(exact, index, dense)
+                    factors: Mapping[str, DoubleBinaryFactors] = {}
+                    if jobs[name]:
+                        make = partial(
+                            self._factor_block,
+                            name,
+                            index,
+                            exact,
+                            jobs[name],
+                            streams,
+                            compressed,
+                            targets,
+                            bar,
                         )
-                        facts = {
-                            "errors": found.errors,
-                            "seconds": found.seconds,
-                            "stages": found.stages,
-                        }
-                        return {key: made.to("cpu") for key, made in found.factors.items()}, facts
-
-                    factors = self.work.factors(name, make)[0] if jobs[name] else {}
-                    bar.update(before + size - bar.n)
-                    compressed = _outputs(streams, factored_copy(exact, name, factors), index, compressed)
+                        factors = self.work.factors(name, make)[0]
+                    compressed = streams.outputs(factored_copy(exact, name, factors), index, compressed)
                     dense = targets
 
-    def _distilled(self, results: Mapping[str, str]) -> dict[str, Any] | None:
+    def _factor_block(
+        self,
+        name: str,
+        index: int,
+        dense: nn.Module,
+        jobs: Sequence[FactorJob],
+        streams: Streams,
+        inputs: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        bar: tqdm[Any],
+    ) -> Made:
+        recipe = BlockRecipe(self.config.tune, self.config.refine, self._factorizer)
+        size, before = sum(job.size for job in jobs), bar.n
+
+        def tell(share: float) -> None:
+            bar.update(int(before + share * size) - bar.n)
+
+        found = compress_block(name, index, dense, jobs, streams, inputs, targets, recipe, tell)
+        facts = {"errors": found.errors, "seconds": found.seconds, "stages": found.stages}
+        return {key: made.to("cpu") for key, made in found.factors.items()}, facts
+
+    def _distilled(self, parts: Sequence[Part]) -> dict[str, Any] | None:
         """Return what distillation gained, or None where it is not done; its factors are the result "distilled"."""
         if not (self.config.distill and self.batches and is_causal(self.model)):
             return None
 
         def make() -> Made:
             began = time.perf_counter()
-            student = self._student(self._all_factors(results))
+            student = self._student(self._all_factors(parts))
             before = compare(self.model, student, self.judging)
             steps = self.config.distill * len(self.batches)
-            bar = tqdm(total=steps, unit="step", desc="distilling", disable=not self.config.progress)
-            with bar:
+            with self._bar("distilling", steps, "step") as bar:
                 made = distill(
                     self.model,
                     student,
@@ -465,9 +452,9 @@ class _Run:
     def _student(self, factors: Mapping[str, DoubleBinaryFactors]) -> nn.Module:
         return swap_(_view_of(self.model), factors)
 
-    def _all_factors(self, results: Mapping[str, str]) -> dict[str, DoubleBinaryFactors]:
+    def _all_factors(self, parts: Sequence[Part]) -> dict[str, DoubleBinaryFactors]:
         found: dict[str, DoubleBinaryFactors] = {}
-        for name in dict.fromkeys(results.values()):
+        for name in dict.fromkeys(part.result for part in parts):
             found |= self.work.read(name)[0]
         return found
 
@@ -477,6 +464,9 @@ class _Run:
         iterations = PRESETS[config.preset] if config.iterations is None else config.iterations
         return FactorizerConfig(iterations=iterations, seed=config.seed)
 
+    def _bar(self, what: str, total: int, unit: str) -> tqdm[Any]:
+        return tqdm(total=total, unit=unit, unit_scale=True, desc=what, disable=not self.config.progress)
+
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
         began = time.perf_counter()
@@ -484,32 +474,31 @@ class _Run:
         self.seconds[name] = round(time.perf_counter() - began, 3)
 
     def _write(
-        self,
-        jobs: Sequence[FactorJob],
-        places: Mapping[str, str | None],
-        results: Mapping[str, str],
-        covered: Mapping[str, Any],
-        distilled: Mapping[str, Any] | None,
+        self, parts: Sequence[Part], covered: Mapping[str, Any], distilled: Mapping[str, Any] | None
     ) -> None:
         """Write the folder beside the output and move it there."""
         from dbf_compile.integrations import pretrained
 
-        stored = sum(stored_bits(job.in_features, job.mid_features, job.out_features) for job in jobs)
-        factored = stored / sum(job.size for job in jobs)
+        results = list(dict.fromkeys(part.result for part in parts))
+        facts = {name: self.work.read(name)[1] for name in results}
+        if distilled is None:
+            evaluation = compare(self.model, self._student(self._all_factors(parts)), self.judging)
+        else:
+            evaluation = distilled["after"]
         layers = {
             name: {
-                "mid_features": job.mid_features,
-                "shares_first_stage_with": None if name == job.names[0] else job.names[0],
+                "mid_features": part.job.mid_features,
+                "shares_first_stage_with": None if name == part.job.names[0] else part.job.names[0],
             }
-            for job in jobs
-            for name in job.names
+            for part in parts
+            for name in part.job.names
         }
-        result_of = {
-            name: results[job.name] if distilled is None else "distilled"
-            for job in jobs
-            for name in job.names
-        }
+        result_of = {name: part.result for part in parts for name in part.job.names}
+        if distilled is not None:
+            result_of = dict.fromkeys(result_of, "distilled")
         read = lru_cache(maxsize=1)(lambda name: self.work.read(name)[0])
+        stored = sum(part.stored for part in parts)
+        factored = stored / sum(part.job.size for part in parts)
         # Hidden, so that nobody takes it for a model before it is one; of its own, so that it is not mixed with another.
         folder = Path(tempfile.mkdtemp(dir=self.output.parent, prefix=f".{self.output.name}."))
         try:
@@ -524,82 +513,25 @@ class _Run:
                 self.source,
                 self.tokenizer,
             )
-            report = self._report(jobs, places, results, covered, distilled)
-            report["bits"] = {
-                "target": self.config.bits_per_weight,
-                "factored": factored,
-                "file": 8 * size / covered["weights"],
+            report = {
+                **self.facts,
+                "settings": json.loads(json.dumps(asdict(self.config))),
+                "bits": {
+                    "target": self.config.bits_per_weight,
+                    "factored": factored,
+                    "file": 8 * size / covered["weights"],
+                },
+                "coverage": dict(covered),
+                **outcome(parts, facts, distilled),
+                "evaluation": evaluation,
+                "time": self.seconds,
+                **surroundings(self.device, _cores()),
             }
             write_text(folder / _REPORT, json.dumps(report, indent=1) + "\n")
             write_report(report, folder / _PAGE)
             folder.rename(self.output)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-    def _report(
-        self,
-        jobs: Sequence[FactorJob],
-        places: Mapping[str, str | None],
-        results: Mapping[str, str],
-        covered: Mapping[str, Any],
-        distilled: Mapping[str, Any] | None,
-    ) -> dict[str, Any]:
-        facts = {name: self.work.read(name)[1] for name in dict.fromkeys(results.values())}
-        numbers = {name: number for number, name in enumerate(blocks_of(self.model, list(self._names(jobs))))}
-        stages = [stage for found in facts.values() for stage in found["stages"]]
-        if distilled is not None:
-            evaluation = distilled["after"]
-            if "kl" in evaluation:
-                stages.append(
-                    {
-                        "stage": "distill",
-                        "block": None,
-                        "measure": "KL from the dense model",
-                        "before": distilled["before"]["kl"],
-                        "after": evaluation["kl"],
-                        "seconds": distilled["seconds"],
-                    }
-                )
-        else:
-            evaluation = compare(self.model, self._student(self._all_factors(results)), self.judging)
-        return {
-            "dbf_compile": version("dbf-compile"),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            **self.facts,
-            "settings": json.loads(json.dumps(asdict(self.config))),
-            "coverage": dict(covered),
-            "layers": [
-                {
-                    "name": job.name,
-                    "shape": [job.out_features, job.in_features],
-                    "mid_features": job.mid_features,
-                    "bits_per_weight": stored_bits(job.in_features, job.mid_features, job.out_features)
-                    / job.size,
-                    "error": facts[results[job.name]]["errors"][job.name],
-                    "seconds": facts[results[job.name]]["seconds"][job.name],
-                    "block": next(
-                        (number for name, number in numbers.items() if job.name.startswith(f"{name}.")), None
-                    ),
-                }
-                for job in jobs
-            ],
-            "stages": stages,
-            "evaluation": evaluation,
-            "time": self.seconds,
-            "memory": {"peak_bytes": _peak_memory()},
-            "machine": {
-                "processor": platform.processor() or platform.machine(),
-                "cores": _cores(),
-                "device": str(self.device),
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-        }
-
-    @staticmethod
-    def _names(jobs: Sequence[FactorJob]) -> Iterator[str]:
-        for job in jobs:
-            yield from job.names
 
 
 class _StoppedError(Exception):
@@ -640,50 +572,10 @@ def _view_of(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, shared)
 
 
-def _float_copy(block: nn.Module, device: torch.device) -> nn.Module:
-    return copy.deepcopy(block).to(device).float().requires_grad_(False).eval()
-
-
-@torch.no_grad()
-def _outputs(streams: Streams, block: nn.Module, index: int, inputs: Sequence[Tensor]) -> list[Tensor]:
-    return [streams.run(block, index, batch, hidden) for batch, hidden in enumerate(inputs)]
-
-
-def _block_of(job: FactorJob, blocks: Iterable[str]) -> str | None:
-    return next((name for name in blocks if all(each.startswith(f"{name}.") for each in job.names)), None)
-
-
-def _result_name(job: FactorJob, block: str | None) -> str:
-    """Return the name of the result that holds the factors of a job: its block's, or its own."""
-    return job.names[0] if block is None else block
-
-
-def _model_hash(model: nn.Module) -> str:
-    digest = hashlib.sha256(repr(getattr(model, "config", None)).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode() + tensor_hash(tensor))
-    return digest.hexdigest()
-
-
-def _batches_hash(batches: Iterable[Any]) -> str:
-    digest = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if isinstance(value, Tensor):
-            digest.update(tensor_hash(value))
-        elif isinstance(value, Mapping):
-            for key in sorted(value):
-                digest.update(str(key).encode())
-                add(value[key])
-        elif isinstance(value, (tuple, list)):
-            for item in value:
-                add(item)
-        else:
-            digest.update(repr(value).encode())
-
-    for batch in batches:
-        add(batch)
-    return digest.hexdigest()
+def _source_name(data: Any, given: bool) -> str:
+    if isinstance(data, (str, Path)):
+        return str(data)
+    return "given" if given else "random tokens"
 
 
 def _tokens(batch: Any) -> int:
@@ -706,16 +598,6 @@ def _default_workers(device: torch.device) -> int:
 def _cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _peak_memory() -> int:
-    """Return the most memory that this process has had, in bytes; 0 where the system does not say."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _umask() -> int:

@@ -1,7 +1,8 @@
 """Options: what a user may set, checked once, at the door.
 
 ``CompressionConfig`` says how weights become factors, ``CompileOptions`` adds what the compiler needs, and
-``CompressOptions`` what the compression of a whole model needs. All come from plain dictionaries through :func:`parse`, which refuses unknown keys and wrong types.
+``CompressOptions`` what the compression of a whole model needs. All come from plain dictionaries through :func:`parse`,
+which refuses unknown keys and wrong types.
 """
 
 from __future__ import annotations

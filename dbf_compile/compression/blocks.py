@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from dbf_compile.compression.admm import FactorizerConfig, factorize, weighted_error
+from dbf_compile.compression.calibration import Moment
 from dbf_compile.compression.importance import Importance, diagonal_of
 from dbf_compile.compression.jobs import FactorJob
 from dbf_compile.compression.streams import Streams
@@ -96,8 +97,9 @@ def compress_block(
         Its factors, and what every step gained.
     """
     block = copy.deepcopy(dense)
-    features = _output_moments(jobs, targets[0].shape[-1])
-    power = max(sum(float((features * target.square()).sum()) for target in targets), 1e-30)
+    features = _output_moments(jobs, targets[0].shape[-1]).to(targets[0].device)
+    wanted = [streams.counted(batch, target) for batch, target in enumerate(targets)]
+    power = max(sum(float((features * target.square()).sum()) for target in wanted), 1e-30)
     generator = torch.Generator().manual_seed(recipe.factorizer.seed)
     result = BlockResult({})
     local = {full: _inside(name, full) for job in jobs for full in job.names}
@@ -113,13 +115,15 @@ def compress_block(
     def run(batch: int) -> Tensor:
         return streams.run(block, index, batch, inputs[batch])
 
+    def missed(batch: int) -> Tensor:
+        return features * (streams.counted(batch, run(batch)) - wanted[batch]).square()
+
     def loss(batch: int) -> Tensor:
-        return (features * (run(batch) - targets[batch]).square()).mean()
+        return missed(batch).mean()
 
     @torch.no_grad()
     def error() -> float:
-        lost = (features * (run(batch) - target).square() for batch, target in enumerate(targets))
-        return sum(float(part.sum()) for part in lost) / power
+        return sum(float(missed(batch).sum()) for batch in range(len(inputs))) / power
 
     def stage(kind: str, what: str, before: float, began: float) -> float:
         after = error()
@@ -148,7 +152,7 @@ def compress_block(
             advance(recipe.tune)
         began = time.perf_counter()
         paths = [local[full] for full in job.names]
-        importance = _with_fresh_inputs(job.importance, layers[paths[0]], run, len(inputs))
+        importance = _with_fresh_inputs(job.importance, layers[paths[0]], run, streams.masks)
         job = replace(
             job,
             weights=tuple(dense_weight(layers[path]).detach() for path in paths),
@@ -213,26 +217,28 @@ def _output_moments(jobs: Sequence[FactorJob], features: int) -> Tensor:
 
 @torch.no_grad()
 def _with_fresh_inputs(
-    importance: Importance | None, layer: nn.Module, run: Callable[[int], Tensor], batches: int
+    importance: Importance | None,
+    layer: nn.Module,
+    run: Callable[[int], Tensor],
+    masks: Sequence[Tensor | None],
 ) -> Importance | None:
     """Return ``importance`` with the second moments of what reaches ``layer`` now, on the compressed prefix."""
     known = None if importance is None else importance.input_second_moment
     if importance is None or known is None:
         return importance
-    total, count = torch.zeros_like(known, dtype=torch.float64), 0
+    moment = Moment(whole=known.dim() == 2)
+    mask: Tensor | None = None
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        nonlocal count
-        rows = args[0].reshape(-1, args[0].shape[-1]).double()
-        total.add_(rows.mT @ rows if known.dim() == 2 else rows.square().sum(0))
-        count += rows.shape[0]
+        moment.add(args[0], mask)
 
     handle = layer.register_forward_pre_hook(hook)
     try:
-        for batch in range(batches):
+        for batch, mask in enumerate(masks):  # noqa: B007  the hook reads it
             run(batch)
     finally:
         handle.remove()
-    if not count or not bool(torch.isfinite(total).all()):
-        return importance
-    return Importance((total / count).float(), importance.output_grad_second_moment)
+    fresh = moment.mean()
+    if fresh is None or not moment.positions:
+        return importance  # nothing reaches it: an expert that no token goes to
+    return Importance(fresh.float(), importance.output_grad_second_moment)

@@ -1,4 +1,4 @@
-"""The durable cache of factors: made once per content, found again by any process.
+"""The durable cache of factors: made once per content, found again by any process; and hashes of contents.
 
 A key covers everything the factors depend on: the bytes of the weight, its importance, the middle dimension,
 the factorizer's settings and its source. A hit can therefore never be stale.
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dbf_compile import checkpoint
 from dbf_compile.compression import admm, projection, refine
@@ -85,6 +87,45 @@ def tensor_hash(tensor: Tensor) -> bytes:
     digest = hashlib.sha256(f"{content.dtype} {tuple(content.shape)}".encode())
     digest.update(content.reshape(-1).view(torch.uint8).numpy().data)
     return digest.digest()
+
+
+def batches_hash(batches: Iterable[Any]) -> str:
+    """Return a hash of batches: tensors, and sequences and mappings of them."""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            digest.update(tensor_hash(value))
+        elif isinstance(value, Mapping):
+            for key in sorted(value):
+                digest.update(str(key).encode())
+                add(value[key])
+        elif isinstance(value, (tuple, list)):
+            for item in value:
+                add(item)
+        else:
+            digest.update(repr(value).encode())
+
+    for batch in batches:
+        add(batch)
+    return digest.hexdigest()
+
+
+def model_hash(model: nn.Module) -> str:
+    """Return a hash of a model's configuration and of all its tensors by name."""
+    digest = hashlib.sha256(repr(getattr(model, "config", None)).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor_hash(tensor))
+    return digest.hexdigest()
+
+
+@cache
+def program_hash() -> str:
+    """Return a hash of the source of all that decides on what ``compress`` makes of a model."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 @cache

@@ -89,8 +89,8 @@ def calibrate(
         batches = random_batches(model, generator)
     meters = {
         name: _Meter(
-            _Moment(_is_whole(name, form, ("input", "kronecker")), clip),
-            _Moment(_is_whole(name, form, ("kronecker",)), clip),
+            Moment(_is_whole(name, form, ("input", "kronecker")), clip),
+            Moment(_is_whole(name, form, ("kronecker",)), clip),
         )
         for name in dense_linears(model)
         if any(fnmatchcase(name, pattern) for pattern in layers)
@@ -133,7 +133,7 @@ def _is_whole(name: str, form: str, forms: Sequence[str]) -> bool:
 
 
 @dataclass
-class _Moment:
+class Moment:
     """A running second moment: the sum of squares, or of outer products, in float64 and how many were summed."""
 
     whole: bool = False
@@ -143,6 +143,7 @@ class _Moment:
     limit: float = 0.0
 
     def add(self, values: Tensor, mask: Tensor | None = None) -> None:
+        """Take in values [..., features]; of positions that ``mask`` [...] leaves out nothing."""
         rows = values.detach()
         if mask is not None and rows.shape[:-1] == mask.shape:
             rows = rows[mask.to(rows.device)]
@@ -175,6 +176,7 @@ class _Moment:
         return rows * shares[:, None].to(rows.dtype)
 
     def mean(self) -> Tensor | None:
+        """Return the moment of all positions in float64, or None where nothing was taken in."""
         return None if self.total is None else self.total / max(1, self.positions)
 
 
@@ -182,8 +184,8 @@ class _Moment:
 class _Meter:
     """What was measured at one layer."""
 
-    inputs: _Moment
-    output_grads: _Moment
+    inputs: Moment
+    output_grads: Moment
 
 
 @dataclass

@@ -55,5 +55,5 @@ def _reason(name: str, module: nn.Module, kind: str, linear: bool, config: Compr
     if isinstance(module, nn.Embedding):
         return "embedding"
     if linear:
-        return "skipped by name" if config.skips(name) else "head, or too small to gain"
+        return "skipped by name" if config.skips(name) else "tied, or too small to gain"
     return f"not a linear layer ({type(module).__name__})"

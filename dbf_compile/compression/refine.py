@@ -138,10 +138,8 @@ def flip_costs(target: Tensor, product: Product, column_metric: Tensor | None = 
 
     Arguments as for :func:`flip_signs`, at whose result no cost is negative beyond rounding.
     """
-    rows = product.scale_mid[:, None] * product.inner
-    weighted = between(rows, None, column_metric)
+    rows, weighted, fields = _fields(target, product, column_metric)
     scale = product.scale_out[:, None]
-    fields = (target - product.dense()) @ weighted.T
     return 4 * scale * (product.signs_out * fields + scale * (weighted * rows).sum(1))
 
 
@@ -155,11 +153,9 @@ def flip_signs(target: Tensor, product: Product, column_metric: Tensor | None = 
         product: where to start.
         column_metric: R, positive semidefinite [Q, Q], or None for the identity.
     """
-    rows = product.scale_mid[:, None] * product.inner
-    weighted = between(rows, None, column_metric)
+    rows, weighted, fields = _fields(target, product, column_metric)
     normal = weighted @ rows.T
     signs, scale = product.signs_out.clone(), product.scale_out[:, None]
-    fields = (target - product.dense()) @ weighted.T
     own = scale.square() * normal.diagonal()
     threshold = -_LEAST_GAIN * own.mean(1)
     for _ in range(_MAX_FLIPS):
@@ -172,6 +168,13 @@ def flip_signs(target: Tensor, product: Product, column_metric: Tensor | None = 
         fields[moving] += change[:, None] * normal[place]
         signs[moving, place] *= -1
     return product._replace(signs_out=signs)
+
+
+def _fields(target: Tensor, product: Product, column_metric: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return g [M, Q], g R, and (E R gᵀ) [P, M]; see the head."""
+    rows = product.scale_mid[:, None] * product.inner
+    weighted = between(rows, None, column_metric)
+    return rows, weighted, (target - product.dense()) @ weighted.T
 
 
 def _fit_side(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dbf_compile.compression.calibration import call_model, without_cache
+from dbf_compile.compression.losses import attention_mask
 from dbf_compile.errors import ConversionError
 
 _HIDDEN = "hidden_states"
@@ -27,10 +28,12 @@ class Streams:
     Args:
         hidden: of every batch, float32.
         calls: of every batch, for every block: positional and keyword arguments without the hidden states.
+        masks: of every batch, which positions are no padding, as bool [batch, tokens]; None where it does not say.
     """
 
     hidden: list[Tensor] = field(default_factory=list)
     calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(default_factory=list)
+    masks: list[Tensor | None] = field(default_factory=list)
 
     def run(self, block: nn.Module, index: int, batch: int, hidden: Tensor) -> Tensor:
         """Return the output of block ``index`` for the hidden states of one batch."""
@@ -38,6 +41,18 @@ class Streams:
         output = block(hidden, *args, **kwargs)
         result: Tensor = output if isinstance(output, Tensor) else output[0]
         return result
+
+    @torch.no_grad()
+    def outputs(self, block: nn.Module, index: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return the outputs of block ``index`` for the hidden states of every batch."""
+        return [self.run(block, index, batch, hidden) for batch, hidden in enumerate(inputs)]
+
+    def counted(self, batch: int, values: Tensor) -> Tensor:
+        """Return rows [T, features] of the positions of ``values`` [batch, tokens, features] that are no padding."""
+        mask = self.masks[batch]
+        if mask is not None and mask.shape == values.shape[:-1]:
+            return values[mask.to(values.device)]
+        return values.flatten(0, -2)
 
 
 class _StopHereError(Exception):
@@ -94,6 +109,7 @@ def record(model: nn.Module, blocks: Sequence[nn.Module], batches: Iterable[Any]
                     raise _other_way(f"{len(seen)} calls of {len(blocks)} blocks")
                 streams.hidden.append(seen[0][0])
                 streams.calls.append([(args, kwargs) for _, args, kwargs in seen])
+                streams.masks.append(attention_mask(batch))
     finally:
         for handle in handles:
             handle.remove()

@@ -7,7 +7,8 @@ follows when the latent crosses zero. How far from zero it starts says how sure 
 weight would rise if it alone were flipped, in units of the mean over its row of ``signs_out`` (column of ``signs_in``).
 
 Source: straight-through refinement of factors as in NanoQuant; the shape of the loop (Adam, cosine to zero, one window
-a step) too; latents from the cost of a flip are our own. Rates are relative to the root mean square of what is trained, so that no weight's unit matters.
+a step) too; latents from the cost of a flip are our own. Rates are relative to the root mean square of what is trained,
+so that no weight's unit matters.
 """
 
 from __future__ import annotations
@@ -31,11 +32,6 @@ _TINY = 1e-30
 _BETAS = (0.9, 0.95)
 
 
-def _add_scales(layer: nn.Module, factors: DoubleBinaryFactors) -> None:
-    for name in _SCALES:
-        layer.register_parameter(name, nn.Parameter(getattr(factors, name).float(), requires_grad=False))
-
-
 class _Sign(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, latent: Tensor) -> Tensor:
@@ -46,12 +42,11 @@ class _Sign(torch.autograd.Function):
         return grads[0]
 
 
-class TrainableDoubleBinary(nn.Module):
-    """A factored layer whose signs and scales are parameters in float32, none of which requires a gradient at first.
+class Trainable(nn.Module):
+    """A factored layer whose scales are parameters in float32, none of which requires a gradient at first.
 
     Args:
         factors: where to start.
-        sureness: of ``signs_in`` and ``signs_out``, as of :func:`sureness_of`.
         bias: [N], or None; a constant.
         owner: the layer whose first stage this one shares, or None.
     """
@@ -60,6 +55,43 @@ class TrainableDoubleBinary(nn.Module):
     scale_in: nn.Parameter
     scale_mid: nn.Parameter
     scale_out: nn.Parameter
+
+    def __init__(
+        self, factors: DoubleBinaryFactors, bias: Tensor | None = None, owner: Trainable | None = None
+    ) -> None:
+        super().__init__()
+        self.register_buffer("bias", None if bias is None else bias.detach().float(), persistent=False)
+        for name in _SCALES:
+            self.register_parameter(name, nn.Parameter(getattr(factors, name).float(), requires_grad=False))
+        if owner is not None:
+            self.scale_in, self.scale_mid = owner.scale_in, owner.scale_mid
+
+    def signs(self) -> tuple[Tensor, Tensor]:
+        """Return ``signs_in`` [R, K] and ``signs_out`` [N, R] as float32 of +1 and -1."""
+        raise NotImplementedError
+
+    @property
+    def scales(self) -> list[nn.Parameter]:
+        """The three scale vectors."""
+        return [self.scale_in, self.scale_mid, self.scale_out]
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return y [..., N] for x [..., K], both float32."""
+        signs_in, signs_out = self.signs()
+        inner = nn.functional.linear(x * self.scale_in, signs_in) * self.scale_mid
+        y: Tensor = nn.functional.linear(inner, signs_out) * self.scale_out
+        return y if self.bias is None else y + self.bias
+
+
+class TrainableDoubleBinary(Trainable):
+    """A factored layer whose signs and scales are parameters.
+
+    Args:
+        factors, bias, owner: as for :class:`Trainable`.
+        sureness: of ``signs_in`` and ``signs_out``, as of :func:`sureness_of`.
+    """
+
+    latent_in: nn.Parameter
 
     def __init__(
         self,
@@ -68,28 +100,19 @@ class TrainableDoubleBinary(nn.Module):
         bias: Tensor | None = None,
         owner: TrainableDoubleBinary | None = None,
     ) -> None:
-        super().__init__()
-        self.register_buffer("bias", None if bias is None else bias.detach().float(), persistent=False)
-        _add_scales(self, factors)
+        super().__init__(factors, bias, owner)
         inner = unpack_signs(factors.signs_in, factors.in_features) * sureness[0]
         outer = unpack_signs(factors.signs_out, factors.mid_features) * sureness[1]
-        self.latent_in = nn.Parameter(inner, requires_grad=False)
+        self.latent_in = nn.Parameter(inner, requires_grad=False) if owner is None else owner.latent_in
         self.latent_out = nn.Parameter(outer, requires_grad=False)
-        if owner is not None:
-            self.latent_in, self.scale_in, self.scale_mid = owner.latent_in, owner.scale_in, owner.scale_mid
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y [..., N] for x [..., K], computed in float32, in the dtype of x."""
-        exact = x.float()
-        signs_in, signs_out = _Sign.apply(self.latent_in), _Sign.apply(self.latent_out)  # type: ignore[no-untyped-call]
-        inner = nn.functional.linear(exact * self.scale_in, signs_in) * self.scale_mid
-        y: Tensor = nn.functional.linear(inner, signs_out) * self.scale_out
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
+        return self.product(x.float()).to(x.dtype)
 
-    @property
-    def scales(self) -> list[nn.Parameter]:
-        """The three scale vectors."""
-        return [getattr(self, name) for name in _SCALES]
+    def signs(self) -> tuple[Tensor, Tensor]:
+        """Return the signs, through which gradients reach the latents unchanged."""
+        return _Sign.apply(self.latent_in), _Sign.apply(self.latent_out)  # type: ignore[no-untyped-call]
 
     @property
     def latents(self) -> list[nn.Parameter]:
@@ -97,47 +120,26 @@ class TrainableDoubleBinary(nn.Module):
         return [self.latent_in, self.latent_out]
 
 
-class TrainableScales(nn.Module):
-    """A factored layer whose scales are parameters, float32, and whose signs stay packed.
-
-    Args:
-        factors: where to start.
-        bias: [N], or None; a constant.
-        owner: the layer whose first stage this one shares, or None.
-    """
-
-    bias: Tensor | None
-    scale_in: nn.Parameter
-    scale_mid: nn.Parameter
-    scale_out: nn.Parameter
+class TrainableScales(Trainable):
+    """A factored layer whose scales are parameters and whose signs stay packed; arguments as of :class:`Trainable`."""
 
     def __init__(
-        self, factors: DoubleBinaryFactors, bias: Tensor | None, owner: TrainableScales | None = None
+        self, factors: DoubleBinaryFactors, bias: Tensor | None = None, owner: TrainableScales | None = None
     ) -> None:
-        super().__init__()
-        self.factors = factors
-        self.register_buffer("bias", bias, persistent=False)
-        _add_scales(self, factors)
-        if owner is not None:
-            self.scale_in, self.scale_mid = owner.scale_in, owner.scale_mid
+        super().__init__(factors, bias, owner)
+        self._factors = factors
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y [..., N] for x [..., K], computed in float32, in the dtype of x."""
         # Unpacked signs are 32 times as large: they are made again for the backward pass instead of being kept.
-        y: Tensor = checkpoint(self._compute, x.float(), use_reentrant=False)
+        y: Tensor = checkpoint(self.product, x.float(), use_reentrant=False)
         return y.to(x.dtype)
 
-    def _compute(self, x: Tensor) -> Tensor:
-        factors, linear = self.factors, nn.functional.linear
-        inner = linear(x * self.scale_in, unpack_signs(factors.signs_in, factors.in_features))
-        outer = linear(inner * self.scale_mid, unpack_signs(factors.signs_out, factors.mid_features))
-        y: Tensor = outer * self.scale_out
-        return y if self.bias is None else y + self.bias
-
-    @property
-    def scales(self) -> list[nn.Parameter]:
-        """The three scale vectors."""
-        return [getattr(self, name) for name in _SCALES]
+    def signs(self) -> tuple[Tensor, Tensor]:
+        """Return the signs, unpacked."""
+        factors = self._factors
+        inner = unpack_signs(factors.signs_in, factors.in_features)
+        return inner, unpack_signs(factors.signs_out, factors.mid_features)
 
 
 @torch.no_grad()
@@ -172,16 +174,14 @@ def sureness_of(
 
 
 @torch.no_grad()
-def trained_factors(
-    layers: Mapping[str, TrainableDoubleBinary | TrainableScales],
-) -> dict[str, DoubleBinaryFactors]:
+def trained_factors(layers: Mapping[str, Trainable]) -> dict[str, DoubleBinaryFactors]:
     """Return the factors of trained layers by name, scales rounded to float16; shared first stages stay shared."""
     groups: dict[int, list[str]] = {}
     for name, layer in layers.items():
         groups.setdefault(id(layer.scale_in), []).append(name)
     made: dict[str, DoubleBinaryFactors] = {}
     for names in groups.values():
-        signs = [_signs(layers[name]) for name in names]
+        signs = [layers[name].signs() for name in names]
         first = layers[names[0]]
         scale_out = torch.cat([layers[name].scale_out for name in names])
         # Training may have turned a scale negative: the signs take it over.
@@ -193,16 +193,6 @@ def trained_factors(
         )
         made.update(zip(names, stacked.split([len(outer) for _, outer in signs]), strict=True))
     return {name: made[name] for name in layers}
-
-
-def _signs(layer: TrainableDoubleBinary | TrainableScales) -> tuple[Tensor, Tensor]:
-    if isinstance(layer, TrainableDoubleBinary):
-        return signs_of(layer.latent_in), signs_of(layer.latent_out)
-    factors = layer.factors
-    return (
-        unpack_signs(factors.signs_in, factors.in_features),
-        unpack_signs(factors.signs_out, factors.mid_features),
-    )
 
 
 def train(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
@@ -85,15 +86,9 @@ def open_dense(folder: Path, trust_remote_code: bool = False) -> nn.Module:
     kind = model_class(config)
     try:
         model: nn.Module = kind.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder} cannot be loaded ({error})", "a whole, undamaged model", "download it again"
-        ) from error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise CheckpointError(
-            f"{folder} has a damaged file ({error})", "a whole, undamaged model", "download it again"
         ) from error
     return model.eval().requires_grad_(False)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dbf_compile.compression.calibration import _Moment, calibrate
+from dbf_compile.compression.calibration import Moment, calibrate
 from dbf_compile.compression.losses import loss_named, output_loss
 from dbf_compile.errors import ConversionError, OptionError, WeightError
 
@@ -423,9 +423,9 @@ def test_blocks_that_visit_a_device_one_at_a_time_give_the_same(kind):
 def test_what_is_computed_again_is_not_measured_again(monkeypatch):
     def additions(device):
         calls = []
-        add = _Moment.add
+        add = Moment.add
         with monkeypatch.context() as patch:
-            patch.setattr(_Moment, "add", lambda *args, **kwargs: calls.append(1) or add(*args, **kwargs))
+            patch.setattr(Moment, "add", lambda *args, **kwargs: calls.append(1) or add(*args, **kwargs))
             calibrate(tiny("LlamaForCausalLM"), tokens(2), device=device)
         return len(calls)
 

@@ -35,5 +35,5 @@ def test_layers_that_stay_dense_say_why():
     found = coverage(model, {"model.layers.0.mlp.up_proj"}, config)
     reasons = {row["name"]: row["reason"] for row in found["dense"]}
     assert reasons["model.layers.0.self_attn.o_proj"] == "skipped by name"
-    assert reasons["model.layers.0.mlp.down_proj"] == "head, or too small to gain"
+    assert reasons["model.layers.0.mlp.down_proj"] == "tied, or too small to gain"
     assert "model.layers.0.mlp.up_proj" not in reasons

@@ -81,9 +81,7 @@ def test_the_report_says_what_was_done(dense, mode, expected):
     assert {"kl", "dense", "compressed"} <= report["evaluation"].keys()
     stages = [stage["stage"] for stage in report["stages"]]
     assert stages == ((["tune", "factor"] * 4 + ["refine"]) * 2 if mode == "block" else []) + ["distill"]
-    assert (expected / "dbf_report.html").read_text().startswith("<!doctype html>".upper()) or "<html" in (
-        expected / "dbf_report.html"
-    ).read_text()
+    assert "<html" in (expected / "dbf_report.html").read_text()
     assert not expected.with_name("made.work").exists()
     assert {path.name for path in expected.iterdir()} >= {"tokenizer.json", "generation_config.json"}
 
@@ -92,10 +90,10 @@ def test_the_summary_reads_well(independent):
     assert re.search(r"\d\.\d+ bits per weight in \d+\.\d% of the weights.*\n.*KL", str(independent))
 
 
-def test_one_command_twice_does_nothing_the_second_time(dense, independent, capfd):
-    began = time.perf_counter()
-    again = compress(dense, independent.folder, mode="independent")
-    assert again.report == independent.report and time.perf_counter() - began < 60
+def test_one_command_twice_does_nothing_the_second_time(dense, independent, monkeypatch):
+    module = sys.modules["dbf_compile.compress"]  # the name stands for the function in the package
+    monkeypatch.setattr(module, "Work", lambda *_: pytest.fail("work was begun"))
+    assert compress(dense, independent.folder, mode="independent").report == independent.report
     with pytest.raises(OptionError, match=r"which exists"):
         compress(dense, independent.folder, mode="independent", bits=3.0)
 

@@ -1,0 +1,112 @@
+"""What a compression puts into its report: every part's outcome, and where it was made."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from dbf_compile.compression.jobs import FactorJob
+from dbf_compile.factors import stored_bits
+
+
+@dataclass(frozen=True)
+class Part:
+    """One weight, or several factored as one, in the whole of a model.
+
+    Args:
+        job: what is factored.
+        block: number of the block it lies in, or None.
+        result: name of the result that holds its factors: its block's, or its own.
+    """
+
+    job: FactorJob
+    block: int | None
+    result: str
+
+    @staticmethod
+    def of(job: FactorJob, blocks: Iterable[str], mode: str) -> Part:
+        """Return the part of a job; ``mode`` is "block" where blocks are factored as a whole."""
+        for number, name in enumerate(blocks):
+            if all(each.startswith(f"{name}.") for each in job.names):
+                return Part(job, number, name if mode == "block" else job.names[0])
+        return Part(job, None, job.names[0])
+
+    @property
+    def alone(self) -> bool:
+        """Whether it has a result of its own."""
+        return self.result == self.job.names[0]
+
+    @property
+    def stored(self) -> int:
+        """The bits its factors are stored in."""
+        return stored_bits(self.job.in_features, self.job.mid_features, self.job.out_features)
+
+
+def outcome(
+    parts: Sequence[Part], facts: Mapping[str, Mapping[str, Any]], distilled: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Return "layers" and "stages" of a report.
+
+    Args:
+        parts: all that was factored.
+        facts: errors, seconds and stages by name of the result.
+        distilled: what distillation gained, or None.
+    """
+    stages = [stage for found in facts.values() for stage in found["stages"]]
+    if distilled is not None and "kl" in distilled["after"]:
+        stages.append(
+            {
+                "stage": "distill",
+                "block": None,
+                "measure": "KL from the dense model",
+                "before": distilled["before"]["kl"],
+                "after": distilled["after"]["kl"],
+                "seconds": distilled["seconds"],
+            }
+        )
+    layers = [
+        {
+            "name": part.job.name,
+            "shape": [part.job.out_features, part.job.in_features],
+            "mid_features": part.job.mid_features,
+            "bits_per_weight": part.stored / part.job.size,
+            "error": facts[part.result]["errors"][part.job.name],
+            "seconds": facts[part.result]["seconds"][part.job.name],
+            "block": part.block,
+        }
+        for part in parts
+    ]
+    return {"layers": layers, "stages": stages}
+
+
+def surroundings(device: torch.device, cores: int) -> dict[str, Any]:
+    """Return the program, the time, the memory and the machine of this process."""
+    return {
+        "dbf_compile": version("dbf-compile"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "memory": {"peak_bytes": _peak_memory()},
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": cores,
+            "device": str(device),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _peak_memory() -> int:
+    """Return the most memory that this process has had, in bytes; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
