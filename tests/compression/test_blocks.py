@@ -1,6 +1,7 @@
 """Block-corrected compression of a block: what it gains, what it keeps, that it can be repeated."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,3 +98,25 @@ def test_refinement_that_does_harm_is_taken_back(setting, monkeypatch):
     assert torch.equal(
         found.factors[f"{NAME}.mlp.up_proj"].signs_in, plain.factors[f"{NAME}.mlp.up_proj"].signs_in
     )
+
+
+def test_what_stands_at_padding_changes_nothing(setting):
+    block, jobs, streams, inputs, targets = setting
+    masks = [torch.ones(1, 24, dtype=torch.bool) for _ in inputs]
+    for mask in masks:
+        mask[:, 20:] = False
+    # The block is causal: positions behind the last that counts reach none that does.
+    spoilt = [
+        target.masked_fill(~mask[..., None], 100.0) for target, mask in zip(targets, masks, strict=True)
+    ]
+    other = [x.masked_fill(~mask[..., None], 3.0) for x, mask in zip(inputs, masks, strict=True)]
+    masked = replace(streams, masks=masks)
+    first, _, _ = compressed((block, jobs, masked, inputs, targets), 1, 1)
+    second, _, _ = compressed((block, jobs, masked, other, spoilt), 1, 1)
+    assert all(
+        torch.equal(first.factors[name].tensors()[kind], tensor)
+        for name, made in second.factors.items()
+        for kind, tensor in made.tensors().items()
+        if kind.startswith("signs")
+    )
+    assert second.stages[-1]["after"] == pytest.approx(first.stages[-1]["after"], rel=1e-3)

@@ -75,3 +75,15 @@ def test_blocks_that_are_not_called_are_refused():
     with pytest.raises(ConversionError, match=r"0 calls of 1 blocks.*independent"):
         model = Twice(0)
         record(model, list(model.blocks), [torch.randn(2, 4)])
+
+
+@torch.no_grad()
+def test_padding_does_not_count():
+    model = tiny_bert().eval()
+    mask = torch.tensor([[1] * 6 + [0] * 3])
+    streams = record(
+        model, list(model.encoder.layer), [{"input_ids": ids()[0], "attention_mask": mask}, ids()[1]]
+    )
+    values = torch.randn(1, 9, 64)
+    assert torch.equal(streams.counted(0, values), values[0, :6])
+    assert torch.equal(streams.counted(1, values), values[0])

@@ -121,14 +121,15 @@ def test_sureness_is_what_flipping_a_sign_costs(N, K, R, seed, weighted):
         return DoubleBinaryFactors(**{**factors.tensors(), name: pack_signs(signs)})
 
     base = error(factors)
-    costs = torch.tensor(
-        [[error(flipped("signs_out", R, n, r)) - base for r in range(R)] for n in range(N)]
-    ).clamp_min(0)
-    wanted = costs / costs.mean(1, keepdim=True).clamp_min(1e-30)
-    # Costs are differences of sums in float32; rows whose costs vanish have no ratio.
-    solid = costs.mean(1) > 1e-4 * base + 1e-9
-    assert torch.allclose(outer[solid], wanted[solid].float(), rtol=0.02, atol=0.02)
-    assert bool((inner >= 0).all()) and bool((outer >= 0).all())
+    costs_out = [[error(flipped("signs_out", R, n, r)) - base for r in range(R)] for n in range(N)]
+    costs_in = [[error(flipped("signs_in", K, r, k)) - base for r in range(R)] for k in range(K)]
+    for found, costs in ((outer, torch.tensor(costs_out)), (inner.T, torch.tensor(costs_in))):
+        costs = costs.clamp_min(0)
+        wanted = costs / costs.mean(1, keepdim=True).clamp_min(1e-30)
+        # Costs are differences of sums in float32; rows whose costs vanish have no ratio.
+        solid = costs.mean(1) > 1e-4 * base + 1e-9
+        assert torch.allclose(found[solid], wanted[solid].float(), rtol=0.02, atol=0.02)
+        assert bool((found >= 0).all())
 
 
 def fit(layer, weight, rates, epochs=10):
