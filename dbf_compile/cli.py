@@ -127,7 +127,11 @@ def evaluate(
     length: Annotated[int, typer.Option(help="Context length: tokens of a window.")] = 2048,
     windows: Annotated[int, typer.Option(help="Windows at most; they do not overlap.")] = 10_000,
     tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, joined by commas.")] = None,
+    include_path: Annotated[
+        str | None, typer.Option(help="A folder with tasks of your own, as YAML files of lm-eval.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Examples of a task at most.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to, such as cuda or cpu.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -144,7 +148,9 @@ def evaluate(
         length=length,
         windows=windows,
         tasks=tasks.split(",") if tasks else (),
+        include_path=include_path,
         limit=limit,
+        device=device,
         trust_remote_code=trust_remote_code,
     )
     _print(as_json, found, lambda: "\n".join(f"{key:>16}  {_figure(value)}" for key, value in found.items()))

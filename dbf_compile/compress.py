@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import json
 import multiprocessing
-import os
 import shutil
 import tempfile
 import threading
@@ -24,7 +23,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -51,9 +50,10 @@ from dbf_compile.compression.work import RESUME, Made, Work
 from dbf_compile.errors import ConversionError, DBFError, OptionError
 from dbf_compile.evaluation import compare
 from dbf_compile.experts import unfuse_
-from dbf_compile.factors import DoubleBinaryFactors
-from dbf_compile.folders import write_text
+from dbf_compile.factors import DoubleBinaryFactors, move_factors
+from dbf_compile.folders import new_folder_mode, write_text
 from dbf_compile.linear import swap_
+from dbf_compile.machine import chosen_device, cores, default_workers
 from dbf_compile.options import PRESETS, CompressionConfig, CompressOptions, parse
 from dbf_compile.report import write_report
 from dbf_compile.summary import Part, outcome, surroundings
@@ -144,8 +144,8 @@ def compress(
         threads = torch.get_num_threads()
         try:
             # Sums depend on the number of threads; so that results do not, it is the same for all workers.
-            torch.set_num_threads(_cores())
-            run.finish(workers or _default_workers(run.device))
+            torch.set_num_threads(cores())
+            run.finish(workers or default_workers(run.device))
         except (OSError, DBFError):
             if not output.exists():  # else another worker has finished, and removed the work under this one
                 raise
@@ -171,7 +171,7 @@ def compress_in_processes(
     Returns:
         What ``compress`` returns.
     """
-    workers = max(1, _cores() // processes)
+    workers = max(1, cores() // processes)
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         tasks = [
             pool.submit(
@@ -260,8 +260,9 @@ class _Run:
             )
         facts["fingerprint"] = fingerprint
         work = Work(output.with_name(output.name + ".work"), fingerprint, resume)
-        where = torch.device(device) if device is not None else _default_device()
         unfuse_(model)
+        where = chosen_device(device)
+        calibrating, judging = ([moved(batch, where) for batch in part] for part in (calibrating, judging))
         return _Run(output, model, source, tokenizer, config, calibrating, judging, where, facts, work)
 
     def finish(self, workers: int) -> None:
@@ -295,11 +296,11 @@ class _Run:
             if not all(part.alone for part in parts):
                 self._factor_blocks(blocks, [part for part in parts if not part.alone])
         with self._timed("distill"):
-            distilled = self._distilled(parts)
+            distilled = self._distilled(parts, blocks)
         with self.work.exclusive("output"):
             if not self.output.exists():
                 self.seconds["total"] = time.perf_counter() - began
-                self._write(parts, covered, distilled)
+                self._write(parts, blocks, covered, distilled)
 
     def _importance(self) -> dict[str, Importance]:
         config = self.config
@@ -379,8 +380,7 @@ class _Run:
             if all(self.work.has(part.result) for part in parts):
                 return
             with block_by_block(self.model, list(blocks.values()), self.device):
-                given = [moved(batch, self.device) for batch in self.batches]
-                streams = record(self.model, list(blocks.values()), given)
+                streams = record(self.model, list(blocks.values()), self.batches)
             dense = compressed = streams.hidden
             with self._bar("blocks", sum(part.job.size for part in parts), "weight") as bar:
                 for index, (name, block) in enumerate(blocks.items()):
@@ -422,9 +422,9 @@ class _Run:
 
         found = compress_block(name, index, dense, jobs, streams, inputs, targets, recipe, tell)
         facts = {"errors": found.errors, "seconds": found.seconds, "stages": found.stages}
-        return {key: made.to("cpu") for key, made in found.factors.items()}, facts
+        return move_factors(found.factors, dict.fromkeys(found.factors, torch.device("cpu"))), facts
 
-    def _distilled(self, parts: Sequence[Part]) -> dict[str, Any] | None:
+    def _distilled(self, parts: Sequence[Part], blocks: Iterable[str]) -> dict[str, Any] | None:
         """Return what distillation gained, or None where it is not done; its factors are the result "distilled"."""
         if not (self.config.distill and self.batches and is_causal(self.model)):
             return None
@@ -432,9 +432,9 @@ class _Run:
         def make() -> Made:
             began = time.perf_counter()
             student = self._student(self._all_factors(parts))
-            before = compare(self.model, student, self.judging)
+            before = self._judged(student, blocks)
             steps = self.config.distill * len(self.batches)
-            with self._bar("distilling", steps, "step") as bar:
+            with self._visiting(student, blocks), self._bar("distilling", steps, "step") as bar:
                 made = distill(
                     self.model,
                     student,
@@ -442,8 +442,9 @@ class _Run:
                     self.config.distill,
                     self.config.seed,
                     lambda: bar.update(1),
+                    self.device,
                 )
-            after = compare(self.model, self._student(made), self.judging)
+            after = self._judged(self._student(made), blocks)
             seconds = round(time.perf_counter() - began, 3)
             return made, {"before": before, "after": after, "seconds": seconds}
 
@@ -451,6 +452,22 @@ class _Run:
 
     def _student(self, factors: Mapping[str, DoubleBinaryFactors]) -> nn.Module:
         return swap_(_view_of(self.model), factors)
+
+    def _judged(self, student: nn.Module, blocks: Iterable[str]) -> dict[str, Any]:
+        with self._visiting(student, blocks):
+            return compare(self.model, student, self.judging)
+
+    @contextmanager
+    def _visiting(self, student: nn.Module, blocks: Iterable[str]) -> Iterator[None]:
+        """Let the blocks of both models visit the device, one at a time, where the models are elsewhere."""
+        if next(self.model.parameters()).device == self.device:
+            yield
+            return
+        with ExitStack() as stack:
+            for model in (self.model, student):
+                visitors = [model.get_submodule(name) for name in blocks]
+                stack.enter_context(block_by_block(model, visitors, self.device))
+            yield
 
     def _all_factors(self, parts: Sequence[Part]) -> dict[str, DoubleBinaryFactors]:
         found: dict[str, DoubleBinaryFactors] = {}
@@ -474,7 +491,11 @@ class _Run:
         self.seconds[name] = round(time.perf_counter() - began, 3)
 
     def _write(
-        self, parts: Sequence[Part], covered: Mapping[str, Any], distilled: Mapping[str, Any] | None
+        self,
+        parts: Sequence[Part],
+        blocks: Iterable[str],
+        covered: Mapping[str, Any],
+        distilled: Mapping[str, Any] | None,
     ) -> None:
         """Write the folder beside the output and move it there."""
         from dbf_compile.integrations import pretrained
@@ -482,7 +503,7 @@ class _Run:
         results = list(dict.fromkeys(part.result for part in parts))
         facts = {name: self.work.read(name)[1] for name in results}
         if distilled is None:
-            evaluation = compare(self.model, self._student(self._all_factors(parts)), self.judging)
+            evaluation = self._judged(self._student(self._all_factors(parts)), blocks)
         else:
             evaluation = distilled["after"]
         layers = {
@@ -502,7 +523,7 @@ class _Run:
         # Hidden, so that nobody takes it for a model before it is one; of its own, so that it is not mixed with another.
         folder = Path(tempfile.mkdtemp(dir=self.output.parent, prefix=f".{self.output.name}."))
         try:
-            folder.chmod(0o777 & ~_umask())
+            folder.chmod(new_folder_mode())
             size = pretrained.write_model(
                 folder,
                 self.model,
@@ -525,7 +546,7 @@ class _Run:
                 **outcome(parts, facts, distilled),
                 "evaluation": evaluation,
                 "time": self.seconds,
-                **surroundings(self.device, _cores()),
+                **surroundings(self.device),
             }
             write_text(folder / _REPORT, json.dumps(report, indent=1) + "\n")
             write_report(report, folder / _PAGE)
@@ -581,26 +602,3 @@ def _source_name(data: Any, given: bool) -> str:
 def _tokens(batch: Any) -> int:
     ids = token_ids(batch)
     return 0 if ids is None else ids.numel()
-
-
-def _default_device() -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-
-
-def _default_workers(device: torch.device) -> int:
-    if device.type != "cpu":
-        return 1
-    return max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def _cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from dbf_compile.compression.batches import token_batches
-from dbf_compile.compression.calibration import call_model
+from dbf_compile.compression.calibration import call_model, moved
 from dbf_compile.compression.distillation import agreement, divergence, logits_of
 from dbf_compile.compression.losses import first_tensor, is_causal, token_ids
 from dbf_compile.errors import OptionError
+from dbf_compile.machine import chosen_device
 
 
 @torch.no_grad()
@@ -75,7 +76,9 @@ def evaluate_folder(
     length: int = 2048,
     windows: int = 10_000,
     tasks: Sequence[str] = (),
+    include_path: str | Path | None = None,
     limit: int | None = None,
+    device: torch.device | str | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Measure a model in a folder: perplexity and distance from the dense model on text, and tasks of lm-eval.
@@ -87,46 +90,75 @@ def evaluate_folder(
         length: tokens of a window, which is the context length the perplexity belongs to.
         windows: at most so many.
         tasks: names of tasks of lm-eval, for which its package is to be installed.
+        include_path: a folder with tasks of one's own, as YAML files of lm-eval.
         limit: examples of a task at most.
+        device: where to; None for a GPU where there is one.
         trust_remote_code: as of ``from_pretrained``.
 
     Returns:
         What :func:`compare` returns, "context_length" and "windows"; for tasks their metrics by "task/metric".
 
     Raises:
-        OptionError: lm-eval is wanted and not installed.
+        OptionError: lm-eval is wanted and not installed, or does not know a task.
     """
     from dbf_compile.integrations import pretrained
 
+    manager = _checked_tasks(tasks, include_path) if tasks else None
     folder = pretrained.local_folder(model)
     tokenizer = pretrained.tokenizer_of(folder, trust_remote_code)
     found: dict[str, Any] = {}
-    loaded = pretrained.open_any(folder, trust_remote_code)
+    where = chosen_device(device)
+    loaded = pretrained.open_any(folder, trust_remote_code).to(where)
     if data is not None:
-        given = list(token_batches(data, tokenizer, length=length, count=windows))
+        given = [moved(each, where) for each in token_batches(data, tokenizer, length=length, count=windows)]
         other = None
         if dense is not None:
-            other = pretrained.open_any(pretrained.local_folder(dense), trust_remote_code)
+            other = pretrained.open_any(pretrained.local_folder(dense), trust_remote_code).to(where)
         found |= {"context_length": length, "windows": len(given), **compare(other, loaded, given)}
     if tasks:
-        found |= _task_results(loaded, tokenizer, tasks, limit)
+        if tokenizer.eos_token_id is None:  # lm-eval puts it in front of what has nothing in front
+            raise OptionError(
+                f"tasks={list(tasks)} with a tokenizer of {folder} that has no end-of-text token",
+                "a tokenizer with eos_token",
+                "set eos_token in its tokenizer_config.json",
+            )
+        found |= _task_results(loaded, tokenizer, tasks, manager, limit)
     return found
 
 
-def _task_results(
-    model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit: int | None
-) -> dict[str, Any]:
+def _checked_tasks(tasks: Sequence[str], include_path: str | Path | None) -> Any:
+    """Return lm-eval's ``TaskManager`` after looking for the tasks: before a model is loaded, which takes minutes."""
     try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise OptionError(
             f"tasks={list(tasks)} without lm-eval ({error})",
             "lm-eval installed",
             "pip install 'dbf-compile[eval]'",
         ) from error
-    language_model = HFLM(pretrained=model, tokenizer=tokenizer)
-    results = simple_evaluate(model=language_model, tasks=list(tasks), limit=limit)["results"]
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        raise OptionError(
+            f"tasks {unknown}",
+            "tasks, groups and tags of lm-eval",
+            "see lm-eval ls tasks, or pass include_path",
+        )
+    return manager
+
+
+def _task_results(
+    model: nn.Module, tokenizer: Any, tasks: Sequence[str], manager: Any, limit: int | None
+) -> dict[str, Any]:
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    results = simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer),
+        tasks=list(tasks),
+        task_manager=manager,
+        limit=limit,
+    )["results"]
     return {
         f"{task}/{metric.split(',')[0]}": value
         for task, metrics in results.items()

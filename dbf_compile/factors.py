@@ -7,7 +7,7 @@ Shape letters: K in_features, R mid_features, N out_features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -153,6 +153,24 @@ class DoubleBinaryFactors:
                 self.signs_in, self.signs_out[part], self.scale_in, self.scale_mid, self.scale_out[part]
             )
             start += rows
+
+
+def move_factors(
+    factors: Mapping[str, DoubleBinaryFactors], devices: Mapping[str, torch.device]
+) -> dict[str, DoubleBinaryFactors]:
+    """Return factors by name, each on its device; tensors that several share are moved once and stay shared."""
+    moved: dict[tuple[int, torch.device], Tensor] = {}
+
+    def move(tensor: Tensor, device: torch.device) -> Tensor:
+        key = id(tensor), device
+        if key not in moved:
+            moved[key] = tensor.to(device)
+        return moved[key]
+
+    return {
+        name: DoubleBinaryFactors(*(move(tensor, devices[name]) for tensor in made.tensors().values()))
+        for name, made in factors.items()
+    }
 
 
 def stored_bits(in_features: int, mid_features: int, out_features: int) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dbf_compile.linear import DoubleBinaryLinear
+from dbf_compile.machine import chosen_device
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def generate(
         folder = pretrained.local_folder(model)
         tokenizer = pretrained.tokenizer_of(folder) if tokenizer is None else tokenizer
         model = pretrained.open_any(folder)
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = chosen_device(device)
     chosen: Any = model
     chosen = chosen.to(where).eval()
     ids = prompt if isinstance(prompt, Tensor) else tokenizer(prompt, return_tensors="pt")["input_ids"]

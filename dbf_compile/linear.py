@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dbf_compile.errors import ConversionError
-from dbf_compile.factors import FIRST_STAGE, SIGN_NAMES, TENSOR_NAMES, DoubleBinaryFactors
+from dbf_compile.factors import FIRST_STAGE, SIGN_NAMES, TENSOR_NAMES, DoubleBinaryFactors, move_factors
 from dbf_compile.ops import double_binary_linear
 from dbf_compile.signs import deinterleave, interleave, interleaved_on
 
@@ -205,12 +205,11 @@ def swap_(model: nn.Module, factors: Mapping[str, DoubleBinaryFactors]) -> nn.Mo
                 f"{expected}, the shape of its weight",
                 "check that the checkpoint belongs to this model",
             )
-    for name, made in factors.items():
+    moved = move_factors(factors, {name: dense_weight(layers[name]).device for name in factors})
+    for name, made in moved.items():
         dense = layers[name]
-        weight = dense.weight
-        assert isinstance(weight, Tensor)
         bias = dense.bias
-        factored = DoubleBinaryLinear(made.to(weight.device), bias if isinstance(bias, Tensor) else None)
+        factored = DoubleBinaryLinear(made, bias if isinstance(bias, Tensor) else None)
         factored.train(dense.training)
         if name == "":
             return factored

@@ -14,6 +14,7 @@ import torch
 
 from dbf_compile.compression.jobs import FactorJob
 from dbf_compile.factors import stored_bits
+from dbf_compile.machine import cores
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def outcome(
     return {"layers": layers, "stages": stages}
 
 
-def surroundings(device: torch.device, cores: int) -> dict[str, Any]:
+def surroundings(device: torch.device) -> dict[str, Any]:
     """Return the program, the time, the memory and the machine of this process."""
     return {
         "dbf_compile": version("dbf-compile"),
@@ -94,7 +95,7 @@ def surroundings(device: torch.device, cores: int) -> dict[str, Any]:
         "memory": {"peak_bytes": _peak_memory()},
         "machine": {
             "processor": platform.processor() or platform.machine(),
-            "cores": cores,
+            "cores": cores(),
             "device": str(device),
             "torch": torch.__version__,
             "python": platform.python_version(),

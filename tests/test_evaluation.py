@@ -1,16 +1,19 @@
 """Figures of a comparison are those that their definitions give."""
 
+import json
 import math
 
 import pytest
 import torch
 from support.models import tiny_bert, tiny_llama
-from support.pretrained import text_of, tiny_folder
+from support.pretrained import WORDS, text_of, tiny_folder
 
 from dbf_compile.errors import OptionError
 from dbf_compile.evaluation import compare, evaluate_folder
 
 transformers = pytest.importorskip("transformers")
+
+from dbf_compile.integrations.pretrained import open_any, tokenizer_of  # noqa: E402
 
 
 def windows(count=3, length=12):
@@ -74,9 +77,59 @@ def test_tasks_without_their_package_say_what_to_install(tmp_path, monkeypatch):
         evaluate_folder(tiny_folder(tmp_path / "model"), tasks=["piqa"])
 
 
-def test_tasks_go_through_lm_evals_own_call(tmp_path):
-    lm_eval = pytest.importorskip("lm_eval")
-    assert lm_eval
+CHOICES = [" signs", " scale", " twice"]  # of equal length, or the shortest is always the likeliest
+TASK = """
+task: local_choices
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: question
+doc_to_choice: choices
+doc_to_target: answer
+target_delimiter: ""
+metric_list: [{{metric: acc}}]
+"""
+
+
+def test_a_task_of_lm_eval_gives_what_its_definition_says(tmp_path, monkeypatch):
+    """Accuracy of multiple choice: the choice whose tokens are likeliest after the question."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     folder = tiny_folder(tmp_path / "model")
-    with pytest.raises(Exception, match="no_such_task"):
+    tokenizer = tokenizer_of(folder)
+    with pytest.raises(OptionError, match="no end-of-text token"):
+        evaluate_folder(folder, tasks=["piqa"])
+    tokenizer.eos_token = "~"
+    tokenizer.save_pretrained(folder)
+    model = open_any(folder)
+
+    def likelihood(question, choice):
+        start = len(tokenizer(question)["input_ids"])
+        ids = torch.tensor(tokenizer(question + choice)["input_ids"])
+        with torch.no_grad():
+            log_chances = model(ids[None]).logits[0, :-1].log_softmax(-1)
+        return float(log_chances[range(start - 1, len(ids) - 1), ids[start:]].sum())
+
+    rows, right = [], []
+    for count in range(12):
+        question, answer = " ".join([*WORDS[:count], "and"]), count % len(CHOICES)
+        scores = [likelihood(question, choice) for choice in CHOICES]
+        rows.append({"question": question, "choices": CHOICES, "answer": answer})
+        right.append(scores.index(max(scores)) == answer)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "rows.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tasks" / "local.yaml").write_text(TASK.format(file=tmp_path / "rows.json"))
+    found = evaluate_folder(folder, tasks=["local_choices"], include_path=tmp_path / "tasks")
+    assert found["local_choices/acc"] == pytest.approx(sum(right) / len(right))
+    assert 0 < sum(right) < len(right)  # else the figure would say little
+    first = evaluate_folder(folder, tasks=["local_choices"], include_path=tmp_path / "tasks", limit=1)
+    assert first["local_choices/acc"] == right[0]
+
+
+def test_a_task_that_is_not_there_is_named(tmp_path):
+    pytest.importorskip("lm_eval")
+    folder = tiny_folder(tmp_path / "model")
+    with pytest.raises(OptionError, match=r"no_such_task.*include_path"):
         evaluate_folder(folder, tasks=["no_such_task"], limit=1)

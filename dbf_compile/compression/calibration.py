@@ -28,6 +28,7 @@ from dbf_compile.compression.importance import Importance, diagonal_of
 from dbf_compile.compression.losses import Loss, attention_mask, loss_named
 from dbf_compile.errors import ConversionError, DBFError, OptionError
 from dbf_compile.linear import dense_linears
+from dbf_compile.machine import with_index
 from dbf_compile.options import DENSE_BY_DEFAULT
 
 FORMS = ("diagonal", "input", "kronecker")
@@ -260,6 +261,7 @@ def block_by_block(
         yield
         return
     run = run or _Run(None)
+    device = with_index(device)
     inside = {id(tensor) for block in blocks for tensor in _tensors(block)}
     homes = [(tensor, tensor.data) for tensor in _tensors(model) if id(tensor) not in inside]
     try:
@@ -275,7 +277,7 @@ def block_by_block(
             tensor.data = data
 
 
-def _visiting(block: nn.Module, run: _Run, device: torch.device | str) -> Callable[..., Any]:
+def _visiting(block: nn.Module, run: _Run, device: torch.device) -> Callable[..., Any]:
     forward = block.forward
 
     def visit(*args: Any, **kwargs: Any) -> Any:
@@ -284,22 +286,43 @@ def _visiting(block: nn.Module, run: _Run, device: torch.device | str) -> Callab
         def compute(*args: Any, **kwargs: Any) -> Any:
             nonlocal calls
             calls += 1
-            homes = [(tensor, tensor.data) for tensor in _tensors(block)]
             run.again = calls > 1
             try:
-                for tensor, data in homes:
-                    tensor.data = data.to(device)
-                return forward(*args, **kwargs)
+                with _copied(block, device):
+                    return forward(*args, **kwargs)
             finally:
                 run.again = False
-                for tensor, data in homes:
-                    tensor.data = data
 
         if not torch.is_grad_enabled():
             return compute(*args, **kwargs)
         return checkpoint(compute, *args, use_reentrant=False, **kwargs)
 
     return visit
+
+
+@contextmanager
+def _copied(block: nn.Module, device: torch.device) -> Iterator[None]:
+    """Let a block have constant copies on ``device`` of those of its tensors that are elsewhere.
+
+    Autograd may keep the copies for the backward pass; ``tensor.data = copy`` would pull them away from under it.
+    """
+    copies: dict[int, Tensor] = {}
+    homes: list[tuple[dict[str, Any], str, Tensor]] = []
+    try:
+        for module in block.modules():
+            every: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for tensors in every:
+                for name, tensor in tensors.items():
+                    if tensor is None or tensor.device == device:
+                        continue
+                    if id(tensor) not in copies:
+                        copies[id(tensor)] = tensor.detach().to(device)
+                    homes.append((tensors, name, tensor))
+                    tensors[name] = copies[id(tensor)]
+        yield
+    finally:
+        for tensors, name, tensor in homes:
+            tensors[name] = tensor
 
 
 def blocks_of(model: nn.Module, layers: Iterable[str]) -> dict[str, nn.Module]:

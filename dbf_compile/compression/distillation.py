@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dbf_compile.compression.calibration import call_model
 from dbf_compile.compression.losses import attention_mask
 from dbf_compile.compression.training import TrainableScales, train, trained_factors
-from dbf_compile.factors import DoubleBinaryFactors
+from dbf_compile.factors import DoubleBinaryFactors, move_factors
 from dbf_compile.linear import DoubleBinaryLinear, replace_everywhere
 
 _RATE = 0.01  # in units of the root mean square of a scale vector
@@ -29,6 +29,7 @@ def distill(
     epochs: int,
     seed: int = 0,
     progress: Callable[[], object] = lambda: None,
+    device: torch.device | None = None,
 ) -> dict[str, DoubleBinaryFactors]:
     """Return factors with scales tuned to the dense model's logits; both models are left as they were.
 
@@ -39,9 +40,10 @@ def distill(
         epochs: how often each is used.
         seed: of their order.
         progress: called after every step.
+        device: where what is trained is kept; None for where the layers are. Inputs get there by ``block_by_block``.
 
     Returns:
-        Factors by layer name.
+        Factors by layer name, on the CPU.
     """
     layers = {
         name: module for name, module in compressed.named_modules() if isinstance(module, DoubleBinaryLinear)
@@ -49,7 +51,7 @@ def distill(
     owners: dict[int, TrainableScales] = {}
     students: dict[str, TrainableScales] = {}
     for name, layer in layers.items():
-        student = TrainableScales(layer.factors, layer.bias, owners.get(id(layer.signs_in)))
+        student = TrainableScales(layer.factors.to(device), layer.bias, owners.get(id(layer.signs_in)))
         owners.setdefault(id(layer.signs_in), student)
         students[name] = student
     for name, student in students.items():
@@ -68,7 +70,8 @@ def distill(
 
         generator = torch.Generator().manual_seed(seed)
         train([(scales, _RATE)], loss, len(batches), epochs, generator, progress)
-        return trained_factors(students)
+        made = trained_factors(students)
+        return move_factors(made, dict.fromkeys(made, torch.device("cpu")))
     finally:
         for name, student in students.items():
             replace_everywhere(compressed, student, layers[name])

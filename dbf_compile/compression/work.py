@@ -1,7 +1,7 @@
 """The durable results of one compression, which any number of processes make together and any later run goes on with.
 
     <folder>/manifest.json            what the results depend on: fingerprints of model, data and settings
-    <folder>/<result>                 a result: whole, or not there
+    <folder>/<result>                 a result: whole, or not there; one that the disk has damaged since is made again
     <folder>/locks/<result>.lock      held by the process that is making it
 
 Who wants a result that is not there takes its lock, looks again, makes it, and moves it into place. The operating system
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 
 from dbf_compile.checkpoint import load, read_metadata, save
 from dbf_compile.errors import CheckpointError, ResumeError
@@ -71,6 +72,10 @@ class Work:
                 "the model, the data and the settings it was begun with",
                 "choose another output, or resume='never' to start over",
             )
+        for path in folder.iterdir():
+            if path.is_file() and not _whole(path):
+                _log.warning("%s is damaged, and is made again", path)
+                path.unlink(missing_ok=True)
 
     def once(self, name: str, make: Callable[[Path], object]) -> Path:
         """Return the path of a result after making it, or waiting for who is making it, if it is not there.
@@ -84,14 +89,7 @@ class Work:
 
     def factors(self, name: str, make: Callable[[], Made]) -> Made:
         """Return the factors and facts kept under ``name`` after making them if they are not there."""
-        path = self.once(_file(name), lambda path: _write(path, *make()))
-        try:
-            return _read(path)
-        except CheckpointError as error:
-            _log.warning("a damaged result is made again: %s", error)
-            with self._lock(path.name):
-                path.unlink(missing_ok=True)
-        return self.factors(name, make)
+        return _read(self.once(_file(name), lambda path: _write(path, *make())))
 
     def all_factors(self, names: Sequence[str], make: Callable[[str], Made]) -> None:
         """Make all factors that are not there, leaving alone what others are making; at the end all are there.
@@ -163,6 +161,20 @@ def _read(path: Path) -> Made:
         raise CheckpointError(
             f"{path} without facts ({error})", "a result of a compression", "let it be made again"
         ) from error
+
+
+def _whole(path: Path) -> bool:
+    """Return whether a result can be opened; its numbers are not read."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt"):
+                return True
+        json.loads(path.read_text())
+    except FileNotFoundError:  # another process has removed it
+        return True
+    except (SafetensorError, ValueError):
+        return False
+    return True
 
 
 def _read_json(path: Path) -> dict[str, Any]:

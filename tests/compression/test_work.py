@@ -10,7 +10,7 @@ import pytest
 from support.strategies import random_factors
 
 from dbf_compile.compression.work import Work
-from dbf_compile.errors import CheckpointError, ResumeError
+from dbf_compile.errors import ResumeError
 
 FINGERPRINT = {"model": "m", "data": "d", "settings": {"bits": 2.0}}
 
@@ -54,15 +54,20 @@ def test_a_result_that_fails_leaves_nothing_and_is_made_by_the_next(work):
 
 
 @pytest.mark.parametrize("damage", [b"", b"nonsense", None], ids=["empty", "other", "cut"])
-def test_a_damaged_result_is_made_again(work, damage, caplog):
+@pytest.mark.parametrize("name", ["a.safetensors", "allocation.json"])
+def test_a_damaged_result_is_made_again_by_the_next_run(work, tmp_path, name, damage, caplog):
     work.factors("a", made)
-    path = work.folder / "a.safetensors"
-    path.write_bytes(path.read_bytes()[:-9] if damage is None else damage)
-    with pytest.raises(CheckpointError):
-        work.read("a")
-    assert work.factors("a", lambda: made(1))[1] == {"error": 0.5}
-    assert "damaged" in caplog.text
-    work.read("a")
+    work.once("allocation.json", lambda path: path.write_text('{"a": 1}'))
+    path = work.folder / name
+    path.write_bytes(path.read_bytes()[:-1] if damage is None else damage)
+    again = Work(tmp_path / "work", FINGERPRINT)
+    assert f"{name} is damaged" in caplog.text and not path.exists()
+    assert {entry.name for entry in again.folder.iterdir()} == {
+        "manifest.json",
+        "locks",
+        *({"a.safetensors", "allocation.json"} - {name}),
+    }
+    assert again.factors("a", lambda: made(1))[1] == {"error": 0.5}
 
 
 @pytest.mark.parametrize("key", FINGERPRINT)

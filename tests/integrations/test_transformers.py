@@ -64,6 +64,39 @@ def test_saved_again_it_is_the_same_bit_for_bit(folder, tmp_path):
     assert torch.equal(load(folder)(TOKENS).logits, load(tmp_path / "again")(TOKENS).logits)
 
 
+class FakeHub:
+    """Takes what ``push_to_hub`` uploads, as files of a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def create_repo(self, repo_id, **_):
+        return type("Repo", (), {"repo_id": f"me/{repo_id}"})
+
+    def create_commit(self, *, repo_id, operations, **_):
+        for operation in operations:
+            path = self.folder / repo_id / operation.path_in_repo
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with operation.as_file() as file:
+                path.write_bytes(file.read())
+
+
+@pytest.mark.parametrize("more", ["", ", trust_remote_code=True"])
+def test_what_is_pushed_to_the_hub_loads_bit_for_bit(folder, tmp_path, monkeypatch, more):
+    monkeypatch.setattr(transformers.utils.hub, "hf_api", lambda: FakeHub(tmp_path))
+    monkeypatch.setattr(transformers.modeling_utils, "create_and_tag_model_card", lambda *_, **__: None)
+    load(folder, **({"trust_remote_code": True} if more else {})).push_to_hub("tiny")
+    pushed = tmp_path / "me" / "tiny"
+    first, second = load_file(folder / "model.safetensors"), load_file(pushed / "model.safetensors")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    for trusted in ("", ", trust_remote_code=True"):
+        done = run(pushed, trusted, "import dbf_compile\n")
+        assert "loaded" in done.stdout, done.stderr
+    foreign = run(pushed)
+    assert foreign.returncode != 0 and "Unknown quantization type, got dbf" in foreign.stderr + foreign.stdout
+
+
 def test_nothing_is_missing_and_nothing_unexpected(folder):
     _, info = load(folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))

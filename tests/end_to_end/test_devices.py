@@ -1,0 +1,139 @@
+"""All that computes can do so on another device than the CPU, which keeps its tensors to itself as a GPU does.
+
+There is no GPU in CI: a pretended device stands in, whose operators refuse tensors of the CPU. It shows where a program
+mixes devices; it says nothing of the speed of a GPU and nothing of its kernels.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.pretrained import FAST, text_of, tiny_folder
+
+pytest.importorskip("transformers")
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+
+import dbf_compile  # noqa: E402
+
+RUN = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from support.pretended_device import load
+device = load(Path(sys.argv[2]))
+"""
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return tiny_folder(tmp_path_factory.mktemp("dense") / "model")
+
+
+@pytest.fixture(scope="module")
+def on_device(tmp_path_factory):
+    """Run a program in a process where ``device`` is the pretended one, and return the JSON it prints last."""
+    folder = tmp_path_factory.mktemp("pretended")
+
+    def run(program, *arguments):
+        command = [sys.executable, "-c", RUN + program, str(Path(__file__).parents[1]), str(folder)]
+        done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+def test_the_device_refuses_tensors_of_the_cpu_and_keeps_gradients(on_device):
+    """What the other tests rest on."""
+    found = on_device("""
+import torch
+layer = torch.nn.Linear(5, 3).to(device)
+there = torch.randn(4, 5, device=device)
+layer(there).square().sum().backward()
+refused = 0
+for mixed in (lambda: layer(torch.randn(4, 5)), lambda: there + torch.ones(4, 5), lambda: torch.cat([there, there.cpu()])):
+    try:
+        mixed()
+    except RuntimeError:
+        refused += 1
+exact = torch.nn.functional.linear(there.cpu(), layer.weight.cpu(), layer.bias.cpu())
+print(json.dumps([str(layer.weight.grad.device), refused, float((layer(there).cpu() - exact).abs().max())]))
+""")
+    assert found[:2] == ["hpu:0", 3] and found[2] == 0
+
+
+def test_at_most_one_block_is_away_from_home(on_device):
+    away, moments = on_device("""
+import torch
+from support.models import tiny_llama
+from dbf_compile import calibrate
+model = tiny_llama(3).requires_grad_(False)
+blocks = list(model.model.layers)
+away = []
+
+def watch(*_):
+    away.append([n for n, block in enumerate(blocks) if any(p.device == device for p in block.parameters())])
+
+for layer in model.modules():
+    if isinstance(layer, torch.nn.Linear):
+        layer.register_forward_pre_hook(watch)
+ids = torch.randint(1, 64, (1, 12), generator=torch.Generator().manual_seed(0))
+there = calibrate(model, [ids], device=device)
+seen = list(away)
+assert all(p.device.type == "cpu" for p in model.parameters())
+here = calibrate(model, [ids])
+apart = [
+    float((mine.cpu() - there[name].moments()[kind].cpu()).abs().max() / mine.abs().max())
+    for name, item in here.items()
+    for kind, mine in item.moments().items()
+    if mine is not None
+]
+print(json.dumps([seen, max(apart)]))
+""")
+    visits = [blocks[0] for blocks in away if blocks]
+    assert max(map(len, away)) == 1
+    # Each block once forward and again for the backward pass, in which each of its layers is called.
+    assert [visits[place] for place in range(0, len(visits), 7)] == [0, 1, 2, 2, 1, 0]
+    assert moments < 1e-4
+
+
+@pytest.mark.parametrize("options", [{}, {"budget": "equal", "form": "input"}], ids=["diagonal", "whole"])
+@pytest.mark.parametrize("mode", ["independent", "block"])
+def test_a_model_compressed_there_is_the_one_compressed_here(on_device, dense, tmp_path, mode, options):
+    settings = {**FAST, **options, "mode": mode, "data": str(text_of(dense))}
+    here = dbf_compile.compress(dense, tmp_path / "here", device="cpu", **settings)
+    program = """
+import dbf_compile
+made = dbf_compile.compress(sys.argv[3], sys.argv[4], device=device, **json.loads(sys.argv[5]))
+print(json.dumps(dict(made.report)))
+"""
+    there = on_device(program, dense, tmp_path / "there", json.dumps(settings))
+    assert there["machine"]["device"] == "hpu:0"
+    assert there["bits"] == here.report["bits"]
+    mine, theirs = ([layer["error"] for layer in report["layers"]] for report in (here.report, there))
+    assert theirs[0] == pytest.approx(mine[0], rel=0.01)
+    # Sums go other ways there, a few signs follow them, and all that comes later sees other inputs.
+    assert sum(theirs) == pytest.approx(sum(mine), rel=0.25)
+    assert there["evaluation"]["kl"] == pytest.approx(here.report["evaluation"]["kl"], rel=0.25)
+
+
+def test_a_folder_is_judged_and_generates_there_as_here(on_device, dense, tmp_path):
+    made = dbf_compile.compress(dense, tmp_path / "made", **{**FAST, "data": text_of(dense)})
+    program = """
+from dbf_compile.evaluation import evaluate_folder
+from dbf_compile.generation import generate
+judged = evaluate_folder(sys.argv[3], data=sys.argv[4], dense=sys.argv[5], length=16, windows=3, device=device)
+text = generate(sys.argv[3], "add the signs", max_new_tokens=6, compiled=False, device=device).text
+print(json.dumps([judged, text]))
+"""
+    judged, text = on_device(program, made.folder, text_of(dense), dense)
+    from dbf_compile.evaluation import evaluate_folder
+    from dbf_compile.generation import generate
+
+    expected = evaluate_folder(made.folder, data=text_of(dense), dense=dense, length=16, windows=3)
+    assert judged["kl"] == pytest.approx(expected["kl"], rel=1e-3)
+    assert judged["compressed"] == pytest.approx(expected["compressed"], rel=1e-5)
+    assert text == generate(made.folder, "add the signs", max_new_tokens=6, compiled=False).text
