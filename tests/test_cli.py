@@ -59,6 +59,19 @@ def test_inspect_shows_coverage_bits_and_errors(made, dense):
         raise run("inspect", dense).exception
 
 
+def test_inspect_gives_the_reasons_of_the_run_that_made_it(dense, tmp_path):
+    settings = {"skip": ["*lm_head", "*o_proj"], "overrides": {"*v_proj": 0.1}, "merge_shared_inputs": False}
+    more = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    done = run("compress", dense, "-o", tmp_path / "made", "--bits", 4, *SETTINGS, *more)
+    assert done.exit_code == 0, (done.output, done.exception)
+    reasons = {row["name"]: row["reason"] for row in facts("inspect", tmp_path / "made")["dense"]}
+    assert reasons["model.layers.0.self_attn.o_proj"] == "skipped by name"
+    assert reasons["model.layers.0.self_attn.v_proj"] == "too small to gain"
+    for report in ("", "[]", '{"settings": 1, "layers": 2}', '{"settings": {"skip": 3}}'):
+        (tmp_path / "made" / "dbf_report.json").write_text(report)
+        assert facts("inspect", tmp_path / "made")["layers"][0]["error"] is None
+
+
 def test_inspect_notices_damage(made, tmp_path):
     import shutil
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
 from torch import nn
 
-from dbf_compile.linear import dense_linears
+from dbf_compile.compression.model import MIN_MID_FEATURES
+from dbf_compile.factors import mid_features_for
+from dbf_compile.linear import dense_linears, dense_weight
 from dbf_compile.options import CompressionConfig
 
 _SMALL = ("norm", "bias")  # thousands of tiny ones: one row together
@@ -25,6 +28,9 @@ def coverage(model: nn.Module, factored: Collection[str], config: CompressionCon
         ``{"share": 0 to 1, "weights": number, "dense": [{"name", "weights", "share", "reason"}]}``
     """
     linears = dense_linears(model)
+    owners = Counter(
+        id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False)
+    )
     total = sum(parameter.numel() for parameter in model.parameters())
     rows: dict[tuple[str, str], int] = {}
     covered = 0
@@ -37,7 +43,10 @@ def coverage(model: nn.Module, factored: Collection[str], config: CompressionCon
             if name in factored and kind == "weight":
                 covered += parameter.numel()
                 continue
-            reason = _reason(name, module, kind, name in linears, config)
+            if name in linears and kind == "weight":
+                reason = _why_dense(name, module, owners[id(parameter)] > 1, config)
+            else:
+                reason = _reason(module, kind)
             row = ("all norms and biases", "norm or bias") if reason in _SMALL else (name, reason)
             rows[row] = rows.get(row, 0) + parameter.numel()
     dense = [
@@ -47,13 +56,22 @@ def coverage(model: nn.Module, factored: Collection[str], config: CompressionCon
     return {"share": covered / max(1, total), "weights": total, "dense": dense}
 
 
-def _reason(name: str, module: nn.Module, kind: str, linear: bool, config: CompressionConfig) -> str:
+def _why_dense(name: str, module: nn.Module, tied: bool, config: CompressionConfig) -> str:
+    if config.skips(name):
+        return "skipped by name"
+    if tied:
+        return "tied to another layer"
+    rows, columns = dense_weight(module).shape
+    if mid_features_for(config.bits_for(name), columns, rows) < MIN_MID_FEATURES:
+        return "too small to gain"
+    return "left dense"
+
+
+def _reason(module: nn.Module, kind: str) -> str:
     if kind.endswith("bias"):
         return "bias"
     if "norm" in type(module).__name__.lower():
         return "norm"
     if isinstance(module, nn.Embedding):
         return "embedding"
-    if linear:
-        return "skipped by name" if config.skips(name) else "tied, or too small to gain"
     return f"not a linear layer ({type(module).__name__})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ import transformers
 from safetensors import SafetensorError, safe_open
 
 from dbf_compile.compression.coverage import coverage
-from dbf_compile.errors import CheckpointError
+from dbf_compile.errors import CheckpointError, DBFError
 from dbf_compile.experts import unfuse_
 from dbf_compile.factors import stored_bits
 from dbf_compile.integrations import pretrained
 from dbf_compile.integrations.transformers import METHOD, DBFConfig, insert_layers_
 from dbf_compile.linear import DoubleBinaryLinear
-from dbf_compile.options import CompressionConfig
+from dbf_compile.options import CompressionConfig, parse
 
 _DAMAGED = "the folder is damaged: compress the model again, or copy it again"
 
@@ -50,10 +51,11 @@ def inspect_folder(path: str | Path) -> dict[str, Any]:
     with torch.device("meta"):
         model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
     unfuse_(model)
-    covered = coverage(model, set(table), CompressionConfig())
+    report = _report(folder)
+    covered = coverage(model, set(table), _settings(report))
     insert_layers_(model, table)
     size = _check_files(folder, model)
-    errors = _errors(folder)
+    errors = _errors(report)
     rows, stored, weights = [], 0, 0
     groups: dict[str, list[str]] = {}
     for name, module in model.named_modules():  # configurations are sorted by name when they are saved
@@ -86,11 +88,29 @@ def inspect_folder(path: str | Path) -> dict[str, Any]:
     }
 
 
-def _errors(folder: Path) -> dict[str, float]:
+def _report(folder: Path) -> dict[str, Any]:
+    """Return the report of a compression, or nothing: a folder need not have one."""
     try:
-        report = json.loads((folder / "dbf_report.json").read_text())
+        found = json.loads((folder / "dbf_report.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _settings(report: dict[str, Any]) -> CompressionConfig:
+    """Return the settings that decided which layers stay dense, as far as the report has them."""
+    given = report.get("settings")
+    names = {item.name for item in fields(CompressionConfig)}
+    try:
+        return parse(CompressionConfig, {key: given[key] for key in names & {*given}})
+    except (DBFError, TypeError):
+        return CompressionConfig()
+
+
+def _errors(report: dict[str, Any]) -> dict[str, float]:
+    try:
         return {row["name"]: row["error"] for row in report["layers"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return {}
 
 

@@ -115,6 +115,9 @@ class DBFQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         finish_layers_(model, self.quantization_config.layers)
+        if type(model).__module__.startswith("transformers."):
+            # Saved again, its folder will be without the code that this names; remote code is saved with its model.
+            vars(model.config).pop("auto_map", None)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

@@ -31,9 +31,14 @@ def test_shares_add_up_and_shared_weights_count_once(make):
 
 def test_layers_that_stay_dense_say_why():
     model = tiny_llama(layers=1)
-    config = CompressionConfig(skip=("*o_proj",))
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    attention.k_proj.weight = attention.v_proj.weight
+    config = CompressionConfig(skip=("*o_proj",), overrides={"*gate_proj": 0.1})
     found = coverage(model, {"model.layers.0.mlp.up_proj"}, config)
     reasons = {row["name"]: row["reason"] for row in found["dense"]}
     assert reasons["model.layers.0.self_attn.o_proj"] == "skipped by name"
-    assert reasons["model.layers.0.mlp.down_proj"] == "tied, or too small to gain"
+    assert reasons["model.layers.0.self_attn.k_proj"] == "tied to another layer"
+    assert reasons["model.layers.0.mlp.gate_proj"] == "too small to gain"
+    assert reasons["model.layers.0.mlp.down_proj"] == "left dense"
     assert "model.layers.0.mlp.up_proj" not in reasons
+    assert mlp.up_proj.weight.numel() == pytest.approx(found["share"] * found["weights"])

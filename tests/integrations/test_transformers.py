@@ -83,8 +83,10 @@ class FakeHub:
 
 @pytest.mark.parametrize("more", ["", ", trust_remote_code=True"])
 def test_what_is_pushed_to_the_hub_loads_bit_for_bit(folder, tmp_path, monkeypatch, more):
+    from huggingface_hub import ModelCard
+
     monkeypatch.setattr(transformers.utils.hub, "hf_api", lambda: FakeHub(tmp_path))
-    monkeypatch.setattr(transformers.modeling_utils, "create_and_tag_model_card", lambda *_, **__: None)
+    monkeypatch.setattr(transformers.utils.hub, "create_and_tag_model_card", lambda *_, **__: ModelCard(""))
     load(folder, **({"trust_remote_code": True} if more else {})).push_to_hub("tiny")
     pushed = tmp_path / "me" / "tiny"
     first, second = load_file(folder / "model.safetensors"), load_file(pushed / "model.safetensors")
