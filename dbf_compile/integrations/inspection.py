@@ -99,7 +99,7 @@ def _report(folder: Path) -> dict[str, Any]:
 
 def _settings(report: dict[str, Any]) -> CompressionConfig:
     """Return the settings that decided which layers stay dense, as far as the report has them."""
-    given = report.get("settings")
+    given: Any = report.get("settings")
     names = {item.name for item in fields(CompressionConfig)}
     try:
         return parse(CompressionConfig, {key: given[key] for key in names & {*given}})
