@@ -242,7 +242,8 @@ def test_damaged_tensors_are_refused(copied, change, message):
 
 def test_a_tensor_of_another_size_is_refused(copied):
     rewrite(copied, lambda t: t.update({f"{LAYER}.scale_mid": torch.ones(3, dtype=torch.float16)}))
-    with pytest.raises(RuntimeError, match="mismatched"):
+    # Older versions of transformers leave it to us to notice.
+    with pytest.raises((RuntimeError, CheckpointError), match=r"mismatched|144 rows for a scale of 3"):
         load(copied)
 
 
