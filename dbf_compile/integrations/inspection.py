@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from dbf_compile.integrations import pretrained
 from dbf_compile.integrations.transformers import METHOD, DBFConfig, insert_layers_
 from dbf_compile.linear import DoubleBinaryLinear
 from dbf_compile.options import CompressionConfig, parse
+from dbf_compile.run import report_of
 
 _DAMAGED = "the folder is damaged: compress the model again, or copy it again"
 
@@ -51,7 +51,7 @@ def inspect_folder(path: str | Path) -> dict[str, Any]:
     with torch.device("meta"):
         model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
     unfuse_(model)
-    report = _report(folder)
+    report = report_of(folder)
     covered = coverage(model, set(table), _settings(report))
     insert_layers_(model, table)
     size = _check_files(folder, model)
@@ -86,15 +86,6 @@ def inspect_folder(path: str | Path) -> dict[str, Any]:
         "dense": covered["dense"],
         "layers": rows,
     }
-
-
-def _report(folder: Path) -> dict[str, Any]:
-    """Return the report of a compression, or nothing: a folder need not have one."""
-    try:
-        found = json.loads((folder / "dbf_report.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _settings(report: dict[str, Any]) -> CompressionConfig:
