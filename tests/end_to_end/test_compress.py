@@ -91,8 +91,7 @@ def test_the_summary_reads_well(independent):
 
 
 def test_one_command_twice_does_nothing_the_second_time(dense, independent, monkeypatch):
-    module = sys.modules["dbf_compile.compress"]  # the name stands for the function in the package
-    monkeypatch.setattr(module, "Work", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr(dbf_compile.run, "Work", lambda *_: pytest.fail("work was begun"))
     assert compress(dense, independent.folder, mode="independent").report == independent.report
     with pytest.raises(OptionError, match=r"which exists"):
         compress(dense, independent.folder, mode="independent", bits=3.0)
