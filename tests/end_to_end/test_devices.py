@@ -115,9 +115,10 @@ print(json.dumps(dict(made.report)))
     assert there["bits"] == here.report["bits"]
     mine, theirs = ([layer["error"] for layer in report["layers"]] for report in (here.report, there))
     assert theirs[0] == pytest.approx(mine[0], rel=0.01)
-    # Sums go other ways there, a few signs follow them, and all that comes later sees other inputs.
-    assert sum(theirs) == pytest.approx(sum(mine), rel=0.25)
-    assert there["evaluation"]["kl"] == pytest.approx(here.report["evaluation"]["kl"], rel=0.25)
+    # Sums go other ways there, a few signs follow them, and all that comes later sees other inputs: after training a tiny
+    # model for one round from factors of three iterations, equal quality is within a factor. Mixed-up data is far off.
+    assert 0.5 < sum(theirs) / sum(mine) < 2
+    assert 0.5 < there["evaluation"]["kl"] / here.report["evaluation"]["kl"] < 2
 
 
 def test_a_folder_is_judged_and_generates_there_as_here(on_device, dense, tmp_path):
