@@ -1,14 +1,14 @@
 """Perplexity of compressed language models against bits: independent and block-corrected, beside OneBit and rounding.
 
     python benchmarks/train_python_model.py        the larger model, once
-    make bench-compress                            both models; about two hours on two cores
+    make bench-compress                            both models; the seconds of both tables add up to 3 hours
     python benchmarks/compress_models.py --model stories260K --bits 2
 
 Bits are what is stored of the factored weights, scales and padding counted; all ways leave the same weights dense. The
 peers are asked for the very layers that are factored: one sign per weight and rank-one magnitudes (OneBit), and rounding
-to 2 bits to nearest in groups of 64 (2 bits, a scale and a zero in 16 bits each: 2.5). Ours is measured at their bits, too,
-beside the round ones. The text to judge by is not that to
-calibrate with. Every way of ours goes through ``compress`` and ``from_pretrained`` as a user's does.
+to 2 bits to nearest in groups of 64 (2 bits, a scale and a zero in 16 bits each: 2.5). Ours is measured at their bits,
+too, beside the round ones. The text to judge by is not that to calibrate with. Every way of ours goes through ``compress``
+and ``from_pretrained`` as a user's does.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ Compression says something about a model only where that model has learned somet
 than the frequencies of its tokens do. The output folder is one of transformers: weights, a byte-level tokenizer trained
 on the same text, and beside them train.txt (pieces of the files that were trained on, to calibrate with), valid.txt
 (files held out, every 20th by the hash of its name) and training.json (the figures). Tests and the tables in `encodings`
-are left out. Products are in bfloat16; the matrices of the blocks learn by Muon, which on this budget of time is far ahead
-of Adam. Equal seeds see equal batches, but how many depends on the time that they take.
+are left out. Products are in bfloat16, the matrices of the blocks learn by Muon, everything else by Adam. Equal seeds see
+equal batches, but how many depends on the time that they take.
 """
 
 from __future__ import annotations

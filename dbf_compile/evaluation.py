@@ -106,6 +106,12 @@ def evaluate_folder(
     manager = _checked_tasks(tasks, include_path) if tasks else None
     folder = pretrained.local_folder(model)
     tokenizer = pretrained.tokenizer_of(folder, trust_remote_code)
+    if tasks and tokenizer.eos_token_id is None:  # lm-eval puts it in front of what has nothing in front
+        raise OptionError(
+            f"tasks={list(tasks)} with a tokenizer of {folder} that has no end-of-text token",
+            "a tokenizer with eos_token",
+            "set eos_token in its tokenizer_config.json",
+        )
     found: dict[str, Any] = {}
     where = chosen_device(device)
     loaded = pretrained.open_any(folder, trust_remote_code).to(where)
@@ -116,12 +122,6 @@ def evaluate_folder(
             other = pretrained.open_any(pretrained.local_folder(dense), trust_remote_code).to(where)
         found |= {"context_length": length, "windows": len(given), **compare(other, loaded, given)}
     if tasks:
-        if tokenizer.eos_token_id is None:  # lm-eval puts it in front of what has nothing in front
-            raise OptionError(
-                f"tasks={list(tasks)} with a tokenizer of {folder} that has no end-of-text token",
-                "a tokenizer with eos_token",
-                "set eos_token in its tokenizer_config.json",
-            )
         found |= _task_results(loaded, tokenizer, tasks, manager, limit)
     return found
 

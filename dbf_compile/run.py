@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from dbf_compile.compression.admm import FactorizerConfig, factorize, weighted_error
 from dbf_compile.compression.batches import token_batches
-from dbf_compile.compression.blocks import BlockRecipe, compress_block, factored_copy
+from dbf_compile.compression.blocks import BlockRecipe, BlockResult, compress_block, factored_copy
 from dbf_compile.compression.budgets import allocate
 from dbf_compile.compression.cache import batches_hash, model_hash, program_hash
 from dbf_compile.compression.calibration import block_by_block, blocks_of, calibrate, moved
@@ -43,7 +43,7 @@ from dbf_compile.compression.importance import Importance, load_importance, save
 from dbf_compile.compression.jobs import FactorJob
 from dbf_compile.compression.losses import is_causal, token_ids
 from dbf_compile.compression.model import LayerFactorizer
-from dbf_compile.compression.streams import Streams, record
+from dbf_compile.compression.streams import record
 from dbf_compile.compression.work import RESUME, Made, Work
 from dbf_compile.errors import ConversionError, DBFError, OptionError
 from dbf_compile.evaluation import compare
@@ -254,6 +254,7 @@ class Run:
     def _factor_blocks(self, blocks: Mapping[str, nn.Module], parts: Sequence[Part]) -> None:
         """Factor block after block; one process does, the others wait and take over if it dies."""
         jobs = {name: [part.job for part in parts if part.result == name] for name in blocks}
+        recipe = BlockRecipe(self.config.tune, self.config.refine, self._factorizer)
         with self.work.exclusive("blocks"):
             if all(self.work.has(part.result) for part in parts):
                 return
@@ -266,8 +267,8 @@ class Run:
                     targets = streams.outputs(exact, index, dense)
                     factors: Mapping[str, DoubleBinaryFactors] = {}
                     if jobs[name]:
-                        make = partial(
-                            self._factor_block,
+                        work = partial(
+                            compress_block,
                             name,
                             index,
                             exact,
@@ -275,32 +276,12 @@ class Run:
                             streams,
                             compressed,
                             targets,
-                            bar,
+                            recipe,
                         )
-                        factors = self.work.factors(name, make)[0]
+                        size = sum(job.size for job in jobs[name])
+                        factors = self.work.factors(name, partial(_factored, work, size, bar))[0]
                     compressed = streams.outputs(factored_copy(exact, name, factors), index, compressed)
                     dense = targets
-
-    def _factor_block(
-        self,
-        name: str,
-        index: int,
-        dense: nn.Module,
-        jobs: Sequence[FactorJob],
-        streams: Streams,
-        inputs: Sequence[Tensor],
-        targets: Sequence[Tensor],
-        bar: tqdm[Any],
-    ) -> Made:
-        recipe = BlockRecipe(self.config.tune, self.config.refine, self._factorizer)
-        size, before = sum(job.size for job in jobs), bar.n
-
-        def tell(share: float) -> None:
-            bar.update(int(before + share * size) - bar.n)
-
-        found = compress_block(name, index, dense, jobs, streams, inputs, targets, recipe, tell)
-        facts = {"errors": found.errors, "seconds": found.seconds, "stages": found.stages}
-        return move_factors(found.factors, dict.fromkeys(found.factors, torch.device("cpu"))), facts
 
     def _distilled(self, parts: Sequence[Part], blocks: Iterable[str]) -> dict[str, Any] | None:
         """Return what distillation gained, or None where it is not done; its factors are the result "distilled"."""
@@ -431,6 +412,18 @@ class Run:
             folder.rename(self.output)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _factored(work: Callable[..., BlockResult], size: int, bar: tqdm[Any]) -> Made:
+    """Factor a block of ``size`` weights, and tell the bar."""
+    before = bar.n
+
+    def tell(share: float) -> None:
+        bar.update(int(before + share * size) - bar.n)
+
+    found = work(progress=tell)
+    facts = {"errors": found.errors, "seconds": found.seconds, "stages": found.stages}
+    return move_factors(found.factors, dict.fromkeys(found.factors, torch.device("cpu"))), facts
 
 
 class _StoppedError(Exception):

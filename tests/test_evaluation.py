@@ -13,7 +13,7 @@ from dbf_compile.evaluation import compare, evaluate_folder
 
 transformers = pytest.importorskip("transformers")
 
-from dbf_compile.integrations.pretrained import open_any, tokenizer_of  # noqa: E402
+from dbf_compile.integrations import pretrained  # noqa: E402
 
 
 def windows(count=3, length=12):
@@ -98,12 +98,13 @@ def test_a_task_of_lm_eval_gives_what_its_definition_says(tmp_path, monkeypatch)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     folder = tiny_folder(tmp_path / "model")
-    tokenizer = tokenizer_of(folder)
-    with pytest.raises(OptionError, match="no end-of-text token"):
+    tokenizer = pretrained.tokenizer_of(folder)
+    with monkeypatch.context() as before, pytest.raises(OptionError, match="no end-of-text token"):
+        before.setattr(pretrained, "open_any", lambda *_: pytest.fail("a model was loaded"))
         evaluate_folder(folder, tasks=["piqa"])
     tokenizer.eos_token = "~"
     tokenizer.save_pretrained(folder)
-    model = open_any(folder)
+    model = pretrained.open_any(folder)
 
     def likelihood(question, choice):
         start = len(tokenizer(question)["input_ids"])
@@ -128,8 +129,9 @@ def test_a_task_of_lm_eval_gives_what_its_definition_says(tmp_path, monkeypatch)
     assert first["local_choices/acc"] == right[0]
 
 
-def test_a_task_that_is_not_there_is_named(tmp_path):
+def test_a_task_that_is_not_there_is_named(tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
+    monkeypatch.setattr(pretrained, "open_any", lambda *_: pytest.fail("a model was loaded"))
     folder = tiny_folder(tmp_path / "model")
     with pytest.raises(OptionError, match=r"no_such_task.*include_path"):
         evaluate_folder(folder, tasks=["no_such_task"], limit=1)

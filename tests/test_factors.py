@@ -13,7 +13,14 @@ from support.strategies import double_binary_factors, random_factors, sizes
 from torch import Tensor
 
 from dbf_compile.errors import FactorsError
-from dbf_compile.factors import TENSOR_NAMES, DoubleBinaryFactors, mid_features_for, stored_bits
+from dbf_compile.factors import (
+    FIRST_STAGE,
+    TENSOR_NAMES,
+    DoubleBinaryFactors,
+    mid_features_for,
+    move_factors,
+    stored_bits,
+)
 from dbf_compile.signs import unpack_signs
 from dbf_compile.testing import assert_close
 
@@ -147,3 +154,16 @@ def test_tensors_that_do_not_fit_are_refused(
     tensors = random_factors(33, 5, 3).tensors()
     with pytest.raises(FactorsError, match=message):
         DoubleBinaryFactors(**{**tensors, name: change(tensors[name])})
+
+
+def test_what_several_share_is_moved_once_and_stays_shared() -> None:
+    whole = random_factors(9, 5, 70)
+    parts = dict(zip("qkv", whole.split([3, 4, 2]), strict=True)) | {"o": random_factors(4, 5, 70, seed=1)}
+    moved = move_factors(parts, dict.fromkeys(parts, torch.device("meta")))
+    assert all(tensor.device.type == "meta" for made in moved.values() for tensor in made.tensors().values())
+    for name in FIRST_STAGE:
+        assert len({id(getattr(moved[part], name)) for part in "qkv"}) == 1
+        assert getattr(moved["o"], name) is not getattr(moved["q"], name)
+    assert [made.out_features for made in moved.values()] == [3, 4, 2, 4]
+    stay = move_factors(parts, dict.fromkeys(parts, torch.device("cpu")))
+    assert all(stay[part].signs_in is parts[part].signs_in for part in parts)

@@ -123,7 +123,8 @@ def model_hash(model: nn.Module) -> str:
 def program_hash() -> str:
     """Return a hash of the source of all that decides on what ``compress`` makes of a model."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    folder = Path(__file__).parent
+    for path in [*sorted(folder.glob("*.py")), folder.parent / "run.py", folder.parent / "experts.py"]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
