@@ -157,8 +157,8 @@ def test_tensors_that_do_not_fit_are_refused(
 
 
 def test_what_several_share_is_moved_once_and_stays_shared() -> None:
-    whole = random_factors(9, 5, 70)
-    parts = dict(zip("qkv", whole.split([3, 4, 2]), strict=True)) | {"o": random_factors(4, 5, 70, seed=1)}
+    whole = random_factors(70, 5, 9)
+    parts = dict(zip("qkv", whole.split([3, 4, 2]), strict=True)) | {"o": random_factors(70, 5, 4, seed=1)}
     moved = move_factors(parts, dict.fromkeys(parts, torch.device("meta")))
     assert all(tensor.device.type == "meta" for made in moved.values() for tensor in made.tensors().values())
     for name in FIRST_STAGE:
