@@ -5,7 +5,7 @@
     python benchmarks/bench_factorizer.py --part best        the preset "best" too, on two matrices
     python benchmarks/bench_factorizer.py --part curves      error against bits, 0.5 to 4, with a plot
     python benchmarks/bench_factorizer.py --part precision   products of a GPU's TF32 and bfloat16, emulated
-    python benchmarks/bench_factorizer.py --part seeds       how far seeds spread where "fast" loses, at 1 bit
+    python benchmarks/bench_factorizer.py --part seeds       means over seeds, where single ones decide: at 1 bit, and in very small matrices
     python benchmarks/bench_factorizer.py --part recovery    weights that are double binary products: how many are found
     python benchmarks/bench_factorizer.py --part models      embeddings and perplexity of whole models
     python benchmarks/bench_factorizer.py --part large       one 4096 x 4096 matrix
@@ -59,6 +59,7 @@ class Task(NamedTuple):
     matrix: Matrix
     bits: float
     methods: tuple[str, ...]
+    seed: int = 0
 
 
 def main() -> None:
@@ -118,8 +119,7 @@ def curves() -> None:
         Task(matrix, bits, ("official", "fast", "balanced"))
         for matrix in matrices
         for bits in (0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
-        # Scales alone are more than that in the smallest ones.
-        if mid_features_for(bits, matrix.weight.shape[1], matrix.weight.shape[0]) >= MIN_MID_FEATURES
+        if fits(matrix, bits)
     ]
     tasks += [
         Task(matrix, 0.0, ("onebit", "rtn2", "rtn3", "rtn4", "hqq2", "hqq3", "hqq4")) for matrix in matrices
@@ -147,27 +147,29 @@ def precision() -> None:
 
 
 def seeds() -> None:
-    """Errors of five seeds at 1 bit, of the authors' factorizer and of two numbers of turns, on the keys of four blocks."""
+    """Where seeds decide: means over several, of every matrix of the encoder at 1 bit and of very small ones."""
+    matrices = [matrix for matrix in encoder_matrices() if "layer" in matrix.name]
+    cases = [(matrix, 1.0, 4) for matrix in matrices]
+    for matrix in (Matrix(*item) for item in language_matrices()):
+        cases += [(matrix, bits, 16) for bits in (0.75, 1.0, 1.5, 2.0, 2.5, 3.0) if fits(matrix, bits)]
+    tasks = [Task(*case[:2], ("official", "fast"), seed) for case in cases for seed in range(case[2])]
+    errors: dict[tuple[str, float, str], list[float]] = {}
+    for row in run(tasks):
+        errors.setdefault((row["matrix"], row["target"], row["method"]), []).append(row["error"])
     rows = []
-    for matrix in encoder_matrices():
-        if (
-            not matrix.name.endswith("attention.self.key")
-            or ".layer.0." in matrix.name
-            or ".5." in matrix.name
-        ):
-            continue
-        weight, importance = matrix.weight, matrix.importance
-        mid_features = mid_features_for(1.0, weight.shape[1], weight.shape[0])
-        theirs = [official(weight, mid_features, importance, seed) for seed in range(5)]
-        row = {"matrix": matrix.name, "authors_low": min(theirs), "authors_high": max(theirs)}
-        for turns in (PRESETS["fast"], 250):
-            made = [
-                factorize(weight, mid_features, importance, FactorizerConfig(iterations=turns, seed=seed))
-                for seed in range(5)
-            ]
-            ours = statistics.mean(weighted_error(weight, factors, importance) for factors in made)
-            row[f"mean_over_authors_{turns}"] = round(ours / statistics.mean(theirs), 5)
-        rows.append(row)
+    for matrix, bits, count in cases:
+        theirs, ours = (errors[matrix.name, bits, method] for method in ("official", "fast"))
+        mean = statistics.mean(theirs)
+        rows.append(
+            {
+                "matrix": matrix.name,
+                "target": bits,
+                "seeds": count,
+                "authors_spread": round(statistics.stdev(theirs) / mean, 5),
+                "fast_spread": round(statistics.stdev(ours) / mean, 5),
+                "fast_over_authors": round(statistics.mean(ours) / mean, 5),
+            }
+        )
     write_results("factorizer_seeds", list(show(iter(rows))))
 
 
@@ -270,6 +272,12 @@ def encoder_matrices() -> list[Matrix]:
     ]
 
 
+def fits(matrix: Matrix, bits: float) -> bool:
+    """Return whether ``bits`` leave room for signs: scales alone are more than that in the smallest matrices."""
+    out_features, in_features = matrix.weight.shape
+    return mid_features_for(bits, in_features, out_features) >= MIN_MID_FEATURES
+
+
 def run(tasks: list[Task]) -> list[dict[str, Any]]:
     """Work the tasks, large ones first, and return a row for each."""
     tasks = sorted(tasks, key=lambda task: -task.bits * task.matrix.weight.numel())
@@ -286,7 +294,7 @@ def measured(task: Task) -> list[dict[str, Any]]:
     rows = []
     for method in task.methods:
         start = time.process_time()
-        found = error_and_bits(method, weight, importance, task.bits)
+        found = error_and_bits(method, weight, importance, task.bits, task.seed)
         if found is not None:
             error, bits = found
             rows.append(
@@ -304,7 +312,7 @@ def measured(task: Task) -> list[dict[str, Any]]:
 
 
 def error_and_bits(
-    method: str, weight: Tensor, importance: Importance | None, bits: float
+    method: str, weight: Tensor, importance: Importance | None, bits: float, seed: int = 0
 ) -> tuple[float, float] | None:
     """Return the weighted error of a method and the bits it stores per weight; None where it is not installed."""
     out_features, in_features = weight.shape
@@ -320,8 +328,9 @@ def error_and_bits(
     mid_features = mid_features_for(bits, in_features, out_features)
     true_bits = stored_bits(in_features, mid_features, out_features) / weight.numel()
     if method == "official":
-        return official(weight, mid_features, importance), true_bits
-    factors = factorize(weight, mid_features, importance, FactorizerConfig(iterations=PRESETS[method]))
+        return official(weight, mid_features, importance, seed), true_bits
+    config = FactorizerConfig(iterations=PRESETS[method], seed=seed)
+    factors = factorize(weight, mid_features, importance, config)
     return weighted_error(weight, factors, importance), true_bits
 
 

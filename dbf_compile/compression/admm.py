@@ -20,9 +20,12 @@ with basis' what the turn of the other factor will see. While ``progress`` goes 
 
     ridge       0.32 → 0.004    geometric     early the basis is about to change: trust it less
     rho         0.16 → 0.95     geometric     the pull towards signs; as it grows, signs freeze
-    relaxation  0.75 → 1.2
+    relaxation  0.75 → 1.45
     leak        0.91 → 0.96                   the dual forgets within some twenty turns
-    averaging   0    → 0.48                   late the basis is a mean of its last two or three
+    averaging   −0.1 → 0.55                   early the basis is extrapolated, late it is a mean of its last two or three
+
+Whole metrics have many directions of little weight, which a ridge and a rho of that size would hold still: there both
+start at 0.12.
 
 With whole metrics L̃, R̃ (unit diagonals) the solve of a turn becomes
 
@@ -35,7 +38,7 @@ error of 2. A single search over all of it falls behind that, presumably because
 equally well before they are rounded, and the pull towards signs has little to choose by.
 
 Differs from the paper, besides: one solve and one Cholesky factorization a turn instead of three and two inverses;
-the power iteration of ``rank_one`` goes on from the last magnitude; the result is refined (``refine``); the size of
+a single power iteration goes on from the last magnitude; the result is refined (``refine``); the size of
 the weight is spread evenly over the three scales, which are rounded to float16.
 
 Shape letters: K in_features, N out_features, M mid_features (R elsewhere, where no curvature has that name);
@@ -64,7 +67,7 @@ from dbf_compile.signs import pack_signs
 
 _TINY = 1e-12  # the notebooks' floor on norms
 _BITS_OF_A_PART = 2.1  # sign bits per weight; above, two parts are better than one
-_POWER_ITERATIONS = 2  # a turn; they go on from the magnitude of the last one
+_POWER_ITERATIONS = 1  # a turn; it goes on from the magnitude of the last one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,15 +240,15 @@ class _Step(NamedTuple):
     averaging: float
 
 
-def _schedule(iterations: int) -> Iterator[_Step]:
+def _schedule(iterations: int, whole: bool) -> Iterator[_Step]:
     for step in range(iterations):
         progress = step / max(1, iterations - 1)
         yield _Step(
-            ridge=_geometric(0.32, 0.004, progress**2.2),
-            rho=_geometric(0.16, 0.95, progress**1.4),
-            relaxation=0.75 + 0.45 * progress,
+            ridge=_geometric(0.12, 0.004, progress) if whole else _geometric(0.32, 0.004, progress**1.6),
+            rho=_geometric(0.12 if whole else 0.16, 0.95, progress**1.4),
+            relaxation=0.75 + 0.7 * progress,
             leak=0.91 + 0.05 * progress,
-            averaging=0.48 * progress,
+            averaging=0.65 * progress - 0.1,
         )
 
 
@@ -444,7 +447,8 @@ def _alternate(
     drawn = torch.randn(mid_features, right_size, generator=generator, dtype=torch.float32, device="cpu")
     right = _Factor(drawn.to(turns[1].target.device).expand(batch, -1, -1), kept[1])
     left = _Factor(right.primal.new_zeros(batch, mid_features, left_size), kept[0])
-    for done, step in enumerate(_schedule(iterations), start=1):
+    whole = any(turn.basis_metric is not None for turn in turns)
+    for done, step in enumerate(_schedule(iterations, whole), start=1):
         left.move(turns[0], right.basis, step)
         right.move(turns[1], left.basis, step)
         if progress is not None:
