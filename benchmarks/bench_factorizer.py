@@ -12,7 +12,7 @@
 
 Bits are what is stored: signs with padding, and scales. The authors' factors get the middle dimension that makes true
 bits equal. Each matrix is factored in a process with one thread, by all methods in turn, on as many processes as there
-are cores. HQQ joins in where its package is installed: pip install --no-deps hqq einops
+are cores. HQQ joins in where its package is installed: pip install --no-deps hqq einops termcolor
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -363,6 +364,35 @@ def test_moments_without_coupling_give_what_their_diagonals_give(monkeypatch):
     errors = [weighted_error(weight, factorize(weight, 40, item, config), plain) for item in (whole, plain)]
     # The same equations, solved by eigenvectors in place of Cholesky factors; signs near zero may tip.
     assert errors[0] == pytest.approx(errors[1], rel=0.03)
+
+
+def test_of_several_starts_the_best_is_kept(monkeypatch):
+    weight, importance = gaussian(32, 48), random_importance(32, 48)
+    config = FactorizerConfig(iterations=40, sweeps=0)
+
+    def errors():
+        # 12 x 48 random numbers, a multiple of 16: the first start draws what a single one would.
+        made = (factorize(weight, 12, importance, replace(config, seed=seed)) for seed in range(6))
+        return [weighted_error(weight, factors, importance) for factors in made]
+
+    assert admm._starts(12 * (32 + 48)) == 4
+    several = errors()
+    monkeypatch.setattr(admm, "_starts", lambda signs: 1)
+    single = errors()
+    # 1e-3: scales are rounded to float16 after the choice.
+    assert all(many <= one * 1.001 for many, one in zip(several, single, strict=True))
+    assert sum(several) < 0.995 * sum(single)
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (24, 16)], ids=str)
+def test_several_starts_in_a_batch_go_to_the_right_weight(shape):
+    weights = [gaussian(*shape, seed) for seed in range(3)]
+    together = factorize_batch(weights, 8, config=QUICK)
+    for weight, factors in zip(weights, together, strict=True):
+        alone = weighted_error(weight, factorize(weight, 8, None, QUICK))
+        assert weighted_error(weight, factors) == pytest.approx(
+            alone, rel=0.05
+        )  # order of sums; signs may tip
 
 
 @settings(deadline=None)
