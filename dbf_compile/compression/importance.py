@@ -305,8 +305,10 @@ def _metric(moment: Tensor | None, device: torch.device | str) -> Tensor | None:
         return None
     exact = moment.detach().double()
     size = exact.diagonal().sqrt()
-    # A feature that was never active is coupled to none.
-    metric = exact / torch.outer(size, size).clamp_min(torch.finfo(torch.float64).tiny)
+    # A feature that was never active is coupled to none; neither is one so faint that its square underflowed, while its
+    # products with others did not.
+    inverse = torch.where(size > 0, 1 / size, 0.0)
+    metric = (exact * torch.outer(inverse, inverse)).clamp_(-1.0, 1.0)
     metric.diagonal().fill_(1.0)
     return metric.float().to(device)
 

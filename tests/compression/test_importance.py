@@ -37,6 +37,21 @@ def test_unknown_and_zero_moments_count_all_features_alike(moment):
     assert torch.equal(rows, torch.ones(5)) and torch.equal(columns, torch.ones(5))
 
 
+@pytest.mark.parametrize("faint", [1e-30, 1e-21, 0.0])
+def test_a_whole_moment_of_a_feature_whose_square_underflows_couples_it_to_none(faint):
+    activations = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    activations[:, 2] *= faint
+    moment = activations.T @ activations
+    assert moment[2, 2] < 1e-40 and (faint == 0.0 or moment[2, 0] != 0)
+    metric = WeightedWeight.of(torch.ones(4, 6), Importance(moment)).column_metric
+    assert metric.abs().max() <= 1
+    rest = [0, 1, 3, 4, 5]
+    alone = WeightedWeight.of(torch.ones(4, 5), Importance(moment[rest][:, rest])).column_metric
+    torch.testing.assert_close(metric[rest][:, rest], alone, rtol=1e-6, atol=0)
+    if moment[2, 2] == 0:
+        assert torch.equal(metric[2], torch.eye(6)[2])
+
+
 def test_one_zero_is_floored_not_dropped():
     _, columns = Importance(torch.tensor([0.0, 2.0])).feature_weights(1, 2)
     assert columns[0] == pytest.approx(FLOOR) and columns[1] == pytest.approx(2**0.5)
