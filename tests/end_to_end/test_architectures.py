@@ -78,7 +78,7 @@ KINDS = {
     ),
     "bert": ("BertForMaskedLM", "BertConfig", TEXT, 13, "block"),
     # Many labels: the error of two logits is luck.
-    "vit": ("ViTForImageClassification", "ViTConfig", {**IMAGES, "num_labels": 64}, 12, "block"),
+    "vit": ("ViTForImageClassification", "ViTConfig", {**IMAGES, "num_labels": 64}, 13, "block"),
     "whisper": ("WhisperForConditionalGeneration", "WhisperConfig", SPEECH, 32, "block"),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**EXPERTS, "num_local_experts": 4}, 24, "block"),
     "qwen3_moe": (
