@@ -194,7 +194,7 @@ class _Rounded(TorchFunctionMode):
 
 
 def recovery() -> None:
-    """How many of the weights that are double binary products are found from one start."""
+    """How many of the weights that are double binary products are found in one call."""
     rows = []
     for size, mid_features in ((16, 2), (32, 4), (32, 8), (64, 8), (96, 8), (128, 16), (128, 32)):
         errors = []
