@@ -473,7 +473,8 @@ def _alternate(
     drawn = torch.randn(
         starts, mid_features, right_size, generator=generator, dtype=torch.float32, device="cpu"
     )
-    right = _Factor(drawn.to(turns[1].target.device).repeat(batch // starts, 1, 1), kept[1])
+    drawn = drawn.to(turns[1].target.device).repeat(batch // starts, 1, 1)
+    right = _Factor(drawn, kept[1])
     left = _Factor(right.primal.new_zeros(batch, mid_features, left_size), kept[0])
     whole = any(turn.basis_metric is not None for turn in turns)
     for done, step in enumerate(_schedule(iterations, whole), start=1):
