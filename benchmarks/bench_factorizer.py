@@ -5,7 +5,7 @@
     python benchmarks/bench_factorizer.py --part best        the preset "best" too, on two matrices
     python benchmarks/bench_factorizer.py --part curves      error against bits, 0.5 to 4, with a plot
     python benchmarks/bench_factorizer.py --part precision   products of a GPU's TF32 and bfloat16, emulated
-    python benchmarks/bench_factorizer.py --part seeds       means over seeds, where single ones decide: at 1 bit, and in very small matrices
+    python benchmarks/bench_factorizer.py --part seeds       means over seeds, where single ones decide: 1 bit and less, very small matrices
     python benchmarks/bench_factorizer.py --part recovery    weights that are double binary products: how many are found
     python benchmarks/bench_factorizer.py --part models      embeddings and perplexity of whole models
     python benchmarks/bench_factorizer.py --part large       one 4096 x 4096 matrix
@@ -147,9 +147,11 @@ def precision() -> None:
 
 
 def seeds() -> None:
-    """Where seeds decide: means over several, of every matrix of the encoder at 1 bit and of very small ones."""
+    """Where seeds decide: means over several, of the encoder at 1 bit, its keys and queries below, very small matrices."""
     matrices = [matrix for matrix in encoder_matrices() if "layer" in matrix.name]
     cases = [(matrix, 1.0, 4) for matrix in matrices]
+    close = [matrix for matrix in matrices if matrix.name.endswith(("self.key", "self.query"))]
+    cases += [(matrix, bits, 4) for matrix in close for bits in (0.75, 0.5)]
     for matrix in (Matrix(*item) for item in language_matrices()):
         cases += [(matrix, bits, 16) for bits in (0.75, 1.0, 1.5, 2.0, 2.5, 3.0) if fits(matrix, bits)]
     tasks = [Task(*case[:2], ("official", "fast"), seed) for case in cases for seed in range(case[2])]
