@@ -59,7 +59,7 @@ from torch import Tensor
 
 from dbf_compile.compression.importance import Importance, WeightedWeight, between, squared_norm
 from dbf_compile.compression.projection import half_scales, rank_one, signs_of
-from dbf_compile.compression.refine import Product, refine, refit_scales
+from dbf_compile.compression.refine import Product, refine, refit_scales, squared_error
 from dbf_compile.errors import OptionError, WeightError
 from dbf_compile.factors import DoubleBinaryFactors
 from dbf_compile.options import PRESETS
@@ -181,7 +181,7 @@ def factorize_batch(
             problem = _Problem.of([item for item in given for _ in range(starts)])
         tried = _in_parts(problem, mid_features, config, starts, progress)
         for index, item in enumerate(given):
-            product = min(tried[index * starts : (index + 1) * starts], key=partial(_loss, item))
+            product = _best(item, tried[index * starts : (index + 1) * starts])
             product = refine(item.matrix, product, item.row_metric, item.column_metric, config.sweeps)
             product = product._replace(
                 scale_out=product.scale_out / item.rows, scale_in=product.scale_in / item.columns
@@ -373,8 +373,12 @@ def _starts(signs: int) -> int:
     return max(1, min(4, _FEW_SIGNS // signs))
 
 
-def _loss(given: WeightedWeight, product: Product) -> float:
-    return squared_norm(given.matrix - product.dense(), given.row_metric, given.column_metric)
+def _best(given: WeightedWeight, products: Sequence[Product]) -> Product:
+    if len(products) == 1:
+        return products[0]
+    return min(
+        products, key=lambda tried: squared_error(given.matrix, tried, given.row_metric, given.column_metric)
+    )
 
 
 def _in_parts(
