@@ -147,7 +147,7 @@ def precision() -> None:
 
 
 def seeds() -> None:
-    """Where seeds decide: means over several, of the encoder at 1 bit, its keys and queries below, very small matrices."""
+    """Where seeds decide: means over several, at 1 bit, of keys and queries below, of very small matrices."""
     matrices = [matrix for matrix in encoder_matrices() if "layer" in matrix.name]
     cases = [(matrix, 1.0, 4) for matrix in matrices]
     close = [matrix for matrix in matrices if matrix.name.endswith(("self.key", "self.query"))]

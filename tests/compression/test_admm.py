@@ -390,10 +390,10 @@ def test_every_weight_of_a_batch_chooses_among_its_own_starts(shape, monkeypatch
     monkeypatch.setattr(admm, "_best", lambda *given: chosen.append(given) or best(*given))
     factorize_batch([gaussian(*shape, seed) for seed in range(3)], 8, config=QUICK)
     assert len(chosen) == 3
-    for given, products in chosen:
+    for item, products in chosen:
         assert len(products) == 4 and len({product.signs_in.sum().item() for product in products}) > 1
         for product in products:  # that of another weight would be worse than zeros
-            assert (given.matrix - product.dense()).norm() < 0.9 * given.matrix.norm()
+            assert (item.matrix - product.dense()).norm() < 0.9 * item.matrix.norm()
 
 
 @settings(deadline=None)
