@@ -314,6 +314,7 @@ def random_factors(layer, bits: float):
 
     K, N = layer.in_features, layer.out_features
     R = mid_features_for(bits, K, N)
+    R = R // 32 * 32 or R  # whole words, as compress chooses them
     signs = [
         # Whole words are random at once; what lies behind the last column of a row is packed.
         torch.randint(-(2**31), 2**31, (rows, columns // 32), dtype=torch.int32)

@@ -21,9 +21,10 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.lowering import fallback_handler, lowerings, to_dtype
 from torch._inductor.lowering import register_lowering as _register_lowering
 from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, autotune_select_algorithm
-from torch._inductor.virtualized import V
+from torch._inductor.virtualized import V, ops
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 from dbf_compile.errors import OptionError
 
@@ -203,6 +204,52 @@ def cast(x: Any, dtype: torch.dtype) -> Any:
     return to_dtype(x, dtype)
 
 
+def can_fuse_after(x: Any) -> bool:
+    """Return whether Inductor writes the kernel that computes ``x``, so that it can put more of its own into it."""
+    return isinstance(_producer(x), (ir.Loops, ir.ComputedBuffer, ir.TemplateBuffer))
+
+
+def is_computed_here(x: Any) -> bool:
+    """Return whether a kernel of this graph computes ``x``: then it runs after all that was there before the graph."""
+    return not isinstance(_producer(x), (ir.InputBuffer, ir.ConstantBuffer))
+
+
+def _producer(x: Any) -> Any:
+    while isinstance(x, (ir.TensorBox, ir.StorageBox, ir.BaseView)):
+        x = x.data
+    return x
+
+
+def matmul(a: Any, b: Any) -> Any:
+    """Return ``a · bᵀ`` of two matrices, by the library of the device."""
+    return lowerings[torch.ops.aten.mm.default](a, lowerings[torch.ops.aten.permute.default](b, [1, 0]))
+
+
+def expanded_signs(signs: Any, scale: Any, columns: Any, dtype: torch.dtype) -> Any:
+    """Return ``w[n, k] = signs[n, k] · scale[n]`` [N, K] in a buffer.
+
+    Args:
+        signs: int32 words [N, ceil(K / 32)].
+        scale: of ``dtype`` [N], or None for ones.
+        columns: K.
+    """
+    load = signs.make_loader()
+    load_scale = None if scale is None else scale.make_loader()
+
+    def value(index: Sequence[Any]) -> Any:
+        n, k = index
+        bit = ops.index_expr(ModularIndexing(k, 1, 32), torch.int32)
+        chosen = ops.bitwise_and(
+            ops.bitwise_right_shift(load([n, FloorDiv(k, 32)]), bit), ops.constant(1, torch.int32)
+        )
+        one = ops.constant(1.0, dtype) if load_scale is None else load_scale([n])
+        return ops.where(ops.ne(chosen, ops.constant(0, torch.int32)), one, ops.neg(one))
+
+    return ir.Pointwise.create(
+        device=signs.get_device(), dtype=dtype, inner_fn=value, ranges=[signs.get_size()[0], columns]
+    )
+
+
 def emits_cpp_wrapper() -> bool:
     """Return whether the graph being lowered becomes a C++ program, which cannot call operators by Python name."""
     return bool(V.graph.cpp_wrapper)
@@ -258,6 +305,7 @@ def lower_to_template(
     constants: Mapping[str, Any],
     inputs: Sequence[Any],
     size: Sequence[Any],
+    overlaps: bool = False,
 ) -> Any:
     """Lower to a kernel that fills a float32 buffer, and into which Inductor fuses what is done to its values.
 
@@ -267,13 +315,22 @@ def lower_to_template(
         constants: further constants of the template.
         inputs: contiguous tensors of the graph, see :func:`contiguous`.
         size: of the buffer, two numbers; may be symbolic.
+        overlaps: let the kernel start before the one in front of it has ended: it waits for that one by itself.
     """
+    # NVIDIA calls it programmatic dependent launch.
+    launch = {"triton_meta": {"launch_pdl": True}} if overlaps else {}
     tune = config.max_autotune or config.max_autotune_gemm
     layout = ir.FixedLayout(inputs[0].get_device(), torch.float32, list(size))
     choices: list[Any] = []
     for one in settings if tune else settings[:1]:
         template.maybe_append_choice(
-            choices, input_nodes=tuple(inputs), layout=layout, call_sizes=list(size), **constants, **one
+            choices,
+            input_nodes=tuple(inputs),
+            layout=layout,
+            call_sizes=list(size),
+            **launch,
+            **constants,
+            **one,
         )
     found = autotune_select_algorithm(template.name, choices, list(inputs), layout)
     return found[0] if isinstance(found, tuple) else found  # with the choice since torch 2.12
@@ -323,6 +380,11 @@ def capability(device: torch.device) -> int:
     """Return the compute capability of a CUDA device that is compiled for: 90 for sm_90."""
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def can_overlap_launches(device: torch.device) -> bool:
+    """Return whether a kernel may start on a CUDA device before the one in front of it has ended, and wait inside."""
+    return torch.version.hip is None and capability(device) >= 90
 
 
 def size_guess(size: Any) -> int:

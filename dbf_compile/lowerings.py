@@ -64,7 +64,7 @@ def sign_matmul(
 
     The C++ kernel takes scales and bias along, on values that it has in registers anyway: as kernels of their own they
     would double the number of C++ kernels to compile. Into the Triton kernels Inductor fuses out_scale, bias and what
-    follows; in_scale is the kernel's for few tokens, and part of what comes before for many.
+    follows; in_scale is for few tokens the kernel's where it cannot be part of what comes before, as it is for many.
     """
     wide = accumulator_dtype(x.get_dtype())
     result = dtype or wide
@@ -84,7 +84,10 @@ def sign_matmul(
     few = inductor.known_at_most(tokens, DECODE_TOKENS)
     on_gpu = x.get_device().type == "cuda" and wide == torch.float32 and not interleaved
     if on_gpu and few is not None and 0 not in (tokens, *signs.get_size()):
-        y = _few_tokens(x, [signs], in_scale) if few else _many_tokens(x, signs, in_scale, dtype, fast)
+        if few:
+            y = _few_tokens(x, [signs], in_scale)
+        else:
+            y, out_scale = _many_tokens(x, signs, in_scale, out_scale, result, fast)
     else:
         # The operator looks at the number of tokens when it is called.
         return inductor.lower_to_operator(
@@ -121,48 +124,66 @@ def _few_tokens(x: Any, signs: Sequence[Any], in_scale: Any) -> Any:
     from dbf_compile.kernels.sign_matmul import triton_decode
 
     *leading, K = x.get_size()
+    if in_scale is not None and inductor.can_fuse_after(x):
+        # Each value is scaled once, by the kernel that computes it, and not by every program that reads it.
+        x = inductor.multiply(inductor.cast(x, torch.float32), inductor.cast(in_scale, torch.float32))
+        in_scale = None
     M, rows = math.prod(leading), [int(one.get_size()[0]) for one in signs]
     N = sum(rows)
     scale = [] if in_scale is None else [in_scale]
+    # What runs in front of the kernel may write signs where x comes from outside: it is not known here.
+    overlaps = inductor.is_computed_here(x) and inductor.can_overlap_launches(x.get_device())
     y = inductor.lower_to_template(
         _decode_template(),
         triton_decode.decode_blocks(inductor.size_guess(M), N, int(K)),
         {
+            "OVERLAPS": overlaps,
             "SCALED": in_scale is not None,
             "MATRICES": len(rows),
             **{f"FIRST{index}": sum(rows[:index]) for index in range(1, len(rows))},
         },
         inductor.contiguous(inductor.view(x, [M, K]), *signs, *scale),
         [M, N],
+        overlaps,
     )
     return inductor.view(y, [*leading, N])
 
 
-def _many_tokens(x: Any, signs: Any, in_scale: Any, dtype: torch.dtype | None, fast: bool) -> Any:
+def _many_tokens(
+    x: Any, signs: Any, in_scale: Any, out_scale: Any, result: torch.dtype, fast: bool
+) -> tuple[Any, Any]:
+    """Return the product, and out_scale if that is not in it yet."""
     from dbf_compile.kernels.sign_matmul import triton_prefill
 
     *leading, K = x.get_size()
     M, N = math.prod(leading), int(signs.get_size()[0])
-    z = inductor.cast(x, torch.float32)
+    narrow = triton_prefill.operand_dtype(x.get_dtype(), result)
+    count = triton_prefill.term_count(x.get_dtype(), result, fast)
+    z = x
+    if in_scale is not None or count > 1:
+        z = inductor.cast(x, torch.float32)
     if in_scale is not None:
         z = inductor.multiply(z, inductor.cast(in_scale, torch.float32))
-    narrow = triton_prefill.operand_dtype(x.get_dtype(), dtype)
+    if result == narrow and count == 1 and inductor.known_at_most(M, triton_prefill.FUSED_TOKENS) is False:
+        scale = None if out_scale is None else inductor.cast(out_scale, narrow)
+        dense = inductor.expanded_signs(signs, scale, K, narrow)
+        y = inductor.matmul(inductor.view(inductor.cast(z, narrow), [M, K]), dense)
+        return inductor.view(y, [*leading, N]), None
     terms = []
-    for _ in range(triton_prefill.term_count(x.get_dtype(), dtype, fast) - 1):
+    for _ in range(count - 1):
         upper = inductor.cut_to_bfloat16(z)
         terms.append(inductor.cast(upper, narrow))
         z = inductor.where_finite(z, inductor.subtract(z, upper))
     terms.append(inductor.cast(z, narrow))
     operand = inductor.concatenate([inductor.view(term, [M, K]) for term in terms])
-    inputs = inductor.contiguous(operand, signs)
     y = inductor.lower_to_template(
         _prefill_template(),
         triton_prefill.prefill_blocks(inductor.size_guess(M), N, inductor.capability(x.get_device())),
-        {"TERMS": len(terms)},
-        inputs,
+        {"TERMS": count},
+        inductor.contiguous(operand, signs),
         [M, N],
     )
-    return inductor.view(y, [*leading, N])
+    return inductor.view(y, [*leading, N]), out_scale
 
 
 @cache
@@ -178,13 +199,15 @@ def _decode_template() -> Any:
 {{def_kernel(*inputs)}}
     M = {{size(None, 0)}}
     N = {{size(None, 1)}}
-    K = {{size("X", 1)}}
+    K: tl.constexpr = {{size("X", 1)}}
     m, n = decode_rows(M, BLOCK_M, BLOCK_N)
-    rows = SIGNS0 + n * {{size("SIGNS0", 1)}}
+    W = {{size("SIGNS0", 1)}}
+    rows = SIGNS0 + n * W
 {% for index in range(1, MATRICES) %}
-    rows = tl.where(n < FIRST{{index}}, rows, SIGNS{{index}} + (n - FIRST{{index}}) * {{size("SIGNS0", 1)}})
+    rows = tl.where(n < FIRST{{index}}, rows, SIGNS{{index}} + (n - FIRST{{index}}) * W)
 {% endfor %}
-    y = decode_tile(X, {{"IN_SCALE" if SCALED else "None"}}, rows, m, n, M, N, K, BLOCK_M, BLOCK_N, BLOCK_W)
+    y = decode_tile(X, {{"IN_SCALE" if SCALED else "None"}}, rows, m, n, M, N, K, BLOCK_M, BLOCK_N, BLOCK_W, OVERLAPS)
+    m = m + tl.arange(0, BLOCK_M)
 """,
     )
 

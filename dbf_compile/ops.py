@@ -276,9 +276,11 @@ def double_binary_linear(
     Raises:
         KernelInputError: ``x`` is not floating point, or sizes do not fit together.
     """
-    h = torch.ops.dbf.sign_matmul(x, signs_in, scale_in, interleaved=interleaved, fast=fast)
+    # Kernels on GPUs scale a sum once, before they write it; the CPU's scale activations while they make tables.
+    after, before = (scale_mid, None) if x.device.type == "cuda" else (None, scale_mid)
+    h = torch.ops.dbf.sign_matmul(x, signs_in, scale_in, after, interleaved=interleaved, fast=fast)
     result: Tensor = torch.ops.dbf.sign_matmul(
-        h, signs_out, scale_mid, scale_out, bias, dtype, interleaved, fast
+        h, signs_out, before, scale_out, bias, dtype, interleaved, fast
     )
     return result
 

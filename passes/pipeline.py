@@ -15,6 +15,7 @@ from dbf_compile.passes.fuse_double_binary import fuse_double_binary
 from dbf_compile.passes.graph import WeightSource
 from dbf_compile.passes.group_siblings import group_siblings
 from dbf_compile.passes.merge_shared_inputs import merge_shared_inputs
+from dbf_compile.passes.narrow_first_stages import narrow_first_stages
 from dbf_compile.passes.replace_linears import replace_linears
 from dbf_compile.passes.share_first_stages import share_first_stages
 from dbf_compile.passes.verify import verify
@@ -29,7 +30,11 @@ PIPELINE: tuple[Pass, ...] = (
     verify,
 )
 
-POST_GRAD_PIPELINE: tuple[Callable[[Graph], int], ...] = (fuse_double_binary, group_siblings)
+POST_GRAD_PIPELINE: tuple[Callable[[Graph], int], ...] = (
+    fuse_double_binary,
+    group_siblings,
+    narrow_first_stages,
+)
 
 
 def run_pipeline(graph: Graph, source: WeightSource, fast: bool = False) -> dict[str, int]:

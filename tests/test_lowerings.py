@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(
 
 ON_TRITON = [case for case in CASES if case.dtype != "float64" and not case.dynamic]
 FEW = [case for case in ON_TRITON if case.M <= 16]
-MANY = [case for case in ON_TRITON if case.M > 16]
+DENSE = [case for case in ON_TRITON if case.M > 128 and case.dtype != "float32"]
+MANY = [case for case in ON_TRITON if case.M > 16 and case not in DENSE]
 ON_OPERATOR = [case for case in CASES if case not in ON_TRITON]
 
 
@@ -55,6 +56,29 @@ def test_many_tokens_go_to_tensor_cores(case: Case, programs: dict[str, Program]
     terms = 3 if case.dtype == "float32" else 1
     assert all(f"TERMS : tl.constexpr = {terms}" in source for source in products)
     assert len(products) == 2
+
+
+@pytest.mark.parametrize("case", DENSE, ids=str)
+def test_very_many_tokens_share_a_dense_matrix(case: Case, programs: dict[str, Program]) -> None:
+    """Signs are written out with their scale; the library multiplies, and what is between stays narrow."""
+    program = programs[str(case)]
+    steps = re.findall(r"(triton_poi\w+)\.run|extern_kernels\.(mm)", program.call)
+    # scale_in and the two matrices before the products; the bias behind.
+    assert [bool(mm) for _, mm in steps].count(True) == 2
+    assert len(steps) <= 6
+    assert "float32" not in program.call
+    assert not program.cubins
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_what_is_computed_in_the_graph_lets_the_next_launch_begin(
+    case: Case, programs: dict[str, Program]
+) -> None:
+    """The first stage reads what comes from outside, and waits for all before it; the second starts early."""
+    program = programs[str(case)]
+    first, second = (program.kernels[name] for name in launches(program))
+    assert "launch_pdl" not in first and "OVERLAPS : tl.constexpr = False" in first
+    assert "'launch_pdl': True" in second and "OVERLAPS : tl.constexpr = True" in second
 
 
 @pytest.mark.parametrize("case", ON_OPERATOR, ids=str)
@@ -103,9 +127,9 @@ def test_signs_of_few_tokens_meet_additions_only(case: Case, programs: dict[str,
         machine_code = bytes.fromhex(cubin)
         code = sass.instructions(sass.disassemble(machine_code))
         scales = [one for one in code if one.multiplies()]
-        additions = sum(one.additions() for one in code)
-        # in_scale multiplies each activation, once in each of two ways to sum; out_scale each result.
-        assert len(scales) < additions / 4
+        # in_scale multiplies activations, four for each load of such; out_scale and the cast make each result.
+        assert len(scales) <= 4 * sum(one.name == "LDG" for one in code) / 2 + 4
+        assert sum(one.name == "LDS" for one in code) >= 8 and sum(one.additions() for one in code) >= 16
         assert not any(one.multiplies_matrices() for one in scales)
         assert sass.resources(machine_code).stack == 0
 

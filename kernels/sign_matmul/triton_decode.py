@@ -1,13 +1,12 @@
-"""The Triton kernel for few tokens: signs choose which activations are added, and nothing else is computed.
+"""The Triton kernel for few tokens: sums of four activations are looked up, and nothing else is computed but additions.
 
-    Σ_k signs[n, k] · x[m, k]  =  2 · Σ_{k: signs[n, k] = +1} x[m, k]  -  Σ_k x[m, k]
+Four neighbouring signs are a number from 0 to 15. For each four columns and each token a table holds the sixteen sums
+±x₀ ± x₁ ± x₂ ± x₃; then a row costs one look-up and one addition for every four of its signs. The tables of a tile lie
+in shared memory, where the sixteen numbers are in sixteen different banks: threads that hold neighbouring rows read
+them without conflict, whatever the signs. Shift and mask, which make a number of the signs, are shared by the tokens.
 
-The first sum skips, the second is common to all rows. A thread holds whole words and the 32 activations that belong to
-each: which bit it tests is known at compile time, so that a sign costs one test and one predicated addition for every
-token. The test is shared by the tokens. (Flipping the sign bit of x costs one operation more: a shift.)
-
-Where the result is not finite, because x is not or because the doubled sum is too large, it is computed once more with
-the sum of ±x, as the definition says.
+Compared with adding activations one by one, chosen or negated by their signs, this takes half of the instructions for
+one token and less for several; `benchmarks/results/gpu.md` has the measurements.
 
 Shape letters: M rows of x (tokens), K columns and N rows of the sign matrix, W = ceil(K / 32) words.
 """
@@ -25,64 +24,44 @@ from dbf_compile.kernels.sign_matmul.triton_common import store_tile
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no stubs, and types the arguments at launch
-def add_bits(sums, words, x, BIT: tl.constexpr, STEP: tl.constexpr, SIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Add the activations of bits BIT, BIT + STEP, ... of each word to its sums.
+def load_fours(x_ptr, in_scale_ptr, m, k, M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return activations by fours, each four as often as a table has threads to fill it: float32 [BLOCK_M · BLOCK_K, 4].
 
     Args:
-        sums: float32 [BLOCK_M, BLOCK_N, BLOCK_W].
-        words: int32 [BLOCK_N, BLOCK_W].
-        x: float32 [BLOCK_M, BLOCK_W, 32 / STEP].
-        SIGNED: whether to subtract where the sign is -1, instead of skipping.
+        m: the first row of x.
+        k: the first column, divisible by 4.
     """
-    if STEP == 32:
-        plus = (words < 0 if BIT == 31 else (words & (1 << BIT)) != 0)[None, :, :]
-        column = x.reshape(x.shape[0], 1, x.shape[1])
-        if SIGNED:
-            return tl.where(plus, sums + column, sums - column)
-        else:
-            return tl.where(plus, sums + column, sums)
-    else:
-        even, odd = tl.split(x.reshape(x.shape[0], x.shape[1], 16 // STEP, 2))
-        sums = add_bits(sums, words, even, BIT, 2 * STEP, SIGNED)
-        return add_bits(sums, words, odd, BIT + STEP, 2 * STEP, SIGNED)
+    # One dimension holds all fours, as Triton's versions differ in which of several dimensions go to neighbours.
+    part = tl.arange(0, BLOCK_M * BLOCK_K)
+    row = m + part // BLOCK_K
+    column = (k + part % BLOCK_K // 4 * 4)[:, None] + tl.arange(0, 4)[None, :]
+    # Behind the last column x is read as 0, which adds nothing under either sign.
+    inside = (row[:, None] < M) & (column < K)
+    x = tl.load(x_ptr + row[:, None] * K + column, mask=inside, other=0.0).to(tl.float32)
+    if in_scale_ptr is not None:
+        x = x * tl.load(in_scale_ptr + column, mask=column < K, other=0.0).to(tl.float32)
+    return x
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def sum_columns(  # type: ignore[no-untyped-def]
-    x_ptr,
-    in_scale_ptr,
-    rows,
-    m,
-    n,
-    M,
-    N,
-    K,
-    SIGNED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
-    """Return a tile of y in one of two ways; arguments as for :func:`decode_tile`, SIGNED as for :func:`add_bits`."""
-    sums = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_W), dtype=tl.float32)
-    total = tl.zeros((BLOCK_M, BLOCK_W), dtype=tl.float32)
-    for first in range(0, tl.cdiv(K, 32), BLOCK_W):
-        w = first + tl.arange(0, BLOCK_W)
-        words = tl.load(
-            rows[:, None] + w[None, :], mask=(n[:, None] < N) & (w[None, :] < tl.cdiv(K, 32)), other=0
-        )
-        k = w[:, None] * 32 + tl.arange(0, 32)[None, :]
-        # Behind the last column x is read as 0, which adds nothing under either sign.
-        inside = (m[:, None, None] < M) & (k[None, :, :] < K)
-        x = tl.load(x_ptr + m[:, None, None] * K + k[None, :, :], mask=inside, other=0.0).to(tl.float32)
-        if in_scale_ptr is not None:
-            x = x * tl.load(in_scale_ptr + k, mask=k < K, other=0.0).to(tl.float32)[None, :, :]
-        sums = add_bits(sums, words, x, 0, 1, SIGNED)
-        total += tl.sum(x, axis=2)
-    y = tl.sum(sums, axis=2)
-    if SIGNED:
-        return y
-    else:
-        return y + y - tl.sum(total, axis=1)[:, None]
+@triton.jit
+def sums_of_four(x):  # type: ignore[no-untyped-def]
+    """Return tables of 16 sums ±x₀ ± x₁ ± x₂ ± x₃, one behind the other; bit j of an entry's number is the sign of x_j.
+
+    Args:
+        x: float32 [P, 4], each table's activations four times.
+
+    Returns:
+        float32 [4 · P].
+    """
+    # Four neighbouring threads fill a table, four entries each: what they store lies side by side, in all banks.
+    part = tl.arange(0, x.shape[0])
+    even, odd = tl.split(x.reshape(x.shape[0], 2, 2))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    upper = tl.where((part & 1) != 0, x2, -x2) + tl.where((part & 2) != 0, x3, -x3)
+    equal, unequal = x0 + x1, x0 - x1
+    four = tl.join(tl.join(upper - equal, upper - unequal), tl.join(upper + unequal, upper + equal))
+    return four.reshape(4 * x.shape[0])
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -94,10 +73,11 @@ def decode_tile(  # type: ignore[no-untyped-def]
     n,
     M,
     N,
-    K,
+    K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    OVERLAPS: tl.constexpr = False,
 ):
     """Return a tile of y, float32 [BLOCK_M, BLOCK_N]: ``y[m, n] = Σ_k signs[n, k] · in_scale[k] · x[m, k]``.
 
@@ -105,25 +85,46 @@ def decode_tile(  # type: ignore[no-untyped-def]
         x_ptr: float32, bfloat16 or float16 [M, K], contiguous.
         in_scale_ptr: floating point [K], or None for ones.
         rows: pointers to the first int32 word of each row of the tile, [BLOCK_N].
-        m: rows of x, int64 [BLOCK_M].
+        m: the first row of x, int64.
         n: rows of the sign matrix, int64 [BLOCK_N].
         BLOCK_W: words of a row that are met in one step.
+        OVERLAPS: whether this kernel may start before the one that computes x has ended; nothing that other kernels
+            write is touched before it has. The signs are constant, and on their way from memory by then.
     """
-    y = sum_columns(x_ptr, in_scale_ptr, rows, m, n, M, N, K, False, BLOCK_M, BLOCK_N, BLOCK_W)
-    size = y.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    if tl.max(tl.max(size, axis=1), axis=0) >= 0x7F800000:
-        y = sum_columns(x_ptr, in_scale_ptr, rows, m, n, M, N, K, True, BLOCK_M, BLOCK_N, BLOCK_W)
-    return y
+    W: tl.constexpr = (K + 31) // 32
+    sums = tl.zeros((BLOCK_M, BLOCK_W, BLOCK_N), dtype=tl.float32)
+    word = tl.arange(0, BLOCK_W)
+    nibble = tl.arange(0, 8)
+    # The number of a table's first entry, in the order of columns, one token's tables behind the other's.
+    table = (word * 128)[None, :, None] | (nibble * 16)[:, None, None]
+    of_token = (tl.arange(0, BLOCK_M) * (BLOCK_W * 128))[:, None, None, None]
+    words = tl.load(rows[:, None] + word[None, :], mask=(n[:, None] < N) & (word[None, :] < W), other=0)
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    x = load_fours(x_ptr, in_scale_ptr, m, 0, M, K, BLOCK_M, BLOCK_W * 32)
+    for first in range(0, W, BLOCK_W):
+        # The next step's operands are on their way from memory during this one.
+        w = first + BLOCK_W + word
+        next_words = tl.load(rows[:, None] + w[None, :], mask=(n[:, None] < N) & (w[None, :] < W), other=0)
+        next_x = load_fours(x_ptr, in_scale_ptr, m, (first + BLOCK_W) * 32, M, K, BLOCK_M, BLOCK_W * 32)
+        signs = (tl.trans(words)[None, :, :] >> (4 * nibble)[:, None, None]) & 15
+        index = of_token | (table | signs)[None, :, :, :]
+        # Flat, as Triton would exchange entries of a table of two dimensions between the threads of a warp.
+        found = tl.gather(sums_of_four(x), index.reshape(BLOCK_M * 8 * BLOCK_W * BLOCK_N), axis=0)
+        sums += tl.sum(found.reshape(BLOCK_M, 8, BLOCK_W, BLOCK_N), axis=1)
+        words, x = next_words, next_x
+    return tl.sum(sums, axis=1)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def decode_rows(M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the rows m of x and n of the sign matrix that this program is for, as int64."""
+    """Return the first row m of x and the rows n of the sign matrix that this program is for, as int64."""
     # Tiles of the same signs are neighbours, so that these are read from memory once.
     tiles_m = tl.cdiv(M, BLOCK_M)
     tile = tl.program_id(0)
     # 64 bits: m * K, n * W and m * N may pass 2**31.
-    m = (tile % tiles_m).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = (tile % tiles_m).to(tl.int64) * BLOCK_M
     n = (tile // tiles_m).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     return m, n
 
@@ -138,7 +139,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     bias_ptr,
     M,
     N,
-    K,
+    K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -152,13 +153,14 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         in_scale_ptr: floating point [K], or None; so out_scale_ptr and bias_ptr, [N].
     """
     m, n = decode_rows(M, BLOCK_M, BLOCK_N)
-    rows = signs_ptr + n * tl.cdiv(K, 32)
-    y = decode_tile(x_ptr, in_scale_ptr, rows, m, n, M, N, K, BLOCK_M, BLOCK_N, BLOCK_W)
-    store_tile(y_ptr, y, m, n, M, N, out_scale_ptr, bias_ptr)
+    y = decode_tile(
+        x_ptr, in_scale_ptr, signs_ptr + n * ((K + 31) // 32), m, n, M, N, K, BLOCK_M, BLOCK_N, BLOCK_W
+    )
+    store_tile(y_ptr, y, m + tl.arange(0, BLOCK_M), n, M, N, out_scale_ptr, bias_ptr)
 
 
 # What a template needs beside its own text, callees first.
-DEVICE_FUNCTIONS = (add_bits, sum_columns, decode_tile, decode_rows)
+DEVICE_FUNCTIONS = (load_fours, sums_of_four, decode_tile, decode_rows)
 
 
 def decode_blocks(M: int, N: int, K: int) -> list[dict[str, int]]:
@@ -173,33 +175,25 @@ def decode_blocks(M: int, N: int, K: int) -> list[dict[str, int]]:
         BLOCK_M, BLOCK_N, BLOCK_W, num_warps, num_stages.
     """
     W = max(layout.words_per_row(K), 1)
-    block_m = 1 if M == 1 else 2  # the activations of two tokens are 64 registers of a thread
-    best_w = _block_of_words(W)
-    tiles_m = -(-M // block_m)
-    # Two programs for each of an H100's 132 multiprocessors, if there are rows enough.
-    rows = next((size for size in (16, 8, 4) if tiles_m * -(-N // size) >= 264), 4)
-    best = _settings(block_m, min(rows, 16 // block_m), best_w, N)
-    others = [
-        _settings(block_m, block_n, block_w, N)
-        for block_n in (4, 8, 16, 32)
-        for block_w in (32, 64, 128, 256)
-        if block_n * block_m <= 32 and block_w <= 2 * best_w
-    ]
-    return [best, *(settings for settings in others if settings != best)]
+    if M == 1:
+        # A row of tiles for each multiprocessor, as many columns at once as shared memory takes; where there are more
+        # rows, smaller tiles leave room for several programs, one of which waits while another one adds.
+        best = (64, 32, 8) if N > 16384 else (32, 32, 8) if N > 8192 or W <= 32 else (32, 128, 16)
+        tiles = [(32, 32, 4), (32, 64, 8), (32, 64, 16), (64, 32, 4), (64, 64, 8), (64, 64, 16), (128, 32, 8)]
+        block_m = 1
+    else:
+        block_m = 2 if M <= 8 else 4
+        best = (64, 32, 8) if M <= 4 or N <= 8192 else (128, 32, 8) if M <= 8 else (128, 16, 8)
+        tiles = [(32, 64, 8), (64, 32, 4), (64, 32, 16), (128, 16, 8), (128, 32, 16)]
+    found = [_settings(block_m, *tile, N, W) for tile in (best, *tiles)]
+    return [settings for index, settings in enumerate(found) if settings not in found[:index]]
 
 
-def _block_of_words(W: int) -> int:
-    # Large steps hide the latency of memory; but words behind the last one are computed all the same.
-    for size in (128, 64, 32):
-        if size < 2 * W and -(-W // size) * size <= 1.15 * W:
-            return size
-    return min(32, 1 << (W - 1).bit_length())
-
-
-def _settings(block_m: int, block_n: int, block_w: int, N: int) -> dict[str, int]:
-    # One word of each row for each thread.
+def _settings(block_m: int, block_n: int, block_w: int, warps: int, N: int, W: int) -> dict[str, int]:
     block_n = min(block_n, 1 << max(N - 1, 0).bit_length())
-    warps = max(1, min(4, block_w // 32))
+    # Tables of 64 KB at most, and no more words than there are.
+    block_w = min(block_w, 128 // block_m, 1 << (W - 1).bit_length())
+    warps = max(1, min(warps, block_n * block_w // 32))
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_W": block_w, "num_warps": warps, "num_stages": 1}
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from dbf_compile.kernels.sign_matmul.reference import DECODE_TOKENS
 from dbf_compile.kernels.sign_matmul.triton_decode import decode_blocks, decode_grid, decode_kernel
 from dbf_compile.kernels.sign_matmul.triton_prefill import (
+    FUSED_TOKENS,
+    expand_signs,
     operand_dtype,
     prefill_blocks,
     prefill_grid,
@@ -56,17 +58,34 @@ def sign_matmul_triton(
             decode_kernel[decode_grid(M, N, settings)](
                 x.contiguous(), signs, y, before, *scales, M, N, K, **settings, enable_fp_fusion=False
             )
+        elif M > FUSED_TOKENS and term_count(x.dtype, dtype, fast) == 1:
+            dense = expand_signs(signs, out_scale, K, operand_dtype(x.dtype, dtype))
+            _dense_matmul(_scaled(x, in_scale).reshape(M, K), dense, bias, y.view(M, N))
         else:
             settings = prefill_blocks(M, N, _capability(x.device))[0]
             terms = term_count(x.dtype, dtype, fast)
-            z = x.reshape(M, K)
-            if in_scale is not None:
-                z = z.float() * in_scale.float()
-            operand = split_terms(z, operand_dtype(x.dtype, dtype), terms)
+            operand = split_terms(_scaled(x, in_scale).reshape(M, K), operand_dtype(x.dtype, dtype), terms)
             prefill_kernel[prefill_grid(M, N, settings)](
                 operand, signs, y, *scales, M, N, K, terms, **settings
             )
     return y
+
+
+def _scaled(x: Tensor, in_scale: Tensor | None) -> Tensor:
+    return x if in_scale is None else x.float() * in_scale.float()
+
+
+def _dense_matmul(z: Tensor, dense: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """Write ``z · denseᵀ + bias`` to ``y``, with operands of the dtype of ``dense`` and sums of float32."""
+    z = z.to(dense.dtype)
+    if y.dtype == dense.dtype and z.is_cuda:
+        torch.mm(z, dense.T, out=y)
+    elif z.is_cuda:
+        y.copy_(torch.mm(z, dense.T, out_dtype=torch.float32))
+    else:  # in the interpreter
+        y.copy_(z.float() @ dense.float().T)
+    if bias is not None:
+        y.add_(bias)
 
 
 def _capability(device: torch.device) -> int:

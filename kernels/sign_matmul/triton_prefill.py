@@ -1,4 +1,4 @@
-"""The Triton kernel for many tokens: signs become ±1 in registers, and tensor cores multiply.
+"""The Triton kernels for many tokens: signs become ±1 in registers, and tensor cores multiply.
 
 Tensor cores take 16-bit numbers. Activations that have more are cut into a few bfloat16 terms,
 
@@ -7,7 +7,9 @@ Tensor cores take 16-bit numbers. Activations that have more are cut into a few 
 three of which hold all 24 bits of a float32; the products of each with ±1 are exact, and sums are float32.
 
 Signs are the operand that tensor cores read from registers, so that they are expanded once for a tile of tokens and
-never written anywhere.
+never written anywhere. That saves memory traffic, but costs the tensor cores half of their rate: for more than a hundred
+tokens of a 16-bit model it takes less time to write the signs as a dense matrix, which all tokens then share, and to
+multiply by that with the device's library (`benchmarks/results/gpu.md`).
 
 Shape letters: T terms, M rows of x (tokens), K columns and N rows of the sign matrix, W = ceil(K / 32) words.
 """
@@ -24,8 +26,19 @@ from torch import Tensor
 
 from dbf_compile.kernels.sign_matmul.triton_common import store_tile
 
+FUSED_TOKENS = 128
+"""Up to so many tokens of a 16-bit model are multiplied by signs in registers; more by a dense matrix of them."""
+
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no stubs, and types the arguments at launch
+def plus_or_minus_one(words, bit, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return 1 where a bit of a word is set, else -1, as bfloat16 or float16: the bits of 1.0, the highest one for minus."""
+    negative = ((~words << (31 - bit)) >> 16) & 0x8000
+    ones = negative | (0x3F80 if dtype == tl.bfloat16 else 0x3C00)
+    return ones.to(tl.int16).to(dtype, bitcast=True)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def prefill_tile(  # type: ignore[no-untyped-def]
     x_ptr,
     rows,
@@ -56,10 +69,8 @@ def prefill_tile(  # type: ignore[no-untyped-def]
         words = tl.load(
             rows[:, None] + w[None, :], mask=(n[:, None] < N) & (w[None, :] < tl.cdiv(K, 32)), other=0
         )
-        # ±1: the bits of 1.0, and the highest one where the sign is -1.
-        negative = ((~words[:, :, None] << (31 - bit)[None, None, :]) >> 16) & 0x8000
-        ones = negative | (0x3F80 if x_ptr.dtype.element_ty == tl.bfloat16 else 0x3C00)
-        signs = ones.to(tl.int16).to(x_ptr.dtype.element_ty, bitcast=True).reshape(BLOCK_N, BLOCK_K)
+        signs = plus_or_minus_one(words[:, :, None], bit[None, None, :], x_ptr.dtype.element_ty)
+        signs = signs.reshape(BLOCK_N, BLOCK_K)
         for term in tl.static_range(TERMS):
             # Behind the last column x is read as 0, which adds nothing under either sign.
             row = (m + term * M)[:, None] * K
@@ -111,8 +122,48 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     store_tile(y_ptr, y, m, n, M, N, out_scale_ptr, bias_ptr)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def expand_kernel(signs_ptr, scale_ptr, w_ptr, K, W, BLOCK_W: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write ``w[n, k] = scale[n] · signs[n, k]``, words of one row in every program.
+
+    Args:
+        signs_ptr: int32 words [N, W], contiguous.
+        scale_ptr: of the dtype of w [N], or None for ones.
+        w_ptr: bfloat16 or float16 [N, K], contiguous.
+    """
+    tile, tiles = tl.program_id(0), tl.cdiv(W, BLOCK_W)
+    n = (tile // tiles).to(tl.int64)
+    w = tile % tiles * BLOCK_W + tl.arange(0, BLOCK_W)
+    words = tl.load(signs_ptr + n * W + w, mask=w < W, other=0)
+    bit = tl.arange(0, 32)
+    ones = plus_or_minus_one(words[:, None], bit[None, :], w_ptr.dtype.element_ty)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + n)
+        ones = tl.where(ones > 0, scale, -scale)
+    k = w[:, None] * 32 + bit[None, :]
+    tl.store(w_ptr + n * K + k, ones, mask=k < K)
+
+
 # What a template needs beside its own text, callees first.
-DEVICE_FUNCTIONS = (prefill_tile, prefill_rows)
+DEVICE_FUNCTIONS = (plus_or_minus_one, prefill_tile, prefill_rows)
+
+
+def expand_signs(signs: Tensor, scale: Tensor | None, columns: int, dtype: torch.dtype) -> Tensor:
+    """Return the dense matrix ``w[n, k] = scale[n] · signs[n, k]`` of ``dtype`` [N, K].
+
+    Args:
+        signs: int32 words [N, W], contiguous.
+        scale: floating point [N], which is rounded to ``dtype``, or None for ones.
+        columns: K.
+        dtype: bfloat16 or float16.
+    """
+    N, W = signs.shape
+    dense = torch.empty(N, columns, dtype=dtype, device=signs.device)
+    block = min(128, triton.next_power_of_2(W))
+    grid = (N * triton.cdiv(W, block), 1, 1)
+    scale = None if scale is None else scale.to(dtype).contiguous()
+    expand_kernel[grid](signs, scale, dense, columns, W, BLOCK_W=block)
+    return dense
 
 
 def operand_dtype(x: torch.dtype, result: torch.dtype | None) -> torch.dtype:

@@ -46,6 +46,8 @@ class Case:
 CASES = (
     *(Case(256, 192, 320, M, dtype) for M in (1, 6) for dtype in ("float32", "bfloat16", "float16")),
     *(Case(256, 192, 320, 40, dtype) for dtype in ("float32", "bfloat16", "float16")),
+    *(Case(256, 192, 320, 200, dtype) for dtype in ("float32", "bfloat16", "float16")),
+    Case(67, 33, 129, M=200),
     Case(256, 192, 320, M=6, dynamic=True),
     Case(67, 33, 129, M=5),
     Case(67, 33, 129, M=5, dtype="float64"),

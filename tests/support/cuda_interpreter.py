@@ -37,6 +37,7 @@ def run_all(programs: dict[str, Program]) -> dict[str, float]:
 def main() -> None:
     """Print the errors of the programs on standard input as JSON."""
     let_dot_widen_bfloat16()
+    _launch_one_after_the_other()
     programs = {name: Program(**fields) for name, fields in json.load(sys.stdin).items()}
     with TemporaryDirectory() as folder:
         worst = {str(case): _worst(case, programs[str(case)], Path(folder, str(case))) for case in CASES}
@@ -44,6 +45,14 @@ def main() -> None:
             name = f"siblings of {M}"
             worst[name] = _worst_of_siblings(M, programs[name], Path(folder, name))
     print(json.dumps(worst))
+
+
+def _launch_one_after_the_other() -> None:
+    """Let kernels that wait for the one in front of them go on: here it has ended."""
+    import triton.language as tl
+
+    for name in ("gdc_wait", "gdc_launch_dependents"):
+        setattr(tl.extra.cuda, name, lambda: None)
 
 
 def _worst(case: Case, program: Program, folder: Path) -> float:
@@ -109,6 +118,7 @@ def _load(program: Program, folder: Path) -> Any:
             bfloat16=torch.bfloat16,
             float16=torch.float16,
         ),
+        extern_kernels=SimpleNamespace(mm=_matmul),
         assert_size_stride=nothing,
         assert_alignment=nothing,
         copy_if_misaligned=lambda tensor: tensor,
@@ -118,6 +128,10 @@ def _load(program: Program, folder: Path) -> Any:
     )
     exec(program.call, namespace)
     return namespace["call"]
+
+
+def _matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    out.copy_(a.float() @ b.float())  # as on a device: sums of float32
 
 
 def _launcher(name: str, source: str, folder: Path) -> Any:
