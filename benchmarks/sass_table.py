@@ -1,7 +1,7 @@
 """What the Triton kernels become on each architecture, without a GPU: instructions of the main loop, registers, spills.
 
 A row is one kernel as it is launched by default for a matrix of 4096 x 4096. For NVIDIA the machine code is disassembled;
-"per sign" counts all instructions of the loop, for all tokens of a tile. Nothing is run.
+"per sign" counts all instructions of the loop, or of a kernel without one, for all tokens of a tile. Nothing is run.
 
     python benchmarks/sass_table.py
 """
@@ -40,9 +40,14 @@ def main() -> None:
 
 def cases(target: int | str) -> list[tuple]:
     few = [
-        (decode_kernel, M, dtype, decode_blocks(M, 4096, 4096)[0])
-        for M in (1, 16)
-        for dtype in ("fp32", "bf16")
+        (decode_kernel, M, dtype, decode_blocks(M, 4096, 4096, parts)[0])
+        for M, dtype, parts in (
+            (1, "fp32", 1),
+            (1, "fp32", 4),
+            (1, "bf16", 1),
+            (16, "fp32", 1),
+            (16, "bf16", 1),
+        )
     ]
     capability = target if isinstance(target, int) else 80
     many = [
@@ -63,6 +68,7 @@ def row(target: int | str, kernel: object, M: int, dtype: str, settings: dict[st
         "tokens": M,
         "dtype": dtype,
         "tile": "x".join(str(value) for name, value in settings.items() if name.startswith("BLOCK")),
+        "parts": settings.get("PARTS", 1),
         "signs_per_thread": signs,
     }
     if isinstance(target, str):
@@ -82,7 +88,8 @@ def row(target: int | str, kernel: object, M: int, dtype: str, settings: dict[st
             "spills": total(r"scratch_"),
         }
     code = sass.disassemble(compiled.asm["cubin"])
-    loop = next(loop for loop in sass.innermost_loops(code) if len(loop) > 30)  # not those that wait
+    loops = [loop for loop in sass.innermost_loops(code) if len(loop) > 30]  # not those that wait
+    loop = loops[0] if loops else sass.instructions(code)
     names = collections.Counter(one.name for one in loop)
     return {
         **found,

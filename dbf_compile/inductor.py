@@ -206,18 +206,48 @@ def cast(x: Any, dtype: torch.dtype) -> Any:
 
 def can_fuse_after(x: Any) -> bool:
     """Return whether Inductor writes the kernel that computes ``x``, so that it can put more of its own into it."""
-    return isinstance(_producer(x), (ir.Loops, ir.ComputedBuffer, ir.TemplateBuffer))
-
-
-def is_computed_here(x: Any) -> bool:
-    """Return whether a kernel of this graph computes ``x``: then it runs after all that was there before the graph."""
-    return not isinstance(_producer(x), (ir.InputBuffer, ir.ConstantBuffer))
-
-
-def _producer(x: Any) -> Any:
     while isinstance(x, (ir.TensorBox, ir.StorageBox, ir.BaseView)):
         x = x.data
-    return x
+    return isinstance(x, (ir.Loops, ir.ComputedBuffer, ir.TemplateBuffer))
+
+
+def leaves_graph() -> bool:
+    """Return whether what is being lowered is a result of the graph."""
+    return any(user.op == "output" for user in V.graph.current_node.users)
+
+
+def sum_of_parts(parts: Any, count: int, size: Sequence[Any]) -> Any:
+    """Return a matrix of ``size`` for Inductor to fuse, the sum of ``count`` that lie one below the other.
+
+    Args:
+        parts: [count · M, N].
+        size: whose product is M · N.
+    """
+    if count == 1:
+        return view(parts, size)
+    M = FloorDiv(parts.get_size()[0], count)
+    load = parts.make_loader()
+
+    def value(index: Sequence[Any]) -> Any:
+        m, n = index
+        total = load([m, n])
+        for part in range(1, count):
+            total = ops.add(total, load([m + part * M, n]))
+        return total
+
+    ranges = [M, parts.get_size()[1]]
+    total = ir.Pointwise.create(
+        device=parts.get_device(), dtype=parts.get_dtype(), inner_fn=value, ranges=ranges
+    )
+    y = view(total, size)
+    y._dbf_parts = (count, parts)
+    return y
+
+
+def parts_of(x: Any) -> tuple[int, Any]:
+    """Return what :func:`sum_of_parts` made ``x`` of: the number of parts and their buffer; or 1 and None."""
+    found: tuple[int, Any] = getattr(x, "_dbf_parts", (1, None))
+    return found
 
 
 def matmul(a: Any, b: Any) -> Any:
@@ -305,7 +335,6 @@ def lower_to_template(
     constants: Mapping[str, Any],
     inputs: Sequence[Any],
     size: Sequence[Any],
-    overlaps: bool = False,
 ) -> Any:
     """Lower to a kernel that fills a float32 buffer, and into which Inductor fuses what is done to its values.
 
@@ -315,10 +344,7 @@ def lower_to_template(
         constants: further constants of the template.
         inputs: contiguous tensors of the graph, see :func:`contiguous`.
         size: of the buffer, two numbers; may be symbolic.
-        overlaps: let the kernel start before the one in front of it has ended: it waits for that one by itself.
     """
-    # NVIDIA calls it programmatic dependent launch.
-    launch = {"triton_meta": {"launch_pdl": True}} if overlaps else {}
     tune = config.max_autotune or config.max_autotune_gemm
     layout = ir.FixedLayout(inputs[0].get_device(), torch.float32, list(size))
     choices: list[Any] = []
@@ -328,7 +354,6 @@ def lower_to_template(
             input_nodes=tuple(inputs),
             layout=layout,
             call_sizes=list(size),
-            **launch,
             **constants,
             **one,
         )
@@ -380,11 +405,6 @@ def capability(device: torch.device) -> int:
     """Return the compute capability of a CUDA device that is compiled for: 90 for sm_90."""
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
-
-
-def can_overlap_launches(device: torch.device) -> bool:
-    """Return whether a kernel may start on a CUDA device before the one in front of it has ended, and wait inside."""
-    return torch.version.hip is None and capability(device) >= 90
 
 
 def size_guess(size: Any) -> int:

@@ -85,9 +85,8 @@ def sign_matmul(
     on_gpu = x.get_device().type == "cuda" and wide == torch.float32 and not interleaved
     if on_gpu and few is not None and 0 not in (tokens, *signs.get_size()):
         if few:
-            y = _few_tokens(x, [signs], in_scale)
-        else:
-            y, out_scale = _many_tokens(x, signs, in_scale, out_scale, result, fast)
+            return _few_tokens(x, [signs], in_scale, out_scale, bias, result)
+        y, out_scale = _many_tokens(x, signs, in_scale, out_scale, result, fast)
     else:
         # The operator looks at the number of tokens when it is called.
         return inductor.lower_to_operator(
@@ -106,7 +105,7 @@ def sign_matmul(
 
 def sign_matmul_group(x: Any, signs: Sequence[Any], in_scale: Any = None, fast: bool = False) -> Any:
     """Lower ``dbf::sign_matmul_group``, which the passes emit for few tokens on a GPU, to one launch."""
-    return _few_tokens(x, signs, in_scale)
+    return _few_tokens(x, signs, in_scale, None, None, torch.float32)
 
 
 def _cpu_kernel_takes(x: Any, result: torch.dtype, vectors: Sequence[Any]) -> bool:
@@ -120,33 +119,44 @@ def _cpu_kernel_takes(x: Any, result: torch.dtype, vectors: Sequence[Any]) -> bo
     )
 
 
-def _few_tokens(x: Any, signs: Sequence[Any], in_scale: Any) -> Any:
+def _few_tokens(
+    x: Any, signs: Sequence[Any], in_scale: Any, out_scale: Any, bias: Any, result: torch.dtype
+) -> Any:
     from dbf_compile.kernels.sign_matmul import triton_decode
 
     *leading, K = x.get_size()
+    M, rows = math.prod(leading), [int(one.get_size()[0]) for one in signs]
+    N = sum(rows)
+    # What the kernel before has left in parts, this one adds up.
+    terms, operand = inductor.parts_of(x) if in_scale is None else (1, None)
     if in_scale is not None and inductor.can_fuse_after(x):
         # Each value is scaled once, by the kernel that computes it, and not by every program that reads it.
         x = inductor.multiply(inductor.cast(x, torch.float32), inductor.cast(in_scale, torch.float32))
         in_scale = None
-    M, rows = math.prod(leading), [int(one.get_size()[0]) for one in signs]
-    N = sum(rows)
+    if operand is None:
+        operand = inductor.view(x, [M, K])
     scale = [] if in_scale is None else [in_scale]
-    # What runs in front of the kernel may write signs where x comes from outside: it is not known here.
-    overlaps = inductor.is_computed_here(x) and inductor.can_overlap_launches(x.get_device())
+    guess = inductor.size_guess(M)
+    # Adding parts up is for the next kernel; where there is none, it is not worth one of its own.
+    parts = 1 if inductor.leaves_graph() else triton_decode.decode_parts(guess, N, int(K))
     y = inductor.lower_to_template(
         _decode_template(),
-        triton_decode.decode_blocks(inductor.size_guess(M), N, int(K)),
+        triton_decode.decode_blocks(guess, N, int(K), parts),
         {
-            "OVERLAPS": overlaps,
+            "TERMS": terms,
             "SCALED": in_scale is not None,
             "MATRICES": len(rows),
             **{f"FIRST{index}": sum(rows[:index]) for index in range(1, len(rows))},
         },
-        inductor.contiguous(inductor.view(x, [M, K]), *signs, *scale),
-        [M, N],
-        overlaps,
+        inductor.contiguous(operand, *signs, *scale),
+        [parts * M, N],
     )
-    return inductor.view(y, [*leading, N])
+    if out_scale is not None:
+        y = inductor.multiply(y, inductor.cast(out_scale, torch.float32))
+    y = inductor.sum_of_parts(y, parts, [*leading, N])
+    if bias is not None:
+        y = inductor.add(y, inductor.cast(bias, torch.float32))
+    return inductor.cast(y, result)
 
 
 def _many_tokens(
@@ -197,17 +207,21 @@ def _decode_template() -> Any:
         """
 {% set inputs = ["X", "SIGNS0", "SIGNS1", "SIGNS2", "SIGNS3"][:MATRICES + 1] + (["IN_SCALE"] if SCALED else []) %}
 {{def_kernel(*inputs)}}
-    M = {{size(None, 0)}}
+    M = {{size(None, 0)}} // PARTS
     N = {{size(None, 1)}}
     K: tl.constexpr = {{size("X", 1)}}
-    m, n = decode_rows(M, BLOCK_M, BLOCK_N)
+    part, m, n = decode_rows(M, BLOCK_M, BLOCK_N, PARTS)
     W = {{size("SIGNS0", 1)}}
     rows = SIGNS0 + n * W
 {% for index in range(1, MATRICES) %}
     rows = tl.where(n < FIRST{{index}}, rows, SIGNS{{index}} + (n - FIRST{{index}}) * W)
 {% endfor %}
-    y = decode_tile(X, {{"IN_SCALE" if SCALED else "None"}}, rows, m, n, M, N, K, BLOCK_M, BLOCK_N, BLOCK_W, OVERLAPS)
-    m = m + tl.arange(0, BLOCK_M)
+    y = decode_tile(
+        X, {{"IN_SCALE" if SCALED else "None"}}, rows, part, m, n, M, N, K,
+        BLOCK_M, BLOCK_N, BLOCK_W, PARTS, TERMS,
+    )
+    m = part * M + m + tl.arange(0, BLOCK_M)
+    M = (part + 1) * M
 """,
     )
 

@@ -24,44 +24,44 @@ from dbf_compile.kernels.sign_matmul.triton_common import store_tile
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no stubs, and types the arguments at launch
-def load_fours(x_ptr, in_scale_ptr, m, k, M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return activations by fours, each four as often as a table has threads to fill it: float32 [BLOCK_M · BLOCK_K, 4].
+def sums_of_four(  # type: ignore[no-untyped-def]
+    x_ptr,
+    in_scale_ptr,
+    m,
+    k,
+    M,
+    K,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TERMS: tl.constexpr,
+):
+    """Return the tables of a tile, float32 [BLOCK_M · BLOCK_K · 4], token by token: 16 sums ±x₀ ± x₁ ± x₂ ± x₃ of every four columns.
+
+    Bit j of an entry's number is the sign of x_j.
 
     Args:
         m: the first row of x.
         k: the first column, divisible by 4.
     """
-    # One dimension holds all fours, as Triton's versions differ in which of several dimensions go to neighbours.
+    # Four neighbouring threads fill a table, four entries each: what they store lies side by side, in all banks. One
+    # dimension holds all of them, as Triton's versions differ in which of several dimensions go to neighbours.
     part = tl.arange(0, BLOCK_M * BLOCK_K)
     row = m + part // BLOCK_K
     column = (k + part % BLOCK_K // 4 * 4)[:, None] + tl.arange(0, 4)[None, :]
     # Behind the last column x is read as 0, which adds nothing under either sign.
     inside = (row[:, None] < M) & (column < K)
     x = tl.load(x_ptr + row[:, None] * K + column, mask=inside, other=0.0).to(tl.float32)
+    for term in tl.static_range(1, TERMS):
+        x += tl.load(x_ptr + (row[:, None] + term * M) * K + column, mask=inside, other=0.0).to(tl.float32)
     if in_scale_ptr is not None:
         x = x * tl.load(in_scale_ptr + column, mask=column < K, other=0.0).to(tl.float32)
-    return x
-
-
-@triton.jit
-def sums_of_four(x):  # type: ignore[no-untyped-def]
-    """Return tables of 16 sums ±x₀ ± x₁ ± x₂ ± x₃, one behind the other; bit j of an entry's number is the sign of x_j.
-
-    Args:
-        x: float32 [P, 4], each table's activations four times.
-
-    Returns:
-        float32 [4 · P].
-    """
-    # Four neighbouring threads fill a table, four entries each: what they store lies side by side, in all banks.
-    part = tl.arange(0, x.shape[0])
-    even, odd = tl.split(x.reshape(x.shape[0], 2, 2))
+    even, odd = tl.split(x.reshape(BLOCK_M * BLOCK_K, 2, 2))
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
     upper = tl.where((part & 1) != 0, x2, -x2) + tl.where((part & 2) != 0, x3, -x3)
     equal, unequal = x0 + x1, x0 - x1
     four = tl.join(tl.join(upper - equal, upper - unequal), tl.join(upper + unequal, upper + equal))
-    return four.reshape(4 * x.shape[0])
+    return four.reshape(BLOCK_M * BLOCK_K * 4)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -69,6 +69,7 @@ def decode_tile(  # type: ignore[no-untyped-def]
     x_ptr,
     in_scale_ptr,
     rows,
+    part,
     m,
     n,
     M,
@@ -77,56 +78,56 @@ def decode_tile(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
-    OVERLAPS: tl.constexpr = False,
+    PARTS: tl.constexpr,
+    TERMS: tl.constexpr = 1,
 ):
-    """Return a tile of y, float32 [BLOCK_M, BLOCK_N]: ``y[m, n] = Σ_k signs[n, k] · in_scale[k] · x[m, k]``.
+    """Return a tile of a part of y, float32 [BLOCK_M, BLOCK_N]: ``y[m, n] = Σ_k signs[n, k] · in_scale[k] · Σ_t x[t, m, k]``.
 
     Args:
-        x_ptr: float32, bfloat16 or float16 [M, K], contiguous.
+        x_ptr: float32, bfloat16 or float16 [TERMS, M, K], contiguous.
         in_scale_ptr: floating point [K], or None for ones.
         rows: pointers to the first int32 word of each row of the tile, [BLOCK_N].
+        part: which of PARTS equal parts of the columns is summed.
         m: the first row of x, int64.
         n: rows of the sign matrix, int64 [BLOCK_N].
         BLOCK_W: words of a row that are met in one step.
-        OVERLAPS: whether this kernel may start before the one that computes x has ended; nothing that other kernels
-            write is touched before it has. The signs are constant, and on their way from memory by then.
     """
     W: tl.constexpr = (K + 31) // 32
+    SHARE: tl.constexpr = (W + PARTS * BLOCK_W - 1) // (PARTS * BLOCK_W) * BLOCK_W
     sums = tl.zeros((BLOCK_M, BLOCK_W, BLOCK_N), dtype=tl.float32)
     word = tl.arange(0, BLOCK_W)
     nibble = tl.arange(0, 8)
     # The number of a table's first entry, in the order of columns, one token's tables behind the other's.
     table = (word * 128)[None, :, None] | (nibble * 16)[:, None, None]
     of_token = (tl.arange(0, BLOCK_M) * (BLOCK_W * 128))[:, None, None, None]
-    words = tl.load(rows[:, None] + word[None, :], mask=(n[:, None] < N) & (word[None, :] < W), other=0)
-    if OVERLAPS:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    x = load_fours(x_ptr, in_scale_ptr, m, 0, M, K, BLOCK_M, BLOCK_W * 32)
-    for first in range(0, W, BLOCK_W):
-        # The next step's operands are on their way from memory during this one.
-        w = first + BLOCK_W + word
-        next_words = tl.load(rows[:, None] + w[None, :], mask=(n[:, None] < N) & (w[None, :] < W), other=0)
-        next_x = load_fours(x_ptr, in_scale_ptr, m, (first + BLOCK_W) * 32, M, K, BLOCK_M, BLOCK_W * 32)
+    start = part * SHARE
+    w = start + word
+    words = tl.load(rows[:, None] + w[None, :], mask=(n[:, None] < N) & (w[None, :] < W), other=0)
+    for step in range(0, SHARE, BLOCK_W):
+        # The next words are on their way from memory while these are met.
+        w = start + step + BLOCK_W + word
+        following = tl.load(rows[:, None] + w[None, :], mask=(n[:, None] < N) & (w[None, :] < W), other=0)
+        k = (start + step) * 32
+        tables = sums_of_four(x_ptr, in_scale_ptr, m, k, M, K, BLOCK_M, BLOCK_W * 32, TERMS)
         signs = (tl.trans(words)[None, :, :] >> (4 * nibble)[:, None, None]) & 15
         index = of_token | (table | signs)[None, :, :, :]
         # Flat, as Triton would exchange entries of a table of two dimensions between the threads of a warp.
-        found = tl.gather(sums_of_four(x), index.reshape(BLOCK_M * 8 * BLOCK_W * BLOCK_N), axis=0)
+        found = tl.gather(tables, index.reshape(BLOCK_M * 8 * BLOCK_W * BLOCK_N), axis=0)
         sums += tl.sum(found.reshape(BLOCK_M, 8, BLOCK_W, BLOCK_N), axis=1)
-        words, x = next_words, next_x
+        words = following
     return tl.sum(sums, axis=1)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def decode_rows(M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the first row m of x and the rows n of the sign matrix that this program is for, as int64."""
+def decode_rows(M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return what this program is for: the part of the columns, the first row m of x and the rows n of the sign matrix."""
     # Tiles of the same signs are neighbours, so that these are read from memory once.
     tiles_m = tl.cdiv(M, BLOCK_M)
-    tile = tl.program_id(0)
+    tile = tl.program_id(0) // PARTS
     # 64 bits: m * K, n * W and m * N may pass 2**31.
     m = (tile % tiles_m).to(tl.int64) * BLOCK_M
     n = (tile // tiles_m).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    return m, n
+    return tl.program_id(0) % PARTS, m, n
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -143,58 +144,81 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    PARTS: tl.constexpr,
+    TERMS: tl.constexpr = 1,
 ):
-    """Compute ``y[m, n] = out_scale[n] · Σ_k signs[n, k] · in_scale[k] · x[m, k] + bias[n]``, a tile in every program.
+    """Compute ``y[p, m, n] = out_scale[n] · Σ_k signs[n, k] · in_scale[k] · Σ_t x[t, m, k] + bias[n]``, k in part p of the columns.
 
     Args:
-        x_ptr: float32, bfloat16 or float16 [M, K], contiguous.
+        x_ptr: float32, bfloat16 or float16 [TERMS, M, K], contiguous.
         signs_ptr: int32 words [N, W], contiguous.
-        y_ptr: float32, bfloat16 or float16 [M, N], contiguous.
+        y_ptr: float32, bfloat16 or float16 [PARTS, M, N], contiguous.
         in_scale_ptr: floating point [K], or None; so out_scale_ptr and bias_ptr, [N].
     """
-    m, n = decode_rows(M, BLOCK_M, BLOCK_N)
-    y = decode_tile(
-        x_ptr, in_scale_ptr, signs_ptr + n * ((K + 31) // 32), m, n, M, N, K, BLOCK_M, BLOCK_N, BLOCK_W
-    )
+    part, m, n = decode_rows(M, BLOCK_M, BLOCK_N, PARTS)
+    rows = signs_ptr + n * ((K + 31) // 32)
+    y = decode_tile(x_ptr, in_scale_ptr, rows, part, m, n, M, N, K, BLOCK_M, BLOCK_N, BLOCK_W, PARTS, TERMS)
+    y_ptr += part.to(tl.int64) * M * N
     store_tile(y_ptr, y, m + tl.arange(0, BLOCK_M), n, M, N, out_scale_ptr, bias_ptr)
 
 
 # What a template needs beside its own text, callees first.
-DEVICE_FUNCTIONS = (load_fours, sums_of_four, decode_tile, decode_rows)
+DEVICE_FUNCTIONS = (sums_of_four, decode_tile, decode_rows)
 
 
-def decode_blocks(M: int, N: int, K: int) -> list[dict[str, int]]:
+def decode_parts(M: int, N: int, K: int) -> int:
+    """Return into how many parts the columns go that different programs sum, where whoever reads y adds the parts up.
+
+    Programs of a single step suit best: while one waits for its signs, or for its threads to have filled the tables,
+    others add. More than four parts are too much to read for the next kernel; large matrices have programs enough.
+
+    Args:
+        M, N, K: as for :func:`decode_blocks`.
+    """
+    steps = -(-layout.words_per_row(K) // 32)
+    return 1 if M > 1 or (steps > 4 and N > 8192) else min(max(steps, 1), 4)
+
+
+def decode_blocks(M: int, N: int, K: int, parts: int = 1) -> list[dict[str, int]]:
     """Return the launch settings that are worth trying, the one for use without trying first.
 
     Args:
         M: tokens.
         N: rows of the sign matrix.
         K: columns of the sign matrix.
+        parts: of the columns.
 
     Returns:
-        BLOCK_M, BLOCK_N, BLOCK_W, num_warps, num_stages.
+        BLOCK_M, BLOCK_N, BLOCK_W, PARTS, num_warps, num_stages. All from times on an H200.
     """
     W = max(layout.words_per_row(K), 1)
-    if M == 1:
-        # A row of tiles for each multiprocessor, as many columns at once as shared memory takes; where there are more
-        # rows, smaller tiles leave room for several programs, one of which waits while another one adds.
+    if parts > 1:
+        block_m = 1
+        best = (64 if parts * -(-N // 64) >= 128 else 32, 32, 8)
+        tiles = [(32, 32, 4), (32, 32, 8), (64, 32, 4), (128, 32, 8), (64, 64, 8)]
+    elif M == 1:
+        # A tile of rows for each multiprocessor and as many columns at once as shared memory takes; of many rows,
+        # smaller tiles, so that there is room for several programs.
+        block_m = 1
         best = (64, 32, 8) if N > 16384 else (32, 32, 8) if N > 8192 or W <= 32 else (32, 128, 16)
         tiles = [(32, 32, 4), (32, 64, 8), (32, 64, 16), (64, 32, 4), (64, 64, 8), (64, 64, 16), (128, 32, 8)]
-        block_m = 1
     else:
-        block_m = 2 if M <= 8 else 4
-        best = (64, 32, 8) if M <= 4 or N <= 8192 else (128, 32, 8) if M <= 8 else (128, 16, 8)
+        block_m = 2 if M <= 4 or (M <= 8 and N <= 8192) else 4
+        best = (64, 32, 8) if block_m == 2 else (128, 16, 8)
         tiles = [(32, 64, 8), (64, 32, 4), (64, 32, 16), (128, 16, 8), (128, 32, 16)]
-    found = [_settings(block_m, *tile, N, W) for tile in (best, *tiles)]
+    found = [_settings(block_m, *tile, N, W, parts) for tile in (best, *tiles)]
     return [settings for index, settings in enumerate(found) if settings not in found[:index]]
 
 
-def _settings(block_m: int, block_n: int, block_w: int, warps: int, N: int, W: int) -> dict[str, int]:
+def _settings(
+    block_m: int, block_n: int, block_w: int, warps: int, N: int, W: int, parts: int
+) -> dict[str, int]:
     block_n = min(block_n, 1 << max(N - 1, 0).bit_length())
     # Tables of 64 KB at most, and no more words than there are.
     block_w = min(block_w, 128 // block_m, 1 << (W - 1).bit_length())
     warps = max(1, min(warps, block_n * block_w // 32))
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_W": block_w, "num_warps": warps, "num_stages": 1}
+    tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_W": block_w, "PARTS": parts}
+    return {**tile, "num_warps": warps, "num_stages": 1}
 
 
 def decode_grid(
@@ -204,4 +228,4 @@ def decode_grid(
 
     One dimension holds all tiles, because the second and third are limited to 65535 programs.
     """
-    return (cdiv(M, blocks["BLOCK_M"]) * cdiv(N, blocks["BLOCK_N"]), 1, 1)
+    return (cdiv(M, blocks["BLOCK_M"]) * cdiv(N, blocks["BLOCK_N"]) * blocks["PARTS"], 1, 1)

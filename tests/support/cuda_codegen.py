@@ -56,6 +56,7 @@ CASES = (
 
 BLOCK_TOKENS = (1, 64)
 SIBLING_TOKENS = (1, 6, 64)
+DEEP_TOKENS = (1, 3)
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ def main() -> None:
     pretend_cuda()
     programs = {str(case): _generate_layer(case) for case in CASES}
     programs |= {f"siblings of {M}": _generate(Siblings(), M, 256, torch.bfloat16) for M in SIBLING_TOKENS}
+    programs |= {f"deep of {M}": _generate(Deep(), M, 2100, torch.bfloat16) for M in DEEP_TOKENS}
     programs |= {f"block of {M}": _generate(_Block(), M, 256, torch.bfloat16) for M in BLOCK_TOKENS}
     print(json.dumps({name: asdict(program) for name, program in programs.items()}))
 
@@ -122,6 +124,18 @@ class Siblings(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([layer(x) for layer in self.layers], dim=-1)
+
+
+class Deep(torch.nn.Module):
+    """Two layers of many columns: one token's sums stay in parts, for the next layer or the activation to add up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = ((2100, 1090, 1060), (1060, 40, 70))
+        self.first, self.second = (DoubleBinaryLinear(random_factors(*size)) for size in sizes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.relu(self.first(x)))
 
 
 class _Block(torch.nn.Module):

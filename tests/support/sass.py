@@ -91,11 +91,9 @@ def compile_kernel(
     constants = {name: value for name, value in settings.items() if name not in options}
     constants |= {} if scaled else dict.fromkeys(vectors)
     constants |= {"M": 1} if M == 1 else {}
-    constants |= (
-        {"K": 4096}
-        if "K" not in constants and kernel.params[kernel.arg_names.index("K")].is_constexpr
-        else {}
-    )
+    for parameter in kernel.params:
+        if parameter.is_constexpr:
+            constants.setdefault(parameter.name, parameter.default if parameter.has_default else 4096)
     types = {"x_ptr": f"*{dtype}", "signs_ptr": "*i32", "y_ptr": "*fp32", "M": "i32", "N": "i32", "K": "i32"}
     types |= vectors
     names = kernel.arg_names

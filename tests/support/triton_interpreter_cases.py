@@ -189,6 +189,13 @@ def _with_other_settings(
         grid = triton_decode.decode_grid(M, N, settings_)
         triton_decode.decode_kernel[grid](x, words, y, *vectors, M, N, K, **settings_)
         yield y
+    # As compiled programs launch it: columns in parts that somebody else adds up, activations that are a sum themselves.
+    terms = _at_the_edge(torch.stack([x - 3, torch.full_like(x, 3)]))
+    settings_ = triton_decode.decode_blocks(M, N, K, parts=3)[0] | {"BLOCK_W": 1}
+    parts = _at_the_edge(torch.full((3, *x.shape[:-1], N), math.nan))
+    grid = triton_decode.decode_grid(M, N, settings_)
+    triton_decode.decode_kernel[grid](terms, words, parts, *vectors[:2], None, M, N, K, TERMS=2, **settings_)
+    yield (parts.sum(0) + (0.0 if vectors[2] is None else vectors[2].float())).to(result)
     # Small whole numbers are exact in one term of any kind.
     z = x.float().reshape(M, K) if vectors[0] is None else x.float().reshape(M, K) * vectors[0].float()
     operand = _at_the_edge(triton_prefill.split_terms(z, torch.bfloat16, 2))

@@ -13,7 +13,7 @@ from support.triton_interpreter_cases import CASES, Case, run_all
 
 pytest.importorskip("triton")
 
-from dbf_compile.kernels.sign_matmul.triton_decode import decode_blocks, decode_grid
+from dbf_compile.kernels.sign_matmul.triton_decode import decode_blocks, decode_grid, decode_parts
 from dbf_compile.kernels.sign_matmul.triton_prefill import (
     operand_dtype,
     prefill_blocks,
@@ -21,6 +21,7 @@ from dbf_compile.kernels.sign_matmul.triton_prefill import (
     split_terms,
     term_count,
 )
+from dbf_compile.signs import words_per_row
 
 sizes = st.integers(1, 2**15)
 
@@ -59,13 +60,24 @@ def test_infinite_and_undefined_activations_propagate(found: dict[str, Any]) -> 
     assert found["not_finite"] == []
 
 
-@given(st.integers(1, 16), sizes, sizes)
-def test_tiles_of_few_tokens_cover_y(M: int, N: int, K: int) -> None:
-    for settings in decode_blocks(M, N, K):
+@given(st.integers(1, 16), sizes, sizes, st.booleans())
+def test_tiles_of_few_tokens_cover_y(M: int, N: int, K: int, in_parts: bool) -> None:
+    parts = decode_parts(M, N, K) if in_parts else 1
+    for settings in decode_blocks(M, N, K, parts):
+        assert settings["PARTS"] == parts
         assert all(settings[name] & (settings[name] - 1) == 0 for name in ("BLOCK_M", "BLOCK_N", "BLOCK_W"))
         programs, *rest = decode_grid(M, N, settings)
         assert rest == [1, 1]
-        assert programs * settings["BLOCK_M"] * settings["BLOCK_N"] >= M * N
+        assert programs * settings["BLOCK_M"] * settings["BLOCK_N"] >= parts * M * N
+        tables = settings["BLOCK_M"] * settings["BLOCK_W"] * 512
+        assert tables <= 64 << 10, "bytes of shared memory that every GPU has"
+
+
+@given(st.integers(1, 16), st.integers(1, 40000), st.integers(1, 40000))
+def test_parts_of_columns_are_few_and_not_empty(M: int, N: int, K: int) -> None:
+    parts = decode_parts(M, N, K)
+    assert 1 <= parts <= min(4, words_per_row(K))
+    assert parts == 1 or M == 1
 
 
 @given(st.integers(1, 2**15), sizes, st.sampled_from((75, 80, 86, 89, 90, 100, 120)))

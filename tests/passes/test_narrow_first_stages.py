@@ -1,0 +1,132 @@
+"""Graphs on the CPU stand for graphs on a GPU here, except where the device is what is tested."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.graphs import HandGraph
+from support.strategies import random_signs, seeds, sizes
+
+from dbf_compile.kernels.sign_matmul.reference import DECODE_TOKENS
+from dbf_compile.passes import narrow_first_stages as module
+from dbf_compile.passes.narrow_first_stages import narrow_first_stages
+from dbf_compile.signs import pack_signs
+
+SIGN_MATMUL = torch.ops.dbf.sign_matmul.default
+MANY = DECODE_TOKENS + 1
+on_gpu = module._on_gpu
+
+
+@pytest.fixture(autouse=True)
+def pretended_gpu(monkeypatch):
+    monkeypatch.setattr(module, "_on_gpu", lambda x: True)
+
+
+def layers(
+    readers=1,
+    tokens=MANY,
+    K=37,
+    R=24,
+    N=5,
+    seed=0,
+    dtype=torch.bfloat16,
+    results=(torch.bfloat16,),
+    first=None,
+    second=None,
+):
+    """Return a graph of factored layers that share their first stage: the graph, and the node of that stage.
+
+    Nothing is larger than 1 at its input, and no scale is.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    hand = HandGraph()
+    x = hand.input((2 * torch.rand(tokens, K, generator=generator) - 1).to(dtype))
+    vector = lambda size: hand.constant(torch.rand(size, generator=generator).half())  # noqa: E731
+    h = hand.call(
+        SIGN_MATMUL,
+        x,
+        hand.constant(pack_signs(random_signs(R, K, seed))),
+        vector(K),
+        vector(R),
+        **first or {},
+    )
+    ends = [
+        hand.call(
+            SIGN_MATMUL,
+            h,
+            hand.constant(pack_signs(random_signs(N, R, seed + 1 + index))),
+            None,
+            vector(N),
+            **{"dtype": results[index % len(results)], **(second or {})},
+        )
+        for index in range(readers)
+    ]
+    hand.output(*(hand.call(torch.neg, y) for y in ends))
+    return hand, h
+
+
+@given(
+    readers=st.integers(1, 3),
+    tokens=st.integers(MANY, 2 * MANY),
+    K=sizes,
+    R=sizes,
+    N=sizes,
+    seed=seeds,
+    narrow=st.sampled_from((torch.bfloat16, torch.float16)),
+)
+def test_what_tensor_cores_read_is_narrowed(readers, tokens, K, R, N, seed, narrow):
+    hand, h = layers(readers, tokens, K, R, N, seed, narrow, (narrow,))
+    before = hand.run()
+    assert narrow_first_stages(hand.graph) == 1
+    assert h.meta["example_value"].dtype == narrow
+    for old, new in zip(before, hand.run(), strict=True):
+        assert new.dtype == old.dtype
+        # R sums of K numbers up to 1 are rounded before they are added up, and the result is.
+        error = (new.double() - old.double()).abs().max()
+        assert error <= torch.finfo(narrow).eps * (R * K / 2 + old.double().abs().max())
+    assert narrow_first_stages(hand.graph) == 0
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"tokens": DECODE_TOKENS},  # few are summed as exactly as float32 does
+        {"dtype": torch.float32},  # has its activations cut into terms
+        {"results": (torch.float32,)},
+        {"results": (None,)},
+        {"readers": 2, "results": (torch.bfloat16, torch.float16)},
+        {"readers": 2, "results": (torch.bfloat16, None)},
+        {"first": {"dtype": torch.bfloat16}},
+    ],
+    ids=str,
+)
+def test_leaves_alone(case):
+    hand, h = layers(**case)
+    dtype = h.meta["example_value"].dtype
+    assert narrow_first_stages(hand.graph) == 0
+    assert h.meta["example_value"].dtype == dtype
+
+
+def test_leaves_alone_what_others_read_too():
+    hand = HandGraph()
+    x = hand.input(torch.randn(MANY, 37).bfloat16())
+    h = hand.call(SIGN_MATMUL, x, hand.constant(pack_signs(random_signs(24, 37, 0))))
+    signs = hand.constant(pack_signs(random_signs(5, 24, 1)))
+    y = hand.call(SIGN_MATMUL, h, signs, dtype=torch.bfloat16)
+    hand.output(y, hand.call(torch.neg, h))
+    assert narrow_first_stages(hand.graph) == 0
+
+
+def test_leaves_alone_what_is_scaled_before_it_is_rounded():
+    hand = HandGraph()
+    x = hand.input(torch.randn(MANY, 37).bfloat16())
+    h = hand.call(SIGN_MATMUL, x, hand.constant(pack_signs(random_signs(24, 37, 0))))
+    signs = hand.constant(pack_signs(random_signs(5, 24, 1)))
+    hand.output(hand.call(SIGN_MATMUL, h, signs, hand.constant(torch.rand(24)), dtype=torch.bfloat16))
+    assert narrow_first_stages(hand.graph) == 0
+
+
+def test_fires_on_no_cpu(monkeypatch):
+    monkeypatch.setattr(module, "_on_gpu", on_gpu)
+    hand, _ = layers()
+    assert narrow_first_stages(hand.graph) == 0
