@@ -245,52 +245,73 @@ def time_layer(
 ) -> list[dict]:
     """Time all contenders of a shape against each other."""
     x = torch.randn(tokens, int(shape.split("x")[1]), device="cuda", dtype=torch.bfloat16)
-    graphs: dict[str, tuple[Contender, torch.cuda.CUDAGraph, int]] = {}
+    calls: dict[str, tuple[Callable[[int], object], int]] = {}
+    kept = {}
+    for contender in present:
+        if contender.name.startswith("GemLite") and tokens > 1:
+            continue  # it tunes itself for each number of tokens, a quarter of a minute every time
+        kept[contender.name] = contender
+        # Many tokens take long enough alone; few ones go through all weights.
+        calls[contender.name] = (
+            lambda index, run=contender.run: run(x, index),
+            contender.count if tokens <= 16 else 2,
+        )
     with torch.inference_mode():
-        for contender in present:
-            if contender.name.startswith("GemLite") and tokens > 1:
-                continue  # it tunes itself for each number of tokens, a quarter of a minute every time
-            # Many tokens take long enough alone; few ones go through all weights.
-            calls = contender.count if tokens <= 16 else 2
-            try:
-                graphs[contender.name] = (contender, capture(contender, x, calls), calls)
-            except Exception as error:
-                print(f"{contender.name} left out for {shape}, {tokens} tokens: {str(error).splitlines()[0]}")
-    samples: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(rounds):
-        for name, (_, graph, calls) in graphs.items():
-            samples[name].append(milliseconds(graph.replay) / calls)
-    medians = {name: statistics.median(values) for name, values in samples.items()}
+        medians = interleaved_graphs(calls, rounds)
     rows = []
-    for name, (contender, *_) in graphs.items():
-        rate = contender.bytes / medians[name] / 1e6
+    for name, median in medians.items():
+        rate = kept[name].bytes / median / 1e3
         rows.append(
             {
                 "shape": shape,
                 "tokens": tokens,
                 "contender": name,
-                "median_us": round(1e3 * medians[name], 2),
-                "best_us": round(1e3 * min(samples[name]), 2),
+                "median_us": round(median, 2),
                 "gb_per_s": round(rate),
                 "of_copy_bandwidth": round(rate / bandwidth, 3),
-                "times_cublas_bf16": round(medians["cuBLAS bfloat16"] / medians[name], 2),
+                "times_cublas_bf16": round(medians["cuBLAS bfloat16"] / median, 2),
                 "rounds": rounds,
             }
         )
     return rows
 
 
-def capture(contender: Contender, x: Tensor, calls: int) -> torch.cuda.CUDAGraph:
-    """Return a CUDA graph of ``calls`` calls, each on another weight."""
+def interleaved_graphs(
+    calls: dict[str, tuple[Callable[[int], object], int]], rounds: int
+) -> dict[str, float]:
+    """Time calls in CUDA graphs that take turns; who cannot be captured is left out and said so.
+
+    Args:
+        calls: by name, a function of the number of a weight, and how many weights there are.
+        rounds: turns of each.
+
+    Returns:
+        By name, the median time of one call in microseconds.
+    """
+    graphs = {}
+    for name, (call, count) in calls.items():
+        try:
+            graphs[name] = _capture(call, count)
+        except Exception as error:
+            print(f"{name} left out: {str(error).splitlines()[0]}", flush=True)
+    samples: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            samples[name].append(1e3 * milliseconds(graph.replay) / calls[name][1])
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def _capture(call: Callable[[int], object], count: int) -> torch.cuda.CUDAGraph:
+    """Return a CUDA graph of ``count`` calls, each on another weight."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        for index in range(min(2, calls)):
-            contender.run(x, index)  # compiles
+        for index in range(min(2, count)):
+            call(index)  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for index in range(calls):
-            contender.run(x, index)
+        for index in range(count):
+            call(index)
     return graph
 
 
