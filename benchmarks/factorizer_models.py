@@ -44,6 +44,7 @@ def encoder_rows() -> Iterator[dict[str, Any]]:
         "whole input": dbf_compile.calibrate(model, batches, form="input"),
     }
     kronecker = dbf_compile.calibrate(model, batches, form="kronecker")
+    forms["kronecker"] = kronecker
     forms["kronecker, tempered"] = {name: item.tempered() for name, item in kronecker.items()}
     for bits in (2.0, 1.0):
         for form, known in forms.items():

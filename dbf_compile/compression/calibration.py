@@ -60,7 +60,8 @@ def calibrate(
         loss: a name of :mod:`~dbf_compile.compression.losses`, or a function of (output of the model, batch) to
             a scalar; None to measure inputs only, which needs no backward pass.
         form: "diagonal" for a vector per side; "input" for whole E[x xᵀ]; "kronecker" for whole matrices on both
-            sides. A whole matrix takes K² (N²) numbers of 8 bytes while it is measured: name few ``layers`` at a
+            sides. From n positions, what lies off the diagonal of a matrix of d features is taken n / (n + d) times, as
+            few positions exaggerate how features go together. A whole matrix takes K² (N²) numbers of 8 bytes while it is measured: name few ``layers`` at a
             time where that is too much. Heads, which stay dense by default and are wide, have vectors.
         layers: patterns (``fnmatch``) of the names of the layers to measure.
         clip: quantile, such as 0.999, of a batch's token norms above which tokens are scaled down to it, so that
@@ -177,8 +178,19 @@ class Moment:
         return rows * shares[:, None].to(rows.dtype)
 
     def mean(self) -> Tensor | None:
-        """Return the moment of all positions in float64, or None where nothing was taken in."""
-        return None if self.total is None else self.total / max(1, self.positions)
+        """Return the moment of all positions in float64, or None where nothing was taken in.
+
+        What lies off the diagonal of a matrix is multiplied by n / (n + d), n positions and d features: it is noise to
+        about that share, and without the factor directions that n < d positions leave out would count nothing at all.
+        """
+        if self.total is None:
+            return None
+        mean = self.total / max(1, self.positions)
+        if self.whole:
+            diagonal = mean.diagonal().clone()
+            mean *= self.positions / (self.positions + len(diagonal))
+            mean.diagonal().copy_(diagonal)
+        return mean
 
 
 @dataclass

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
+from dbf_compile.compression.admm import FactorizerConfig, factorize
 from dbf_compile.compression.calibration import Moment, calibrate
 from dbf_compile.compression.losses import loss_named, output_loss
 from dbf_compile.errors import ConversionError, OptionError, WeightError
@@ -238,10 +241,41 @@ def test_whole_moments_have_the_vectors_on_their_diagonal(batches):
             )
 
 
-def test_a_whole_input_moment_is_the_mean_of_outer_products(batches):
+def test_a_whole_input_moment_is_the_mean_of_outer_products_drawn_to_its_diagonal(batches):
     found = calibrate(Net(), batches, loss=None, form="input")["first"].input_second_moment
     positions = torch.cat([batch.reshape(-1, 5) for batch in batches])
-    torch.testing.assert_close(found, positions.T @ positions / len(positions), rtol=1e-5, atol=1e-6)
+    mean = positions.T @ positions / len(positions)
+    share = len(positions) / (len(positions) + 5)
+    expected = mean * torch.where(torch.eye(5, dtype=torch.bool), 1.0, share)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@given(positions=st.integers(1, 30), features=st.integers(2, 20), seed=st.integers(0, 2**31))
+def test_no_direction_counts_nothing_because_few_positions_left_it_out(positions, features, seed):
+    x = torch.randn(positions, features, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    moment = Moment(whole=True)
+    moment.add(x)
+    found = moment.mean()
+    torch.testing.assert_close(found.diagonal(), x.square().mean(0))
+    # A share of the diagonal is in every direction, however few the positions are.
+    share = features / (positions + features)
+    least = share * x.square().mean(0).min()
+    assert torch.linalg.eigvalsh(found).min() >= (1 - 1e-9) * least - 1e-12
+
+
+def test_few_tokens_do_not_let_a_whole_moment_destroy_what_they_did_not_show():
+    """Tokens are combinations of a few directions, which half as many of them cannot show all of."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(64, 96, generator=generator) * torch.linspace(2, 0.1, 64)[:, None]
+    seen, unseen = (torch.randn(count, 64, generator=generator) @ directions for count in (40, 4000))
+    weight = torch.randn(48, 96, generator=generator)
+    errors = {}
+    for form in ("diagonal", "input"):
+        layer = nn.Linear(96, 48, bias=False)
+        known = calibrate(nn.Sequential(layer), [seen], loss=None, form=form)["0"]
+        made = factorize(weight, 64, known, FactorizerConfig(iterations=60)).dense()
+        errors[form] = ((unseen @ (made - weight).T).norm() / (unseen @ weight.T).norm()).item()
+    assert errors["input"] < errors["diagonal"], errors
 
 
 class Masked(nn.Module):
