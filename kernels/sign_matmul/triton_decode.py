@@ -106,7 +106,8 @@ def decode_tile(  # type: ignore[no-untyped-def]
     for step in range(0, SHARE, BLOCK_W):
         # The next words are on their way from memory while these are met.
         w = start + step + BLOCK_W + word
-        following = tl.load(rows[:, None] + w[None, :], mask=(n[:, None] < N) & (w[None, :] < W), other=0)
+        wanted = (n[:, None] < N) & (w[None, :] < W) & (step + BLOCK_W < SHARE)
+        following = tl.load(rows[:, None] + w[None, :], mask=wanted, other=0)
         k = (start + step) * 32
         tables = sums_of_four(x_ptr, in_scale_ptr, m, k, M, K, BLOCK_M, BLOCK_W * 32, TERMS)
         signs = (tl.trans(words)[None, :, :] >> (4 * nibble)[:, None, None]) & 15

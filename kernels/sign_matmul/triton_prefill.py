@@ -206,9 +206,9 @@ def prefill_blocks(M: int, N: int, capability: int = 90) -> list[dict[str, int]]
     # A tile of 256 tokens halves the work of expanding signs, but spills where sums do not go to tensor cores directly.
     largest = 256 if capability in (90, 100, 103) else 128
     block_m = min(largest, max(16, 1 << (M - 1).bit_length()))
-    # Fewer rows than tokens: what signs cost in registers is shared by more of these (measured on an H200).
-    block_n = 128 if N > 64 and block_m > 128 else 64
-    best = _settings(block_m, block_n, 64 if block_m > (128 if largest == 256 else 64) else 128, 3)
+    # What few tokens cost an H200 is waiting: more programs, fewer rows each. Others, where this was not measured, spill.
+    small = largest == 256 and block_m <= 128
+    best = _settings(block_m, 64 if small or N <= 64 else 128, 128 if small or block_m <= 64 else 64, 3)
     others = [
         _settings(block_m, block_n, block_k, stages)
         for block_m in (16, 32, 64, 128, 256)
