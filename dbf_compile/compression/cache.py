@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dbf_compile import checkpoint
-from dbf_compile.compression import admm, projection, refine
+from dbf_compile.compression import admm, projection, refine, turns
 from dbf_compile.compression import importance as importance_module
 from dbf_compile.compression.admm import FactorizerConfig
 from dbf_compile.compression.importance import Importance
@@ -132,7 +132,7 @@ def program_hash() -> str:
 @cache
 def _source_hash() -> bytes:
     digest = hashlib.sha256()
-    for module in (admm, importance_module, projection, refine):
+    for module in (admm, importance_module, projection, refine, turns):
         assert module.__file__ is not None
         digest.update(Path(module.__file__).read_bytes())
     return digest.digest()

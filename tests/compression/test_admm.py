@@ -12,20 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbf_compile.compression import admm
+from dbf_compile.compression import admm, turns
 from dbf_compile.compression.admm import (
     FactorizerConfig,
     _part_sizes,
-    _solve,
-    _spectrum,
-    _Step,
-    _Turn,
     factorize,
     factorize_batch,
     weighted_error,
 )
 from dbf_compile.compression.importance import Importance
 from dbf_compile.compression.projection import onebit
+from dbf_compile.compression.turns import Step, Turn, _solve, _spectrum
 from dbf_compile.errors import OptionError, WeightError
 from dbf_compile.factors import TENSOR_NAMES
 
@@ -356,8 +353,8 @@ def test_whole_moments_lower_the_loss_they_stand_for(sides, shape):
 
 
 def test_moments_without_coupling_give_what_their_diagonals_give(monkeypatch):
-    schedule = admm._schedule
-    monkeypatch.setattr(admm, "_schedule", lambda iterations, whole: schedule(iterations, True))
+    schedule = turns.schedule
+    monkeypatch.setattr(turns, "schedule", lambda iterations, whole: schedule(iterations, True))
     weight, plain = gaussian(48, 64), random_importance(48, 64)
     whole = Importance(plain.input_second_moment.diag(), plain.output_grad_second_moment.diag())
     config = FactorizerConfig(iterations=60, sweeps=0)
@@ -406,8 +403,8 @@ def test_a_turn_solves_its_normal_equations(mid, rows, columns, seed, coupled_ro
     left = correlations(rows, seed + 1) if coupled_rows else None
     right = correlations(columns, seed + 2) if coupled_columns else None
     basis, wanted = gaussian(mid, rows, seed)[None], gaussian(mid, columns, seed + 3)[None]
-    step = _Step(ridge=0.1, rho=0.3, relaxation=1.0, leak=1.0, averaging=0.0)
-    turn = _Turn(gaussian(rows, columns)[None], left, _spectrum(right))
+    step = Step(ridge=0.1, rho=0.3, relaxation=1.0, leak=1.0, averaging=0.0)
+    turn = Turn(gaussian(rows, columns)[None], left, _spectrum(right))
     found = torch.empty_like(wanted)
     _solve(turn, basis, wanted, step, out=found)
     normal = (basis if left is None else basis @ left) @ basis.mT
