@@ -244,6 +244,8 @@ def time_layer(
     shape: str, present: list[Contender], tokens: int, rounds: int, bandwidth: float
 ) -> list[dict]:
     """Time all contenders of a shape against each other."""
+    torch.compiler.reset()  # else the many shapes count as one function that is compiled too often
+    _compiled_layer.cache_clear()
     x = torch.randn(tokens, int(shape.split("x")[1]), device="cuda", dtype=torch.bfloat16)
     calls: dict[str, tuple[Callable[[int], object], int]] = {}
     kept = {}
