@@ -211,9 +211,24 @@ def can_fuse_after(x: Any) -> bool:
     return isinstance(x, (ir.Loops, ir.ComputedBuffer, ir.TemplateBuffer))
 
 
-def leaves_graph() -> bool:
-    """Return whether what is being lowered is a result of the graph."""
-    return any(user.op == "output" for user in V.graph.current_node.users)
+def is_read_by_another_kernel(products: Sequence[torch._ops.OpOverload]) -> bool:
+    """Return whether a kernel that Inductor writes anyway reads what is being lowered.
+
+    Not so for a result of the graph, nor for what only element-wise operations lead to one of ``products``: these become
+    part of the kernel that is being lowered.
+    """
+    node = V.graph.current_node
+    if any(user.op == "output" for user in node.users):
+        return False
+    on_the_way = False
+    while len(node.users) == 1:
+        (node,) = node.users
+        if node.target in products:
+            return not on_the_way
+        if torch.Tag.pointwise not in getattr(node.target, "tags", ()):
+            return True
+        on_the_way = True
+    return True
 
 
 def sum_of_parts(parts: Any, count: int, size: Sequence[Any]) -> Any:
@@ -236,18 +251,24 @@ def sum_of_parts(parts: Any, count: int, size: Sequence[Any]) -> Any:
         return total
 
     ranges = [M, parts.get_size()[1]]
-    total = ir.Pointwise.create(
+    total: Any = ir.Pointwise.create(
         device=parts.get_device(), dtype=parts.get_dtype(), inner_fn=value, ranges=ranges
     )
     y = view(total, size)
-    y._dbf_parts = (count, parts)
+    y._dbf_parts = (count, parts, total.data, total.data.data)
     return y
 
 
 def parts_of(x: Any) -> tuple[int, Any]:
-    """Return what :func:`sum_of_parts` made ``x`` of: the number of parts and their buffer; or 1 and None."""
-    found: tuple[int, Any] = getattr(x, "_dbf_parts", (1, None))
-    return found
+    """Return what :func:`sum_of_parts` made ``x`` of: the number of parts and their buffer; or 1 and None.
+
+    None as well once somebody has written to ``x``, which lets Inductor keep it in memory: the parts know nothing of that.
+    """
+    made: tuple[int, Any, Any, Any] = getattr(x, "_dbf_parts", (1, None, None, None))
+    count, parts, storage, formula = made
+    while isinstance(x, (ir.TensorBox, ir.BaseView)):
+        x = x.data
+    return (count, parts) if storage is not None and x is storage and x.data is formula else (1, None)
 
 
 def matmul(a: Any, b: Any) -> Any:
@@ -335,6 +356,7 @@ def lower_to_template(
     constants: Mapping[str, Any],
     inputs: Sequence[Any],
     size: Sequence[Any],
+    grid_size: Sequence[Any],
 ) -> Any:
     """Lower to a kernel that fills a float32 buffer, and into which Inductor fuses what is done to its values.
 
@@ -344,6 +366,7 @@ def lower_to_template(
         constants: further constants of the template.
         inputs: contiguous tensors of the graph, see :func:`contiguous`.
         size: of the buffer, two numbers; may be symbolic.
+        grid_size: what the template's grid is made for.
     """
     tune = config.max_autotune or config.max_autotune_gemm
     layout = ir.FixedLayout(inputs[0].get_device(), torch.float32, list(size))
@@ -353,7 +376,7 @@ def lower_to_template(
             choices,
             input_nodes=tuple(inputs),
             layout=layout,
-            call_sizes=list(size),
+            call_sizes=list(grid_size),
             **constants,
             **one,
         )

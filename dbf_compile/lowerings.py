@@ -12,7 +12,9 @@ import torch
 
 from dbf_compile import inductor
 from dbf_compile.kernels.sign_matmul import cpu_kernel
-from dbf_compile.kernels.sign_matmul.reference import DECODE_TOKENS, accumulator_dtype
+from dbf_compile.kernels.sign_matmul.reference import DECODE_TOKENS, FUSED_TOKENS, accumulator_dtype
+
+_PRODUCTS = (torch.ops.dbf.sign_matmul.default, torch.ops.dbf.sign_matmul_group.default)
 
 
 @cache
@@ -81,12 +83,12 @@ def sign_matmul(
             {"interleaved": interleaved, "fast": fast},
         )
     tokens = math.prod(x.get_size()[:-1])
-    few = inductor.known_at_most(tokens, DECODE_TOKENS)
+    few, fused = (inductor.known_at_most(tokens, limit) for limit in (DECODE_TOKENS, FUSED_TOKENS))
     on_gpu = x.get_device().type == "cuda" and wide == torch.float32 and not interleaved
-    if on_gpu and few is not None and 0 not in (tokens, *signs.get_size()):
+    if on_gpu and None not in (few, fused) and 0 not in (tokens, *signs.get_size()):
         if few:
             return _few_tokens(x, [signs], in_scale, out_scale, bias, result)
-        y, out_scale = _many_tokens(x, signs, in_scale, out_scale, result, fast)
+        y, out_scale = _many_tokens(x, signs, in_scale, out_scale, result, fast, bool(fused))
     else:
         # The operator looks at the number of tokens when it is called.
         return inductor.lower_to_operator(
@@ -138,7 +140,8 @@ def _few_tokens(
     scale = [] if in_scale is None else [in_scale]
     guess = inductor.size_guess(M)
     # Adding parts up is for the next kernel; where there is none, it is not worth one of its own.
-    parts = 1 if inductor.leaves_graph() else triton_decode.decode_parts(guess, N, int(K))
+    adds_up = inductor.is_read_by_another_kernel(_PRODUCTS)
+    parts = triton_decode.decode_parts(guess, N, int(K)) if adds_up else 1
     y = inductor.lower_to_template(
         _decode_template(),
         triton_decode.decode_blocks(guess, N, int(K), parts),
@@ -150,6 +153,7 @@ def _few_tokens(
         },
         inductor.contiguous(operand, *signs, *scale),
         [parts * M, N],
+        [M, N],
     )
     if out_scale is not None:
         y = inductor.multiply(y, inductor.cast(out_scale, torch.float32))
@@ -160,7 +164,7 @@ def _few_tokens(
 
 
 def _many_tokens(
-    x: Any, signs: Any, in_scale: Any, out_scale: Any, result: torch.dtype, fast: bool
+    x: Any, signs: Any, in_scale: Any, out_scale: Any, result: torch.dtype, fast: bool, fused: bool
 ) -> tuple[Any, Any]:
     """Return the product, and out_scale if that is not in it yet."""
     from dbf_compile.kernels.sign_matmul import triton_prefill
@@ -174,7 +178,8 @@ def _many_tokens(
         z = inductor.cast(x, torch.float32)
     if in_scale is not None:
         z = inductor.multiply(z, inductor.cast(in_scale, torch.float32))
-    if result == narrow and count == 1 and inductor.known_at_most(M, triton_prefill.FUSED_TOKENS) is False:
+    # A wide result keeps its float32 sums.
+    if result == narrow and count == 1 and not fused:
         scale = None if out_scale is None else inductor.cast(out_scale, narrow)
         dense = inductor.expanded_signs(signs, scale, K, narrow)
         y = inductor.matmul(inductor.view(inductor.cast(z, narrow), [M, K]), dense)
@@ -191,6 +196,7 @@ def _many_tokens(
         triton_prefill.prefill_blocks(inductor.size_guess(M), N, inductor.capability(x.get_device())),
         {"TERMS": count},
         inductor.contiguous(operand, signs),
+        [M, N],
         [M, N],
     )
     return inductor.view(y, [*leading, N]), out_scale

@@ -11,7 +11,8 @@
 
 Sums are as exact as float32 ones (float64 for float64), whatever the dtype of x; ``fast`` allows a relative error of
 1e-4. More than 16 tokens on a GPU go through tensor cores, which in a 16-bit model read the scaled activations in its
-dtype, as they do for dense layers. Scales and bias multiply and shift activations only. ``interleaved`` says how the words of signs lie: see
+dtype, as they do for dense layers; from 129 tokens on out_scale is rounded to it, too. Else scales and bias multiply and
+shift activations only. ``interleaved`` says how the words of signs lie: see
 :mod:`dbf_compile.signs`.
 """
 
@@ -266,7 +267,8 @@ def double_binary_linear(
         scale_mid: floating point [R].
         scale_out: floating point [N].
         bias: floating point [N], or None.
-        dtype: dtype of the result; all between is float32 (float64 for float64 ``x``), and so is None.
+        dtype: dtype of the result; None for float32 (float64 for float64 ``x``), as all between is; but in a compiled
+            16-bit model on a GPU, what more than 16 tokens have between the products has its dtype.
         interleaved: whether the words of both sign matrices lie interleaved.
         fast: allow a relative error of 1e-4 where that takes less time.
 

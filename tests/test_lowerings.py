@@ -117,22 +117,52 @@ def test_the_generated_program_computes_siblings(M: int, errors: dict[str, float
     assert errors[f"siblings of {M}"] <= 1
 
 
+def constant(program: Program, kernel: str, name: str) -> int:
+    found = re.search(rf"{name} : tl.constexpr = (\d+)", program.kernels[kernel])
+    assert found is not None
+    return int(found[1])
+
+
 def test_one_tokens_sums_stay_in_parts_until_they_are_read(programs: dict[str, Program]) -> None:
-    """Programs share a row's columns; no launch is spent on adding up: the next product or activation does it."""
+    """Programs share a row's columns; the next product's kernel, or that of an activation which stands alone, adds up."""
     program = programs["deep of 1"]
-    kinds = [name.split("_")[1] for name in launches(program)]
-    assert kinds == ["tem", "tem", "poi", "tem", "tem"]
-    constants = [
-        {
-            key: int(re.search(rf"{key} : tl.constexpr = (\d+)", program.kernels[name])[1])
-            for key in ("PARTS", "TERMS")
-        }
-        for name in launches(program)
-        if "_tem_" in name
-    ]
+    assert [name.split("_")[1] for name in launches(program)] == ["tem", "tem", "poi", "tem", "tem"]
+    products = [name for name in launches(program) if "_tem_" in name]
     # 2100, 1090, 1060 and 40 columns are 66, 35, 34 and 2 words; the last layer's result leaves the graph whole.
-    assert [one["PARTS"] for one in constants] == [3, 2, 2, 1]
-    assert [one["TERMS"] for one in constants] == [1, 3, 1, 2]
+    assert [constant(program, name, "PARTS") for name in products] == [3, 2, 2, 1]
+    assert [constant(program, name, "TERMS") for name in products] == [1, 3, 1, 2]
+
+
+def test_an_activation_between_two_layers_stays_part_of_the_first_ones_kernel(
+    programs: dict[str, Program],
+) -> None:
+    program = programs["chain"]
+    assert [name.split("_")[1] for name in launches(program)] == ["tem"] * 4
+    assert [constant(program, name, "PARTS") for name in launches(program)] == [3, 1, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"), [("deep of 1", (1090, 1060, 40, 70)), ("chain", (1090, 1060, 40, 70))]
+)
+def test_there_is_one_program_for_each_tile_of_each_part(
+    name: str, rows: tuple[int, ...], programs: dict[str, Program]
+) -> None:
+    program = programs[name]
+    products = [kernel for kernel in launches(program) if "_tem_" in kernel]
+    for kernel, N in zip(products, rows, strict=True):
+        grid = re.search(rf"{kernel}\.run\(.*?, (\d+), 1, 1, stream", program.call)
+        assert grid is not None
+        tiles = -(-N // constant(program, kernel, "BLOCK_N"))
+        assert int(grid[1]) == tiles * constant(program, kernel, "PARTS")
+
+
+def test_parts_are_forgotten_where_somebody_writes_to_their_sum(
+    programs: dict[str, Program], errors: dict[str, float]
+) -> None:
+    program = programs["overwritten"]
+    first, *_, second = [name for name in launches(program) if "_tem_" in name]
+    assert (constant(program, first, "PARTS"), constant(program, second, "TERMS")) == (3, 1)
+    assert errors["overwritten"] <= 1
 
 
 def test_several_tokens_sums_are_whole(programs: dict[str, Program]) -> None:

@@ -14,6 +14,9 @@ from dbf_compile.signs import deinterleave, unpack_signs
 DECODE_TOKENS = 16
 """Up to so many tokens are added up on a GPU, exactly as float32 does; more go through its tensor cores."""
 
+FUSED_TOKENS = 128
+"""Up to so many tokens of a 16-bit model are multiplied by signs in registers; more by a dense matrix of them."""
+
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of sums of ``dtype`` values: float64 for float64, else float32."""

@@ -176,8 +176,10 @@ def decode_parts(M: int, N: int, K: int) -> int:
     Args:
         M, N, K: as for :func:`decode_blocks`.
     """
-    steps = -(-layout.words_per_row(K) // 32)
-    return 1 if M > 1 or (steps > 4 and N > 8192) else min(max(steps, 1), 4)
+    steps = max(-(-layout.words_per_row(K) // 32), 1)
+    if M > 1 or (steps > 4 and N > 8192):
+        return 1
+    return -(-steps // -(-steps // 4))  # equal parts of whole steps, none of them empty
 
 
 def decode_blocks(M: int, N: int, K: int, parts: int = 1) -> list[dict[str, int]]:

@@ -7,10 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from dbf_compile.kernels.sign_matmul.reference import DECODE_TOKENS
+from dbf_compile.kernels.sign_matmul.reference import DECODE_TOKENS, FUSED_TOKENS
 from dbf_compile.kernels.sign_matmul.triton_decode import decode_blocks, decode_grid, decode_kernel
 from dbf_compile.kernels.sign_matmul.triton_prefill import (
-    FUSED_TOKENS,
     expand_signs,
     operand_dtype,
     prefill_blocks,
@@ -78,14 +77,12 @@ def _scaled(x: Tensor, in_scale: Tensor | None) -> Tensor:
 def _dense_matmul(z: Tensor, dense: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """Write ``z · denseᵀ + bias`` to ``y``, with operands of the dtype of ``dense`` and sums of float32."""
     z = z.to(dense.dtype)
-    if y.dtype == dense.dtype and z.is_cuda:
+    if z.is_cuda and bias is None and y.dtype == dense.dtype:
         torch.mm(z, dense.T, out=y)
-    elif z.is_cuda:
-        y.copy_(torch.mm(z, dense.T, out_dtype=torch.float32))
-    else:  # in the interpreter
-        y.copy_(z.float() @ dense.float().T)
-    if bias is not None:
-        y.add_(bias)
+        return
+    # Not on a device in the interpreter.
+    sums = torch.mm(z, dense.T, out_dtype=torch.float32) if z.is_cuda else z.float() @ dense.float().T
+    y.copy_(sums if bias is None else sums + bias)
 
 
 def _capability(device: torch.device) -> int:

@@ -26,16 +26,15 @@ from torch import Tensor
 
 from dbf_compile.kernels.sign_matmul.triton_common import store_tile
 
-FUSED_TOKENS = 128
-"""Up to so many tokens of a 16-bit model are multiplied by signs in registers; more by a dense matrix of them."""
 
+@triton.jit
+def plus_or_minus(words, bit, number):  # type: ignore[no-untyped-def]
+    """Return a number where a bit of a word is set, else its negative; numbers of 16 bits, the highest one for minus.
 
-@triton.jit  # type: ignore[untyped-decorator]  # Triton has no stubs, and types the arguments at launch
-def plus_or_minus_one(words, bit, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return 1 where a bit of a word is set, else -1, as bfloat16 or float16: the bits of 1.0, the highest one for minus."""
-    negative = ((~words << (31 - bit)) >> 16) & 0x8000
-    ones = negative | (0x3F80 if dtype == tl.bfloat16 else 0x3C00)
-    return ones.to(tl.int16).to(dtype, bitcast=True)
+    Args:
+        number: the bits of a bfloat16 or float16 as int32.
+    """
+    return (number ^ (((~words << (31 - bit)) >> 16) & 0x8000)).to(tl.int16)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -69,8 +68,9 @@ def prefill_tile(  # type: ignore[no-untyped-def]
         words = tl.load(
             rows[:, None] + w[None, :], mask=(n[:, None] < N) & (w[None, :] < tl.cdiv(K, 32)), other=0
         )
-        signs = plus_or_minus_one(words[:, :, None], bit[None, None, :], x_ptr.dtype.element_ty)
-        signs = signs.reshape(BLOCK_N, BLOCK_K)
+        one = 0x3F80 if x_ptr.dtype.element_ty == tl.bfloat16 else 0x3C00  # the bits of 1.0
+        signs = plus_or_minus(words[:, :, None], bit[None, None, :], one)
+        signs = signs.to(x_ptr.dtype.element_ty, bitcast=True).reshape(BLOCK_N, BLOCK_K)
         for term in tl.static_range(TERMS):
             # Behind the last column x is read as 0, which adds nothing under either sign.
             row = (m + term * M)[:, None] * K
@@ -136,16 +136,17 @@ def expand_kernel(signs_ptr, scale_ptr, w_ptr, K, W, BLOCK_W: tl.constexpr):  # 
     w = tile % tiles * BLOCK_W + tl.arange(0, BLOCK_W)
     words = tl.load(signs_ptr + n * W + w, mask=w < W, other=0)
     bit = tl.arange(0, 32)
-    ones = plus_or_minus_one(words[:, None], bit[None, :], w_ptr.dtype.element_ty)
     if scale_ptr is not None:
-        scale = tl.load(scale_ptr + n)
-        ones = tl.where(ones > 0, scale, -scale)
+        number = tl.load(scale_ptr + n).to(tl.int16, bitcast=True).to(tl.int32)
+    else:
+        number = 0x3F80 if w_ptr.dtype.element_ty == tl.bfloat16 else 0x3C00  # the bits of 1.0
+    numbers = plus_or_minus(words[:, None], bit[None, :], number).to(w_ptr.dtype.element_ty, bitcast=True)
     k = w[:, None] * 32 + bit[None, :]
-    tl.store(w_ptr + n * K + k, ones, mask=k < K)
+    tl.store(w_ptr + n * K + k, numbers, mask=k < K)
 
 
 # What a template needs beside its own text, callees first.
-DEVICE_FUNCTIONS = (plus_or_minus_one, prefill_tile, prefill_rows)
+DEVICE_FUNCTIONS = (plus_or_minus, prefill_tile, prefill_rows)
 
 
 def expand_signs(signs: Tensor, scale: Tensor | None, columns: int, dtype: torch.dtype) -> Tensor:
@@ -159,6 +160,8 @@ def expand_signs(signs: Tensor, scale: Tensor | None, columns: int, dtype: torch
     """
     N, W = signs.shape
     dense = torch.empty(N, columns, dtype=dtype, device=signs.device)
+    if W == 0:
+        return dense
     block = min(128, triton.next_power_of_2(W))
     grid = (N * triton.cdiv(W, block), 1, 1)
     scale = None if scale is None else scale.to(dtype).contiguous()

@@ -19,10 +19,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from support.strategies import random_factors
+from support.strategies import random_factors, random_signs
 from torch.nn import Parameter
 
 from dbf_compile.linear import DoubleBinaryLinear
+from dbf_compile.signs import pack_signs
 
 CAPABILITY = (9, 0)
 
@@ -107,7 +108,9 @@ def main() -> None:
     pretend_cuda()
     programs = {str(case): _generate_layer(case) for case in CASES}
     programs |= {f"siblings of {M}": _generate(Siblings(), M, 256, torch.bfloat16) for M in SIBLING_TOKENS}
-    programs |= {f"deep of {M}": _generate(Deep(), M, 2100, torch.bfloat16) for M in DEEP_TOKENS}
+    programs |= {f"deep of {M}": _generate(Deep(True), M, 2100, torch.bfloat16) for M in DEEP_TOKENS}
+    programs["chain"] = _generate(Deep(False), 1, 2100, torch.bfloat16)
+    programs["overwritten"] = _generate(Overwritten(), 1, 2100, torch.float32)
     programs |= {f"block of {M}": _generate(_Block(), M, 256, torch.bfloat16) for M in BLOCK_TOKENS}
     print(json.dumps({name: asdict(program) for name, program in programs.items()}))
 
@@ -127,15 +130,38 @@ class Siblings(torch.nn.Module):
 
 
 class Deep(torch.nn.Module):
-    """Two layers of many columns: one token's sums stay in parts, for the next layer or the activation to add up."""
+    """Two layers of many columns: one token's sums stay in parts, for the next layer or the activation to add up.
 
-    def __init__(self) -> None:
+    Args:
+        both: return what is between the layers, too; else the activation becomes part of the first layer's kernel.
+    """
+
+    def __init__(self, both: bool) -> None:
         super().__init__()
         sizes = ((2100, 1090, 1060), (1060, 40, 70))
         self.first, self.second = (DoubleBinaryLinear(random_factors(*size)) for size in sizes)
+        self.both = both
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        z = torch.relu(self.first(x))
+        return (self.second(z), z) if self.both else self.second(z)
+
+
+class Overwritten(torch.nn.Module):
+    """Two products with signs, where somebody writes to what is between them."""
+
+    SIZES = ((1090, 2100), (1060, 1090))
+
+    def __init__(self) -> None:
+        super().__init__()
+        for index, size in enumerate(self.SIZES):
+            self.register_buffer(f"signs{index}", pack_signs(random_signs(*size, seed=index)))
+        self.register_buffer("zero", torch.zeros(()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.second(torch.relu(self.first(x)))
+        h = torch.ops.dbf.sign_matmul(x, self.signs0)
+        h = h.index_put((h > 3,), self.zero)
+        return torch.ops.dbf.sign_matmul(h, self.signs1)
 
 
 class _Block(torch.nn.Module):

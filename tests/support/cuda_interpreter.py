@@ -26,12 +26,15 @@ from support.cuda_codegen import (
     SIBLING_TOKENS,
     Case,
     Deep,
+    Overwritten,
     Program,
     Siblings,
     run_program,
 )
 from support.interpreter import let_dot_widen_bfloat16
 from support.strategies import random_factors
+
+from dbf_compile.signs import unpack_signs
 
 _BLOCK = 64  # elements for each program of a pointwise kernel
 
@@ -55,6 +58,7 @@ def main() -> None:
         for M in DEEP_TOKENS:
             name = f"deep of {M}"
             worst[name] = _worst_of_deep(M, programs[name], Path(folder, name))
+        worst["overwritten"] = _worst_of_overwritten(programs["overwritten"], Path(folder, "overwritten"))
     print(json.dumps(worst))
 
 
@@ -100,15 +104,32 @@ def _worst_of_siblings(M: int, program: Program, folder: Path) -> float:
 
 
 def _worst_of_deep(M: int, program: Program, folder: Path) -> float:
-    model = Deep()
+    model = Deep(True)
     x = torch.randn(M, 2100, generator=torch.Generator().manual_seed(0)).bfloat16()
     first, second = model.first.factors, model.second.factors
     inputs = [x, *first.tensors().values(), *second.tensors().values()]
-    (y,) = _load(program, folder)(None, list(inputs))
-    truth = torch.relu(x.double() @ first.dense(torch.float64).T) @ second.dense(torch.float64).T
-    error = (y.double() - truth).norm() / truth.norm()
+    found = _load(program, folder)(None, list(inputs))
+    z = torch.relu(x.double() @ first.dense(torch.float64).T)
+    truths = (z @ second.dense(torch.float64).T, z)
+    errors = [(y.double() - truth).norm() / truth.norm() for y, truth in zip(found, truths, strict=True)]
     # Rounded, or cut off by the interpreter, after each layer.
-    return (error / torch.finfo(torch.bfloat16).eps / 2).nan_to_num(nan=math.inf).item()
+    return max(
+        (error / torch.finfo(torch.bfloat16).eps / 2).nan_to_num(nan=math.inf).item() for error in errors
+    )
+
+
+def _worst_of_overwritten(program: Program, folder: Path) -> float:
+    model = Overwritten()
+    x = torch.randn(1, 2100, generator=torch.Generator().manual_seed(0))
+    (y,) = _load(program, folder)(None, [model.signs0, x, model.zero, model.signs1])
+    signs = [
+        unpack_signs(words, size[1], torch.float64)
+        for words, size in zip((model.signs0, model.signs1), model.SIZES, strict=True)
+    ]
+    h = x.double() @ signs[0].T
+    truth = torch.where(h > 3, 0.0, h) @ signs[1].T
+    # Two float32 sums of some thousand terms.
+    return ((y.double() - truth).norm() / truth.norm() / 1e-5).nan_to_num(nan=math.inf).item()
 
 
 def factors_of_ones(factors: Any) -> torch.Tensor:

@@ -96,6 +96,10 @@ CASES = (
         Case(lead, 35, 97, dtype, result=result, scaled=True)
         for lead, dtype, result in product(((3,), (2, 11)), DTYPES, DTYPES)
     ),
+    # More than 128 of 16 bits are multiplied by a dense matrix.
+    *(Case((150,), 35, 97, dtype, result=result, scaled=True) for dtype, result in product(DTYPES, DTYPES)),
+    Case((130,), 3, 4200, "bfloat16", result="bfloat16", scaled=True),
+    Case((130,), 5, 0, "bfloat16"),
     *(Case(lead, 35, 97, scaled=True, fast=True) for lead in ((3,), (22,))),
     Case((), 5, 40),
     Case((0,), 5, 40),
@@ -178,24 +182,28 @@ def _with_other_settings(
 ) -> Any:
     """Yield the results of both kernels under some of the settings that are worth trying."""
     from dbf_compile.kernels.sign_matmul import triton_decode, triton_prefill
+    from dbf_compile.kernels.sign_matmul.reference import DECODE_TOKENS
 
     M, N, K = math.prod(x.shape[:-1]), words.shape[0], x.shape[-1]
     if M * N * K == 0:
         return
     x = _at_the_edge(x)
     fresh = lambda: _at_the_edge(torch.full((*x.shape[:-1], N), math.nan).to(result))  # noqa: E731
-    for settings_ in triton_decode.decode_blocks(M, N, K)[1::3]:
-        y = fresh()
+    if M <= DECODE_TOKENS:
+        for settings_ in triton_decode.decode_blocks(M, N, K)[1::3]:
+            y = fresh()
+            grid = triton_decode.decode_grid(M, N, settings_)
+            triton_decode.decode_kernel[grid](x, words, y, *vectors, M, N, K, **settings_)
+            yield y
+        # As compiled programs launch it: columns in parts that somebody else adds up, activations that are a sum themselves.
+        terms = _at_the_edge(torch.stack([x - 3, torch.full_like(x, 3)]))
+        settings_ = triton_decode.decode_blocks(M, N, K, parts=3)[0] | {"BLOCK_W": 1}
+        parts = _at_the_edge(torch.full((3, *x.shape[:-1], N), math.nan))
         grid = triton_decode.decode_grid(M, N, settings_)
-        triton_decode.decode_kernel[grid](x, words, y, *vectors, M, N, K, **settings_)
-        yield y
-    # As compiled programs launch it: columns in parts that somebody else adds up, activations that are a sum themselves.
-    terms = _at_the_edge(torch.stack([x - 3, torch.full_like(x, 3)]))
-    settings_ = triton_decode.decode_blocks(M, N, K, parts=3)[0] | {"BLOCK_W": 1}
-    parts = _at_the_edge(torch.full((3, *x.shape[:-1], N), math.nan))
-    grid = triton_decode.decode_grid(M, N, settings_)
-    triton_decode.decode_kernel[grid](terms, words, parts, *vectors[:2], None, M, N, K, TERMS=2, **settings_)
-    yield (parts.sum(0) + (0.0 if vectors[2] is None else vectors[2].float())).to(result)
+        triton_decode.decode_kernel[grid](
+            terms, words, parts, *vectors[:2], None, M, N, K, TERMS=2, **settings_
+        )
+        yield (parts.sum(0) + (0.0 if vectors[2] is None else vectors[2].float())).to(result)
     # Small whole numbers are exact in one term of any kind.
     z = x.float().reshape(M, K) if vectors[0] is None else x.float().reshape(M, K) * vectors[0].float()
     operand = _at_the_edge(triton_prefill.split_terms(z, torch.bfloat16, 2))

@@ -68,16 +68,21 @@ def test_tiles_of_few_tokens_cover_y(M: int, N: int, K: int, in_parts: bool) -> 
         assert all(settings[name] & (settings[name] - 1) == 0 for name in ("BLOCK_M", "BLOCK_N", "BLOCK_W"))
         programs, *rest = decode_grid(M, N, settings)
         assert rest == [1, 1]
-        assert programs * settings["BLOCK_M"] * settings["BLOCK_N"] >= parts * M * N
+        tiles = -(-M // settings["BLOCK_M"]) * -(-N // settings["BLOCK_N"])
+        assert programs == parts * tiles
         tables = settings["BLOCK_M"] * settings["BLOCK_W"] * 512
         assert tables <= 64 << 10, "bytes of shared memory that every GPU has"
 
 
 @given(st.integers(1, 16), st.integers(1, 40000), st.integers(1, 40000))
 def test_parts_of_columns_are_few_and_not_empty(M: int, N: int, K: int) -> None:
-    parts = decode_parts(M, N, K)
-    assert 1 <= parts <= min(4, words_per_row(K))
+    parts, words = decode_parts(M, N, K), words_per_row(K)
+    assert 1 <= parts <= 4
     assert parts == 1 or M == 1
+    for settings in decode_blocks(M, N, K, parts):
+        step = settings["BLOCK_W"]
+        share = -(-words // (parts * step)) * step  # as the kernel cuts them
+        assert step > 32 or (parts - 1) * share < words
 
 
 @given(st.integers(1, 2**15), sizes, st.sampled_from((75, 80, 86, 89, 90, 100, 120)))
