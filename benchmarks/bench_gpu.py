@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from decode_cpu import MODELS as SIZES
 from decode_cpu import factored_layers, meta_model, random_factors
+from gpu_timing import copy_bandwidth, gpu, interleaved_graphs, versions
 from measure import commit, write_results
 from torch import Tensor, nn
 
@@ -181,19 +182,15 @@ def contenders(N: int, K: int) -> Iterator[Contender]:
         R = mid_features_for(bits, K, N) // 32 * 32
         size = 4 * (R * words_per_row(K) + N * words_per_row(R)) + 2 * (K + R + N)
         layers = [random_cuda_factors(N, K, bits) for _ in range(enough(size))]
-        run = lambda x, i, f=layers: compiled_layer(x, *f[i].tensors().values())  # noqa: E731
+        run = lambda x, i, f=layers: compiled_layer()(x, *f[i].tensors().values())  # noqa: E731
         yield Contender(f"dbf {bits:g} bit", size, run, len(layers))
 
 
 @functools.cache
-def _compiled_layer() -> Callable[..., Tensor]:
+def compiled_layer() -> Callable[..., Tensor]:
+    """Return a factored layer as a compiled model has it; the weights are arguments, so that many share a program."""
     layer = lambda x, *factors: dbf_compile.ops.double_binary_linear(x, *factors, None, x.dtype)  # noqa: E731
     return torch.compile(layer, backend="dbf", fullgraph=True, dynamic=False)
-
-
-def compiled_layer(x: Tensor, *factors: Tensor) -> Tensor:
-    """Apply a factored layer as a compiled model does; the weights are arguments, so that many share a program."""
-    return _compiled_layer()(x, *factors)
 
 
 def random_cuda_factors(N: int, K: int, bits: float) -> dbf_compile.DoubleBinaryFactors:
@@ -245,7 +242,7 @@ def time_layer(
 ) -> list[dict]:
     """Time all contenders of a shape against each other."""
     torch.compiler.reset()  # else the many shapes count as one function that is compiled too often
-    _compiled_layer.cache_clear()
+    compiled_layer.cache_clear()
     x = torch.randn(tokens, int(shape.split("x")[1]), device="cuda", dtype=torch.bfloat16)
     calls: dict[str, tuple[Callable[[int], object], int]] = {}
     kept = {}
@@ -276,63 +273,6 @@ def time_layer(
             }
         )
     return rows
-
-
-def interleaved_graphs(
-    calls: dict[str, tuple[Callable[[int], object], int]], rounds: int
-) -> dict[str, float]:
-    """Time calls in CUDA graphs that take turns; who cannot be captured is left out and said so.
-
-    Args:
-        calls: by name, a function of the number of a weight, and how many weights there are.
-        rounds: turns of each.
-
-    Returns:
-        By name, the median time of one call in microseconds.
-    """
-    graphs = {}
-    for name, (call, count) in calls.items():
-        try:
-            graphs[name] = _capture(call, count)
-        except Exception as error:
-            print(f"{name} left out: {str(error).splitlines()[0]}", flush=True)
-    samples: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(rounds):
-        for name, graph in graphs.items():
-            samples[name].append(1e3 * milliseconds(graph.replay) / calls[name][1])
-    return {name: statistics.median(values) for name, values in samples.items()}
-
-
-def _capture(call: Callable[[int], object], count: int) -> torch.cuda.CUDAGraph:
-    """Return a CUDA graph of ``count`` calls, each on another weight."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for index in range(min(2, count)):
-            call(index)  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for index in range(count):
-            call(index)
-    return graph
-
-
-def milliseconds(call: Callable[[], object]) -> float:
-    """Return the time of one call on the device."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
-
-
-def copy_bandwidth() -> float:
-    """Return how fast the device copies memory, in GB/s, bytes read and written both counted."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    times = [milliseconds(lambda: target.copy_(source)) for _ in range(12)]
-    return 2 * source.numel() / statistics.median(times[2:]) / 1e6
 
 
 # --- whole models ---------------------------------------------------------------------------------------------------
@@ -414,16 +354,6 @@ def random_model(sizes: dict, variant: str) -> nn.Module:
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
-
-
-def gpu() -> str:
-    return torch.cuda.get_device_name()
-
-
-def versions() -> str:
-    import triton
-
-    return f"torch {torch.__version__}, triton {triton.__version__}, CUDA {torch.version.cuda}"
 
 
 def report(name: str, rows: list[dict]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_gpu import gpu, interleaved_graphs, versions
+from gpu_timing import gpu, interleaved_graphs, versions
 from measure import commit, write_results
 from torch import Tensor
 from triton.runtime import OutOfResources

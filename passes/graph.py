@@ -96,6 +96,11 @@ def is_tensor(node: object, dims: int | None = None) -> bool:
     return isinstance(value, Tensor) and (dims is None or value.dim() == dims)
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Return whether a (fake) tensor lies where the Triton kernels run."""
+    return x.device.type == "cuda"
+
+
 def is_linear(node: Node) -> bool:
     """Return whether ``node`` is ``linear(x, weight, bias)`` in the canonical form of ``find_linears``."""
     return node.op == "call_function" and node.target is torch.nn.functional.linear and len(node.args) == 3

@@ -23,6 +23,7 @@ from dbf_compile.passes.graph import (
     arguments_of,
     example_value,
     mutated_storages,
+    on_gpu,
     replace,
     storage_of,
 )
@@ -60,7 +61,7 @@ def can_group_siblings(node: Node, written: set[Hashable]) -> bool:
     given = arguments_of(node)
     x = example_value(given["x"])
     tokens = math.prod(x.shape[:-1])
-    if not _on_gpu(x) or x.dtype == torch.float64 or given["interleaved"]:
+    if not on_gpu(x) or x.dtype == torch.float64 or given["interleaved"]:
         return False
     if not isinstance(tokens, int) or not 0 < tokens <= DECODE_TOKENS:
         return False
@@ -68,10 +69,6 @@ def can_group_siblings(node: Node, written: set[Hashable]) -> bool:
     return given["signs"].op == "placeholder" and all(
         storage_of(item) not in written for item in node.all_input_nodes
     )
-
-
-def _on_gpu(x: torch.Tensor) -> bool:
-    return x.device.type == "cuda"
 
 
 def _group(nodes: list[Node]) -> int:

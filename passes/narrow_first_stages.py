@@ -15,7 +15,7 @@ import torch
 from torch.fx import Graph, Node
 
 from dbf_compile.kernels.sign_matmul.reference import DECODE_TOKENS
-from dbf_compile.passes.graph import SIGN_MATMUL, WeightSource, arguments_of, example_value
+from dbf_compile.passes.graph import SIGN_MATMUL, WeightSource, arguments_of, example_value, on_gpu
 
 _NARROW = (torch.bfloat16, torch.float16)
 
@@ -50,7 +50,7 @@ def can_narrow_first_stages(node: Node) -> torch.dtype | None:
     given = arguments_of(node)
     x, y = example_value(given["x"]), example_value(node)
     tokens = math.prod(y.shape[:-1])
-    if not _on_gpu(y) or x.dtype not in _NARROW or y.dtype != torch.float32 or given["interleaved"]:
+    if not on_gpu(y) or x.dtype not in _NARROW or y.dtype != torch.float32 or given["interleaved"]:
         return None
     if not isinstance(tokens, int) or tokens <= DECODE_TOKENS:
         return None
@@ -66,7 +66,3 @@ def _rounds_to(reader: Node, node: Node) -> torch.dtype | None:
     if given["x"] is not node or given["in_scale"] is not None or given["interleaved"]:
         return None
     return given["dtype"] if given["dtype"] in _NARROW else None
-
-
-def _on_gpu(x: torch.Tensor) -> bool:
-    return x.device.type == "cuda"

@@ -60,9 +60,10 @@ def calibrate(
         loss: a name of :mod:`~dbf_compile.compression.losses`, or a function of (output of the model, batch) to
             a scalar; None to measure inputs only, which needs no backward pass.
         form: "diagonal" for a vector per side; "input" for whole E[x xᵀ]; "kronecker" for whole matrices on both
-            sides. From n positions, what lies off the diagonal of a matrix of d features is taken n / (n + d) times, as
-            few positions exaggerate how features go together. A whole matrix takes K² (N²) numbers of 8 bytes while it is measured: name few ``layers`` at a
-            time where that is too much. Heads, which stay dense by default and are wide, have vectors.
+            sides. From n positions, what lies off the diagonal of a matrix of d features is taken n / (n + d)
+            times, as few positions exaggerate how features go together. A whole matrix takes K² (N²) numbers of 8
+            bytes while it is measured: name few ``layers`` at a time where that is too much. Heads, which stay
+            dense by default and are wide, have vectors.
         layers: patterns (``fnmatch``) of the names of the layers to measure.
         clip: quantile, such as 0.999, of a batch's token norms above which tokens are scaled down to it, so that
             no single one rules the statistics; None to take tokens as they are.

@@ -55,7 +55,7 @@ def sign_matmul_triton(
             settings = decode_blocks(M, N, K)[0]
             before = None if in_scale is None else in_scale.contiguous()
             decode_kernel[decode_grid(M, N, settings)](
-                x.contiguous(), signs, y, before, *scales, M, N, K, **settings, enable_fp_fusion=False
+                x.contiguous(), signs, y, before, *scales, M, N, K, **settings
             )
         elif M > FUSED_TOKENS and term_count(x.dtype, dtype, fast) == 1:
             dense = expand_signs(signs, out_scale, K, operand_dtype(x.dtype, dtype))

@@ -13,12 +13,12 @@ from dbf_compile.passes.group_siblings import MOST, group_siblings
 from dbf_compile.signs import pack_signs
 
 SIGN_MATMUL = torch.ops.dbf.sign_matmul.default
-on_gpu = module._on_gpu
+on_gpu = module.on_gpu
 
 
 @pytest.fixture(autouse=True)
 def pretended_gpu(monkeypatch):
-    monkeypatch.setattr(module, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(module, "on_gpu", lambda x: True)
 
 
 def siblings(
@@ -99,7 +99,7 @@ def test_not_for_others(given):
 
 
 def test_not_on_the_cpu(monkeypatch):
-    monkeypatch.setattr(module, "_on_gpu", on_gpu)
+    monkeypatch.setattr(module, "on_gpu", on_gpu)
     hand, _, products = siblings([5, 6])
     hand.output(*products)
     assert group_siblings(hand.graph) == 0

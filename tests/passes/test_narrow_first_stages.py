@@ -14,12 +14,12 @@ from dbf_compile.signs import pack_signs
 
 SIGN_MATMUL = torch.ops.dbf.sign_matmul.default
 MANY = DECODE_TOKENS + 1
-on_gpu = module._on_gpu
+on_gpu = module.on_gpu
 
 
 @pytest.fixture(autouse=True)
 def pretended_gpu(monkeypatch):
-    monkeypatch.setattr(module, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(module, "on_gpu", lambda x: True)
 
 
 def layers(
@@ -127,6 +127,6 @@ def test_leaves_alone_what_is_scaled_before_it_is_rounded():
 
 
 def test_fires_on_no_cpu(monkeypatch):
-    monkeypatch.setattr(module, "_on_gpu", on_gpu)
+    monkeypatch.setattr(module, "on_gpu", on_gpu)
     hand, _ = layers()
     assert narrow_first_stages(hand.graph) == 0

@@ -220,8 +220,9 @@ def _worst(y: Tensor, case: Case, x: Tensor, signs: Tensor, *vectors: Any) -> fl
     ones = torch.ones_like(signs)
     size = _truth(x.abs(), ones, in_scale, out_scale, None if bias is None else bias.abs())
     truth = _truth(x, signs, *vectors)
-    # A float32 sum of K terms, in any order, errs by at most about K u Σ|x|, u = 2⁻²⁴. A scaled 16-bit operand of tensor cores is rounded once, by
-    # half the eps of its dtype, and two terms of bfloat16 keep 2⁻¹⁶; the result is rounded to its own dtype.
+    # A float32 sum of K terms, in any order, errs by at most about K u Σ|x|, u = 2⁻²⁴. A scaled 16-bit operand of tensor
+    # cores is rounded once, by half the eps of its dtype, and two terms of bfloat16 keep 2⁻¹⁶; the result is rounded to
+    # its own dtype.
     many = math.prod(case.lead) > 16
     operand = 0.0
     if many and case.dtype != "float32":
