@@ -1,8 +1,10 @@
-"""One NVIDIA GPU: the kernel for few tokens under many launch settings, to choose the defaults of ``decode_blocks`` from.
+"""One NVIDIA GPU: the kernels under many launch settings, to choose the defaults of ``decode_blocks``, ``prefill_blocks``
+and the numbers of tokens from which on one kernel takes over from the other.
 
-    python benchmarks/tune_gpu.py                                     the products of Llama-2-7B at 1 and 2 bits
-    python benchmarks/tune_gpu.py --shapes 4096x4096 --tokens 1 8     others, rows x columns of the sign matrix
+    python benchmarks/tune_gpu.py                                        one token, the products of Llama-2-7B at 1 and 2 bits
+    python benchmarks/tune_gpu.py --shapes 4096x4096 --tokens 4 16 64    others, rows x columns of the sign matrix
 
+"tables" is the kernel for few tokens, "tensor cores" that for many, "written out" a dense matrix of the signs and cuBLAS.
 Products run inside CUDA graphs, each on the next of so many matrices that none is in the cache; settings take turns.
 Beside them stands cuBLAS with a dense bfloat16 matrix of the same size. Settings compile first, in several processes.
 """
@@ -24,11 +26,18 @@ from torch import Tensor
 from triton.runtime import OutOfResources
 
 from dbf_compile.factors import mid_features_for
+from dbf_compile.kernels.sign_matmul.reference import DECODE_TOKENS
 from dbf_compile.kernels.sign_matmul.triton_decode import (
     decode_blocks,
     decode_grid,
     decode_kernel,
     decode_parts,
+)
+from dbf_compile.kernels.sign_matmul.triton_prefill import (
+    expand_signs,
+    prefill_blocks,
+    prefill_grid,
+    prefill_kernel,
 )
 from dbf_compile.signs import words_per_row
 
@@ -71,22 +80,40 @@ def shapes() -> list[tuple[int, int]]:
 
 
 def candidates(M: int, N: int, K: int) -> list[dict[str, int]]:
-    """Return all settings that are worth trying, for columns in one part, in the default number, and one step a part."""
+    """Return all settings that are worth trying: of tables for columns in one part, in the default number, and one step a part."""
+    if M > DECODE_TOKENS:
+        return [*prefill_blocks(M, N), {}]
     steps = -(-words_per_row(K) // 32)
     every = {1, decode_parts(M, N, K), steps if M == 1 else 1}
-    return [settings for parts in sorted(every) for settings in decode_blocks(M, N, K, parts)]
+    tables = [settings for parts in sorted(every) for settings in decode_blocks(M, N, K, parts)]
+    return tables if M == 1 else [*tables, *prefill_blocks(M, N)]
+
+
+def kernel_of(settings: dict[str, int]) -> str:
+    return "tables" if "BLOCK_W" in settings else "tensor cores" if settings else "written out"
 
 
 def launch(x: Tensor, words: Tensor, y: Tensor, N: int, K: int, settings: dict[str, Any]) -> None:
+    """Launch the kernel that the settings are of; x is bfloat16 for all but tables."""
     M = x.shape[0]
-    decode_kernel[decode_grid(M, N, settings)](x, words, y, None, None, None, M, N, K, **settings)
+    match kernel_of(settings):
+        case "tables":
+            decode_kernel[decode_grid(M, N, settings)](x, words, y, None, None, None, M, N, K, **settings)
+        case "tensor cores":
+            prefill_kernel[prefill_grid(M, N, settings)](x, words, y, None, None, M, N, K, 1, **settings)
+        case _:
+            F.linear(x, expand_signs(words, None, K, x.dtype))
+
+
+def activations(M: int, K: int, settings: dict[str, int]) -> Tensor:
+    """Return what a compiled 16-bit model has there: tables of one token sum what the kernel in front left as float32."""
+    return torch.randn(M, K, device="cuda", dtype=torch.float32 if "BLOCK_W" in settings else torch.bfloat16)
 
 
 def compile_job(job: Job) -> None:
     M, N, K, settings = job
-    x, words = torch.zeros(M, K, device="cuda"), random_words(N, K)
     with suppress(OutOfResources):  # said when it is timed
-        launch(x, words, results(M, N, settings), N, K, settings)
+        launch(activations(M, K, settings), random_words(N, K), results(M, N, settings), N, K, settings)
     torch.cuda.synchronize()
 
 
@@ -95,31 +122,34 @@ def random_words(N: int, K: int) -> Tensor:
 
 
 def results(M: int, N: int, settings: dict[str, int]) -> Tensor:
-    return torch.empty(settings["PARTS"], M, N, device="cuda")
+    return torch.empty(settings.get("PARTS", 1), M, N, device="cuda")
 
 
 def time_shape(size: tuple[int, int, int], every: list[dict[str, int]], arguments: Any) -> list[dict]:
     """Time all settings of a shape, and cuBLAS, against each other."""
     M, N, K = size
     many = lambda bytes: max(2, (192 << 20) // bytes)  # noqa: E731
-    x = torch.randn(M, K, device="cuda")
-    narrow = x.bfloat16()
+    narrow = activations(M, K, {})
     words = [random_words(N, K) for _ in range(many(4 * N * words_per_row(K)))]
     dense = [torch.randn(N, K, device="cuda", dtype=torch.bfloat16) for _ in range(many(2 * N * K))]
     calls: dict[str, tuple[Any, int]] = {"cuBLAS": (lambda index: F.linear(narrow, dense[index]), len(dense))}
     for number, settings in enumerate(every):
-        y = results(M, N, settings)
-        call = lambda index, y=y, one=settings: launch(x, words[index], y, N, K, one)  # noqa: E731
+        x, y = activations(M, K, settings), results(M, N, settings)
+        call = lambda index, x=x, y=y, one=settings: launch(x, words[index], y, N, K, one)  # noqa: E731
         calls[str(number)] = (call, len(words))
     medians = interleaved_graphs(calls, arguments.rounds)
+    defaults = [{}, prefill_blocks(M, N)[0]]
+    defaults += [decode_blocks(M, N, K, parts)[0] for parts in (1, decode_parts(M, N, K))]
     rows = [
         {
             "tokens": M,
             "rows_x_columns": f"{N}x{K}",
-            "tile": "x".join(str(settings[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_W")),
-            "parts": settings["PARTS"],
-            "warps": settings["num_warps"],
-            "default": settings == decode_blocks(M, N, K, settings["PARTS"])[0],
+            "kernel": kernel_of(settings),
+            "tile": "x".join(str(value) for name, value in settings.items() if name.startswith("BLOCK")),
+            "parts": settings.get("PARTS", 1),
+            "warps": settings.get("num_warps", ""),
+            "stages": settings.get("num_stages", ""),
+            "default": settings in defaults,
             "median_us": round(medians[str(number)], 2),
             "cublas_bf16_us": round(medians["cuBLAS"], 2),
         }

@@ -424,12 +424,6 @@ def known_at_most(size: Any, limit: int) -> bool | None:
     return False if sizevars.statically_known_gt(size, limit) else None
 
 
-def capability(device: torch.device) -> int:
-    """Return the compute capability of a CUDA device that is compiled for: 90 for sm_90."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 def size_guess(size: Any) -> int:
     """Return the number a symbolic size had when it was traced; good for choices, never for correctness."""
     sizevars: Any = V.graph.sizevars

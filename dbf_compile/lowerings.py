@@ -193,7 +193,7 @@ def _many_tokens(
     operand = inductor.concatenate([inductor.view(term, [M, K]) for term in terms])
     y = inductor.lower_to_template(
         _prefill_template(),
-        triton_prefill.prefill_blocks(inductor.size_guess(M), N, inductor.capability(x.get_device())),
+        triton_prefill.prefill_blocks(inductor.size_guess(M), N, count),
         {"TERMS": count},
         inductor.contiguous(operand, signs),
         [M, N],
@@ -246,8 +246,8 @@ def _prefill_template() -> Any:
     N = {{size(None, 1)}}
     K = {{size("X", 1)}}
     m, n = prefill_rows(M, N, BLOCK_M, BLOCK_N)
-    rows = SIGNS + n * {{size("SIGNS", 1)}}
-    y = prefill_tile(X, rows, m, n, M, N, K, TERMS, BLOCK_M, BLOCK_N, BLOCK_K)
+    y = prefill_tile(X, SIGNS, m, n, M, N, K, TERMS, BLOCK_M, BLOCK_N, BLOCK_K)
+    m = m + tl.arange(0, BLOCK_M)
 """,
     )
 

@@ -61,8 +61,8 @@ def sign_matmul_triton(
             dense = expand_signs(signs, out_scale, K, operand_dtype(x.dtype, dtype))
             _dense_matmul(_scaled(x, in_scale).reshape(M, K), dense, bias, y.view(M, N))
         else:
-            settings = prefill_blocks(M, N, _capability(x.device))[0]
             terms = term_count(x.dtype, dtype, fast)
+            settings = prefill_blocks(M, N, terms)[0]
             operand = split_terms(_scaled(x, in_scale).reshape(M, K), operand_dtype(x.dtype, dtype), terms)
             prefill_kernel[prefill_grid(M, N, settings)](
                 operand, signs, y, *scales, M, N, K, terms, **settings
@@ -83,10 +83,3 @@ def _dense_matmul(z: Tensor, dense: Tensor, bias: Tensor | None, y: Tensor) -> N
     # Not on a device in the interpreter.
     sums = torch.mm(z, dense.T, out_dtype=torch.float32) if z.is_cuda else z.float() @ dense.float().T
     y.copy_(sums if bias is None else sums + bias)
-
-
-def _capability(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 80  # in the interpreter
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor

@@ -6,10 +6,14 @@ Tensor cores take 16-bit numbers. Activations that have more are cut into a few 
 
 three of which hold all 24 bits of a float32; the products of each with ±1 are exact, and sums are float32.
 
-Signs are the operand that tensor cores read from registers, so that they are expanded once for a tile of tokens and
-never written anywhere. That saves memory traffic, but costs the tensor cores half of their rate: for more than a hundred
-tokens of a 16-bit model it takes less time to write the signs as a dense matrix, which all tokens then share, and to
-multiply by that with the device's library (`benchmarks/results/gpu.md`).
+Signs are read byte by byte: the eight signs of a byte are what one thread hands to the tensor cores, in the order of the
+columns, so that Triton finds a layout in which every thread expands the very signs that it multiplies by. With whole
+words the expanded signs have to change threads, through shared memory, which took most of the time; so does the
+instruction of Hopper for whole groups of warps, as they would have to wait for each other's signs. Hence tiles of no
+more than 32 tokens in one product, which the compiler gives to single warps (`benchmarks/results/gpu.md`).
+
+For more than a hundred tokens of a 16-bit model it takes less time to write the signs as a dense matrix, which all
+tokens then share, and to multiply by that with the device's library.
 
 Shape letters: T terms, M rows of x (tokens), K columns and N rows of the sign matrix, W = ceil(K / 32) words.
 """
@@ -28,19 +32,25 @@ from dbf_compile.kernels.sign_matmul.triton_common import store_tile
 
 
 @triton.jit
-def plus_or_minus(words, bit, number):  # type: ignore[no-untyped-def]
-    """Return a number where a bit of a word is set, else its negative; numbers of 16 bits, the highest one for minus.
+def plus_or_minus(signs, minus):  # type: ignore[no-untyped-def]
+    """Return a number where a bit is set, else its negative: int16 [..., 2, 2, 2], the bits of a byte from the lowest one on.
 
     Args:
-        number: the bits of a bfloat16 or float16 as int32.
+        signs: bytes, uint8 [...].
+        minus: the bits of the negative number, a bfloat16 or float16, in both halves of an int32; scalar, or [..., 1, 1].
     """
-    return (number ^ (((~words << (31 - bit)) >> 16) & 0x8000)).to(tl.int16)
+    # Two numbers at once: bit j stays at j, and bit j + 1 comes to j + 16; so one shift puts both where signs belong.
+    pairs = signs.to(tl.int32) * 0x8001
+    pairs = tl.join(pairs, pairs >> 4)
+    pairs = tl.join(pairs, pairs >> 2)
+    pairs = ((pairs << 15) & -0x7FFF8000) ^ minus
+    return tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def prefill_tile(  # type: ignore[no-untyped-def]
     x_ptr,
-    rows,
+    signs_ptr,
     m,
     n,
     M,
@@ -55,40 +65,53 @@ def prefill_tile(  # type: ignore[no-untyped-def]
 
     Args:
         x_ptr: bfloat16 or float16 [TERMS, M, K], contiguous.
-        rows: pointers to the first int32 word of each row of the tile, [BLOCK_N].
-        m: rows of x, int64 [BLOCK_M].
+        signs_ptr: int32 words [N, W], contiguous.
+        m: the first row of x, int64.
         n: rows of the sign matrix, int64 [BLOCK_N].
+        BLOCK_M: 16, 32, 64 or 128.
         BLOCK_K: columns that are met in one step, a multiple of 32.
     """
-    sums = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    bit = tl.arange(0, 32)
+    SHARE: tl.constexpr = 32 if BLOCK_M > 32 else BLOCK_M
+    SHARES: tl.constexpr = BLOCK_M // SHARE
+    number = x_ptr.dtype.element_ty
+    minus = -0x407F4080 if number == tl.bfloat16 else -0x43FF4400  # twice the bits of -1
+    bytes_of_row = tl.cdiv(K, 32) * 4
+    rows = signs_ptr.to(tl.pointer_type(tl.uint8)) + n[None, :] * bytes_of_row
+    sums = (tl.zeros((SHARE, BLOCK_N), dtype=tl.float32),) * SHARES
     for first in range(0, K, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)
-        w = first // 32 + tl.arange(0, BLOCK_K // 32)
-        words = tl.load(
-            rows[:, None] + w[None, :], mask=(n[:, None] < N) & (w[None, :] < tl.cdiv(K, 32)), other=0
-        )
-        one = 0x3F80 if x_ptr.dtype.element_ty == tl.bfloat16 else 0x3C00  # the bits of 1.0
-        signs = plus_or_minus(words[:, :, None], bit[None, None, :], one)
-        signs = signs.to(x_ptr.dtype.element_ty, bitcast=True).reshape(BLOCK_N, BLOCK_K)
+        byte = (first // 8 + tl.arange(0, BLOCK_K // 8))[:, None]
+        packed = tl.load(rows + byte, mask=(n[None, :] < N) & (byte < bytes_of_row), other=0)
+        signs = plus_or_minus(packed, minus).to(number, bitcast=True)
+        signs = tl.permute(signs, (0, 2, 3, 4, 1)).reshape(BLOCK_K, BLOCK_N)
+        k = (first + tl.arange(0, BLOCK_K))[None, :]
         for term in tl.static_range(TERMS):
-            # Behind the last column x is read as 0, which adds nothing under either sign.
-            row = (m + term * M)[:, None] * K
-            x = tl.load(x_ptr + row + k[None, :], mask=(m[:, None] < M) & (k[None, :] < K), other=0.0)
-            sums = tl.dot(signs, tl.trans(x), sums)
-    return tl.trans(sums)
+            added = ()
+            for share in tl.static_range(SHARES):
+                row = (m + share * SHARE + tl.arange(0, SHARE))[:, None]
+                # Behind the last column x is read as 0, which adds nothing under either sign.
+                x = tl.load(x_ptr + (row + term * M) * K + k, mask=(row < M) & (k < K), other=0.0)
+                product = tl.dot(x, signs, sums[share])
+                added = added + (product,)  # type: ignore[assignment]  # noqa: RUF005  # Triton knows no star
+            sums = added
+    y = sums[0]
+    if SHARES == 2:
+        y = tl.permute(tl.join(sums[0], sums[1]), (2, 0, 1)).reshape(BLOCK_M, BLOCK_N)
+    elif SHARES == 4:
+        y = tl.join(tl.join(sums[0], sums[2]), tl.join(sums[1], sums[3]))
+        y = tl.permute(y, (3, 2, 0, 1)).reshape(BLOCK_M, BLOCK_N)
+    return y
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def prefill_rows(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the rows m of x and n of the sign matrix that this program is for, as int64."""
+    """Return what this program is for: the first row m of x and the rows n of the sign matrix, int64."""
     # Eight neighbouring tiles of tokens take turns with the same signs: both stay in the cache.
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0)
     first = tile // (8 * tiles_n) * 8
     together = tl.minimum(tiles_m - first, 8)
     within = tile % (8 * tiles_n)
-    m = (first + within % together).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = (first + within % together).to(tl.int64) * BLOCK_M
     n = (within // together).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     return m, n
 
@@ -117,9 +140,8 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
         out_scale_ptr: floating point [N], or None; so bias_ptr.
     """
     m, n = prefill_rows(M, N, BLOCK_M, BLOCK_N)
-    rows = signs_ptr + n * tl.cdiv(K, 32)
-    y = prefill_tile(x_ptr, rows, m, n, M, N, K, TERMS, BLOCK_M, BLOCK_N, BLOCK_K)
-    store_tile(y_ptr, y, m, n, M, N, out_scale_ptr, bias_ptr)
+    y = prefill_tile(x_ptr, signs_ptr, m, n, M, N, K, TERMS, BLOCK_M, BLOCK_N, BLOCK_K)
+    store_tile(y_ptr, y, m + tl.arange(0, BLOCK_M), n, M, N, out_scale_ptr, bias_ptr)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -133,16 +155,16 @@ def expand_kernel(signs_ptr, scale_ptr, w_ptr, K, W, BLOCK_W: tl.constexpr):  # 
     """
     tile, tiles = tl.program_id(0), tl.cdiv(W, BLOCK_W)
     n = (tile // tiles).to(tl.int64)
-    w = tile % tiles * BLOCK_W + tl.arange(0, BLOCK_W)
-    words = tl.load(signs_ptr + n * W + w, mask=w < W, other=0)
-    bit = tl.arange(0, 32)
+    byte = tile % tiles * (BLOCK_W * 4) + tl.arange(0, BLOCK_W * 4)
+    signs = tl.load(signs_ptr.to(tl.pointer_type(tl.uint8)) + n * W * 4 + byte, mask=byte < W * 4, other=0)
     if scale_ptr is not None:
         number = tl.load(scale_ptr + n).to(tl.int16, bitcast=True).to(tl.int32)
     else:
         number = 0x3F80 if w_ptr.dtype.element_ty == tl.bfloat16 else 0x3C00  # the bits of 1.0
-    numbers = plus_or_minus(words[:, None], bit[None, :], number).to(w_ptr.dtype.element_ty, bitcast=True)
-    k = w[:, None] * 32 + bit[None, :]
-    tl.store(w_ptr + n * K + k, numbers, mask=k < K)
+    minus = (number & 0xFFFF) ^ 0x8000
+    numbers = plus_or_minus(signs, minus | (minus << 16)).reshape(BLOCK_W * 32)
+    k = tile % tiles * (BLOCK_W * 32) + tl.arange(0, BLOCK_W * 32)
+    tl.store(w_ptr + n * K + k, numbers.to(w_ptr.dtype.element_ty, bitcast=True), mask=k < K)
 
 
 # What a template needs beside its own text, callees first.
@@ -195,41 +217,44 @@ def split_terms(z: Tensor, dtype: torch.dtype, terms: int) -> Tensor:
     return torch.stack([*parts, z.to(dtype)])
 
 
-def prefill_blocks(M: int, N: int, capability: int = 90) -> list[dict[str, int]]:
+# BLOCK_M, BLOCK_N, BLOCK_K and warps; and the instructions that each scheduler of a multiprocessor issues for 128 columns
+# of such a tile, as compiled for sm_90.
+_TILES = {
+    (32, 32, 128, 4): 237,
+    (32, 64, 64, 4): 366,
+    (32, 128, 128, 4): 565,
+    (64, 64, 128, 8): 606,
+    (64, 128, 128, 8): 1016,
+    (128, 128, 64, 8): 1540,
+}
+_MULTIPROCESSORS = 132  # of an H100 or H200
+
+
+def prefill_blocks(M: int, N: int, terms: int = 1) -> list[dict[str, int]]:
     """Return the launch settings that are worth trying, the one for use without trying first.
 
     Args:
         M: tokens, or a guess.
         N: rows of the sign matrix.
-        capability: of the device, 10 times the major number plus the minor one.
+        terms: of an activation.
 
     Returns:
         BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages.
     """
-    # A tile of 256 tokens halves the work of expanding signs, but spills where sums do not go to tensor cores directly.
-    largest = 256 if capability in (90, 100, 103) else 128
-    block_m = min(largest, max(16, 1 << (M - 1).bit_length()))
-    # What few tokens cost an H200 is waiting: more programs, fewer rows each. Others, where this was not measured, spill.
-    small = largest == 256 and block_m <= 128
-    best = _settings(block_m, 64 if small or N <= 64 else 128, 128 if small or block_m <= 64 else 64, 3)
-    others = [
-        _settings(block_m, block_n, block_k, stages)
-        for block_m in (16, 32, 64, 128, 256)
-        for block_n, block_k, stages in ((64, 128, 3), (128, 64, 3), (128, 64, 4), (128, 128, 3))
-        if block_m <= min(largest, 2 * M) and block_m * block_k <= 256 * 64
+
+    def cost(tile: tuple[int, int, int, int]) -> int:
+        programs = -(-M // tile[0]) * -(-N // tile[1])
+        return -(-programs // _MULTIPROCESSORS) * _TILES[tile]
+
+    # Compiled for AMD, larger tiles spill.
+    tiles = [tile for tile in _TILES if tile[0] == 32 or (tile[0] < 2 * M and not torch.version.hip)]
+    tiles.sort(key=cost)
+    # Steps on their way from memory: several terms of several steps would fill the shared memory.
+    return [
+        {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+        for stages in ((3, 4) if terms == 1 else (2, 3))
+        for m, n, k, warps in tiles
     ]
-    return [best, *(settings for settings in others if settings != best)]
-
-
-def _settings(block_m: int, block_n: int, block_k: int, stages: int) -> dict[str, int]:
-    warps = 8 if block_m * block_n >= 128 * 128 else 4
-    return {
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "BLOCK_K": block_k,
-        "num_warps": warps,
-        "num_stages": stages,
-    }
 
 
 def prefill_grid(

@@ -85,9 +85,9 @@ def test_parts_of_columns_are_few_and_not_empty(M: int, N: int, K: int) -> None:
         assert step > 32 or (parts - 1) * share < words
 
 
-@given(st.integers(1, 2**15), sizes, st.sampled_from((75, 80, 86, 89, 90, 100, 120)))
-def test_tiles_of_many_tokens_cover_y(M: int, N: int, capability: int) -> None:
-    for settings in prefill_blocks(M, N, capability):
+@given(st.integers(1, 2**15), sizes, st.integers(1, 3))
+def test_tiles_of_many_tokens_cover_y(M: int, N: int, terms: int) -> None:
+    for settings in prefill_blocks(M, N, terms):
         # What tl.dot needs at least.
         assert all(settings[name] >= 16 for name in ("BLOCK_M", "BLOCK_N"))
         assert settings["BLOCK_K"] % 32 == 0

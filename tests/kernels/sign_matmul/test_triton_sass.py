@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import os
 import re
 
@@ -66,10 +67,10 @@ def test_scales_are_met_once_for_each_activation_and_result(capability: int) -> 
     assert not any(one.multiplies_matrices() for one in multiplications)
 
 
-@pytest.mark.parametrize("M", [17, 64, 2048])
+@pytest.mark.parametrize("M", [17, 64, 128, 2048])
 @pytest.mark.parametrize("capability", sass.TARGETS)
 def test_many_tokens_go_through_tensor_cores_without_spills(capability: int, M: int) -> None:
-    settings = prefill_blocks(M, 4096, capability)[0]
+    settings = prefill_blocks(M, 4096)[0]
     compiled = sass.compile_kernel(prefill_kernel, capability, "bf16", M, {**settings, "TERMS": 1})
     machine_code = compiled.asm["cubin"]
     code = sass.instructions(sass.disassemble(machine_code))
@@ -79,18 +80,24 @@ def test_many_tokens_go_through_tensor_cores_without_spills(capability: int, M: 
     assert any(one.loads_16_bytes() for one in code)
 
 
-def test_signs_go_to_the_tensor_cores_of_hopper_from_registers() -> None:
-    settings = prefill_blocks(2048, 4096, 90)[0]
-    compiled = sass.compile_kernel(prefill_kernel, 90, "bf16", 2048, {**settings, "TERMS": 1})
-    code = sass.instructions(sass.disassemble(compiled.asm["cubin"]))
-    products = [one.operands for one in code if one.name == "HGMMA"]
-    # The first operand is a register; activations are described by gdesc, in shared memory.
-    assert products and all(re.match(r"R\d+, R\d+, gdesc", operands) for operands in products)
+@pytest.mark.parametrize("settings", prefill_blocks(2048, 4096)[:6], ids=str)
+@pytest.mark.parametrize("capability", sass.TARGETS)
+def test_threads_expand_the_signs_that_they_multiply_by(capability: int, settings: dict[str, int]) -> None:
+    compiled = sass.compile_kernel(prefill_kernel, capability, "bf16", 2048, {**settings, "TERMS": 1})
+    loops = sass.innermost_loops(sass.disassemble(compiled.asm["cubin"]))
+    (loop,) = [loop for loop in loops if any(one.multiplies_matrices() for one in loop)]
+    names = collections.Counter(one.name for one in loop)
+    # Nothing is written to shared memory but by the copies from memory, and nothing changes threads on the way.
+    assert not names["STS"] and not names["SHFL"]
+    assert names["BAR"] <= 2
+    # No product is computed twice: 16 x 8 x 16 in each.
+    tile = settings["BLOCK_M"] * settings["BLOCK_N"] * settings["BLOCK_K"]
+    assert names["HMMA"] * settings["num_warps"] * 2048 == tile
 
 
 @pytest.mark.parametrize(("kernel", "matrix"), [(decode_kernel, False), (prefill_kernel, True)])
 def test_compiles_for_an_mi300(kernel: object, matrix: bool) -> None:
-    settings = {**prefill_blocks(64, 4096, 80)[0], "TERMS": 1} if matrix else decode_blocks(1, 4096, 4096)[0]
+    settings = {**prefill_blocks(64, 4096)[0], "TERMS": 1} if matrix else decode_blocks(1, 4096, 4096)[0]
     text = sass.compile_kernel(kernel, "gfx942", "bf16", 64 if matrix else 1, settings).asm["amdgcn"]
     assert bool(re.search(r"v_mfma_f32_\w+", text)) == matrix
     if not matrix:
