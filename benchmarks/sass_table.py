@@ -30,7 +30,7 @@ def main() -> None:
         raise SystemExit(f"cannot compile for NVIDIA: {reason}")
     import triton
 
-    rows = [row(target, *case) for target in (*sass.TARGETS, "gfx942") for case in cases(target)]
+    rows = [row(target, *case) for target in (*sass.TARGETS, "gfx942") for case in cases()]
     widths = {key: max(len(str(entry[key])) for entry in [*rows, {key: key}]) for key in rows[0]}
     for entry in ({key: key for key in rows[0]}, *rows):
         print("  ".join(str(entry[key]).rjust(width) for key, width in widths.items()))
@@ -38,7 +38,7 @@ def main() -> None:
     print(f"\nwritten to {write_results('sass', [{**entry, **common} for entry in rows])}")
 
 
-def cases(target: int | str) -> list[tuple]:
+def cases() -> list[tuple]:
     few = [
         (decode_kernel, M, dtype, decode_blocks(M, 4096, 4096, parts)[0])
         for M, dtype, parts in (
@@ -49,12 +49,9 @@ def cases(target: int | str) -> list[tuple]:
             (16, "bf16", 1),
         )
     ]
-    many = []
-    for M in (64, 2048):
-        every = prefill_blocks(M, 4096)
-        # What is chosen on AMD.
-        settings = next(one for one in every if isinstance(target, int) or one["BLOCK_M"] == 32)
-        many.append((prefill_kernel, M, "bf16", {**settings, "TERMS": 1}))
+    many = [
+        (prefill_kernel, M, "bf16", {**prefill_blocks(M, 4096)[0], "TERMS": 1}) for M in (32, 64, 128, 2048)
+    ]
     return [*few, *many]
 
 

@@ -8,9 +8,9 @@ three of which hold all 24 bits of a float32; the products of each with ±1 are 
 
 Signs are read byte by byte: the eight signs of a byte are what one thread hands to the tensor cores, in the order of the
 columns, so that Triton finds a layout in which every thread expands the very signs that it multiplies by. With whole
-words the expanded signs have to change threads, through shared memory, which took most of the time; so does the
-instruction of Hopper for whole groups of warps, as they would have to wait for each other's signs. Hence tiles of no
-more than 32 tokens in one product, which the compiler gives to single warps (`benchmarks/results/gpu.md`).
+words the expanded signs had to change threads through shared memory, twice. Tiles of 64 tokens and more go to the
+instructions of Hopper and Blackwell for groups of warps, which read both operands from shared memory: there the
+expanded signs are written once, 16 bytes at a time.
 
 For more than a hundred tokens of a 16-bit model it takes less time to write the signs as a dense matrix, which all
 tokens then share, and to multiply by that with the device's library.
@@ -68,16 +68,14 @@ def prefill_tile(  # type: ignore[no-untyped-def]
         signs_ptr: int32 words [N, W], contiguous.
         m: the first row of x, int64.
         n: rows of the sign matrix, int64 [BLOCK_N].
-        BLOCK_M: 16, 32, 64 or 128.
         BLOCK_K: columns that are met in one step, a multiple of 32.
     """
-    SHARE: tl.constexpr = 32 if BLOCK_M > 32 else BLOCK_M
-    SHARES: tl.constexpr = BLOCK_M // SHARE
     number = x_ptr.dtype.element_ty
     minus = -0x407F4080 if number == tl.bfloat16 else -0x43FF4400  # twice the bits of -1
     bytes_of_row = tl.cdiv(K, 32) * 4
     rows = signs_ptr.to(tl.pointer_type(tl.uint8)) + n[None, :] * bytes_of_row
-    sums = (tl.zeros((SHARE, BLOCK_N), dtype=tl.float32),) * SHARES
+    row = (m + tl.arange(0, BLOCK_M))[:, None]
+    sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first in range(0, K, BLOCK_K):
         byte = (first // 8 + tl.arange(0, BLOCK_K // 8))[:, None]
         packed = tl.load(rows + byte, mask=(n[None, :] < N) & (byte < bytes_of_row), other=0)
@@ -85,21 +83,10 @@ def prefill_tile(  # type: ignore[no-untyped-def]
         signs = tl.permute(signs, (0, 2, 3, 4, 1)).reshape(BLOCK_K, BLOCK_N)
         k = (first + tl.arange(0, BLOCK_K))[None, :]
         for term in tl.static_range(TERMS):
-            added = ()
-            for share in tl.static_range(SHARES):
-                row = (m + share * SHARE + tl.arange(0, SHARE))[:, None]
-                # Behind the last column x is read as 0, which adds nothing under either sign.
-                x = tl.load(x_ptr + (row + term * M) * K + k, mask=(row < M) & (k < K), other=0.0)
-                product = tl.dot(x, signs, sums[share])
-                added = added + (product,)  # type: ignore[assignment]  # noqa: RUF005  # Triton knows no star
-            sums = added
-    y = sums[0]
-    if SHARES == 2:
-        y = tl.permute(tl.join(sums[0], sums[1]), (2, 0, 1)).reshape(BLOCK_M, BLOCK_N)
-    elif SHARES == 4:
-        y = tl.join(tl.join(sums[0], sums[2]), tl.join(sums[1], sums[3]))
-        y = tl.permute(y, (3, 2, 0, 1)).reshape(BLOCK_M, BLOCK_N)
-    return y
+            # Behind the last column x is read as 0, which adds nothing under either sign.
+            x = tl.load(x_ptr + (row + term * M) * K + k, mask=(row < M) & (k < K), other=0.0)
+            sums = tl.dot(x, signs, sums)
+    return sums
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -217,17 +204,18 @@ def split_terms(z: Tensor, dtype: torch.dtype, terms: int) -> Tensor:
     return torch.stack([*parts, z.to(dtype)])
 
 
-# BLOCK_M, BLOCK_N, BLOCK_K and warps; and the instructions that each scheduler of a multiprocessor issues for 128 columns
-# of such a tile, as compiled for sm_90.
+# BLOCK_M, BLOCK_N, BLOCK_K and warps; and what 128 columns of such a tile keep busy, in cycles of a multiprocessor: its
+# schedulers, counted in the machine code for sm_90, and its tensor cores, at their rate.
 _TILES = {
-    (32, 32, 128, 4): 237,
-    (32, 64, 64, 4): 366,
-    (32, 128, 128, 4): 565,
-    (64, 64, 128, 8): 606,
-    (64, 128, 128, 8): 1016,
-    (128, 128, 64, 8): 1540,
+    (32, 32, 128, 4): (237, 103),
+    (32, 64, 64, 4): (366, 205),
+    (32, 128, 128, 4): (565, 410),
+    (64, 128, 64, 4): (434, 491),
+    (64, 256, 64, 8): (836, 982),
+    (128, 128, 64, 8): (596, 982),
 }
-_MULTIPROCESSORS = 132  # of an H100 or H200
+# Of an H100 or H200: activations that come from its cache in a cycle, for each of its multiprocessors.
+_MULTIPROCESSORS, _ACTIVATIONS = 132, 14
 
 
 def prefill_blocks(M: int, N: int, terms: int = 1) -> list[dict[str, int]]:
@@ -242,13 +230,13 @@ def prefill_blocks(M: int, N: int, terms: int = 1) -> list[dict[str, int]]:
         BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages.
     """
 
-    def cost(tile: tuple[int, int, int, int]) -> int:
+    def cycles(tile: tuple[int, int, int, int]) -> int:
+        # Programs that run one after the other, or side by side, wait for what is busiest; the first one for the next, too.
+        busy = sorted((*_TILES[tile], tile[0] * 128 // _ACTIVATIONS))
         programs = -(-M // tile[0]) * -(-N // tile[1])
-        return -(-programs // _MULTIPROCESSORS) * _TILES[tile]
+        return -(-programs // _MULTIPROCESSORS) * busy[-1] + busy[-2]
 
-    # Compiled for AMD, larger tiles spill.
-    tiles = [tile for tile in _TILES if tile[0] == 32 or (tile[0] < 2 * M and not torch.version.hip)]
-    tiles.sort(key=cost)
+    tiles = sorted((tile for tile in _TILES if tile[0] < max(2 * M, 64)), key=cycles)
     # Steps on their way from memory: several terms of several steps would fill the shared memory.
     return [
         {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}

@@ -82,17 +82,26 @@ def test_many_tokens_go_through_tensor_cores_without_spills(capability: int, M: 
 
 @pytest.mark.parametrize("settings", prefill_blocks(2048, 4096)[:6], ids=str)
 @pytest.mark.parametrize("capability", sass.TARGETS)
-def test_threads_expand_the_signs_that_they_multiply_by(capability: int, settings: dict[str, int]) -> None:
+def test_signs_take_the_shortest_way_to_tensor_cores(capability: int, settings: dict[str, int]) -> None:
     compiled = sass.compile_kernel(prefill_kernel, capability, "bf16", 2048, {**settings, "TERMS": 1})
     loops = sass.innermost_loops(sass.disassemble(compiled.asm["cubin"]))
     (loop,) = [loop for loop in loops if any(one.multiplies_matrices() for one in loop)]
     names = collections.Counter(one.name for one in loop)
-    # Nothing is written to shared memory but by the copies from memory, and nothing changes threads on the way.
-    assert not names["STS"] and not names["SHFL"]
-    assert names["BAR"] <= 2
-    # No product is computed twice: 16 x 8 x 16 in each.
-    tile = settings["BLOCK_M"] * settings["BLOCK_N"] * settings["BLOCK_K"]
-    assert names["HMMA"] * settings["num_warps"] * 2048 == tile
+    signs = settings["BLOCK_N"] * settings["BLOCK_K"]
+    threads = 32 * settings["num_warps"]
+    assert names["SHFL"] <= 1  # the number of the warp
+    assert not names["LDL"] and not names["STL"]
+    if names["HMMA"]:
+        # Every thread expands the signs that it multiplies by, and no product is computed twice: 16 x 8 x 16 in each.
+        assert not names["STS"]
+        assert names["BAR"] <= 2
+        assert names["HMMA"] * settings["num_warps"] * 16 * 8 * 16 == settings["BLOCK_M"] * signs
+    else:
+        # Expanded signs are stored once, 16 bytes at a time, and tensor cores are waited for once a step.
+        assert capability in (90, 100) and settings["BLOCK_M"] >= 64
+        assert names["STS"] == signs * 2 // (16 * threads)
+        assert names["BAR"] <= 3
+        assert sum("DEPBAR" in one.opcode and "gsb" in one.operands for one in loop) <= 1
 
 
 @pytest.mark.parametrize(("kernel", "matrix"), [(decode_kernel, False), (prefill_kernel, True)])
