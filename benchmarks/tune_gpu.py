@@ -80,11 +80,11 @@ def shapes() -> list[tuple[int, int]]:
 
 
 def candidates(M: int, N: int, K: int) -> list[dict[str, int]]:
-    """Return all settings that are worth trying: of tables for columns in one part, in the default number, and one step a part."""
+    """Return all settings that are worth trying: of tables for columns in one part, in few, and one step a part."""
     if M > DECODE_TOKENS:
         return [*prefill_blocks(M, N), {}]
     steps = -(-words_per_row(K) // 32)
-    every = {1, decode_parts(M, N, K), steps if M == 1 else 1}
+    every = {1, 2, 4, decode_parts(M, N, K), steps} if M == 1 else {1}
     tables = [settings for parts in sorted(every) for settings in decode_blocks(M, N, K, parts)]
     return tables if M == 1 else [*tables, *prefill_blocks(M, N)]
 

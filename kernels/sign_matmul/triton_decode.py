@@ -171,15 +171,17 @@ def decode_parts(M: int, N: int, K: int) -> int:
     """Return into how many parts the columns go that different programs sum, where whoever reads y adds the parts up.
 
     Programs of a single step suit best: while one waits for its signs, or for its threads to have filled the tables,
-    others add. More than four parts are too much to read for the next kernel; large matrices have programs enough.
+    others add. More than four parts are too much to read for the next kernel; large matrices have programs enough, and
+    were slower in parts.
 
     Args:
         M, N, K: as for :func:`decode_blocks`.
     """
     steps = max(-(-layout.words_per_row(K) // 32), 1)
-    if M > 1 or (steps > 4 and N > 8192):
+    if M > 1 or (steps > 4 and N > 16384):
         return 1
-    return -(-steps // -(-steps // 4))  # equal parts of whole steps, none of them empty
+    most = 2 if steps > 4 and N > 8192 else 4
+    return -(-steps // -(-steps // most))  # equal parts of whole steps, none of them empty
 
 
 def decode_blocks(M: int, N: int, K: int, parts: int = 1) -> list[dict[str, int]]:
@@ -200,15 +202,26 @@ def decode_blocks(M: int, N: int, K: int, parts: int = 1) -> list[dict[str, int]
         best = (64 if parts * -(-N // 64) >= 128 else 32, 32, 8)
         tiles = [(32, 32, 4), (32, 32, 8), (64, 32, 4), (128, 32, 8), (64, 64, 8)]
     elif M == 1:
-        # A tile of rows for each multiprocessor and as many columns at once as shared memory takes; of many rows,
-        # smaller tiles, so that there is room for several programs.
+        # A tile of rows for each of 132 multiprocessors and as many columns at once as shared memory takes, or half of
+        # them where that leaves much less of a row over; of many rows, smaller tiles, so that several have room.
         block_m = 1
-        best = (64, 32, 8) if N > 16384 else (32, 32, 8) if N > 8192 or W <= 32 else (32, 128, 16)
+        if N > 16384:
+            best = (64, 32, 8)
+        elif N > 8192 or W <= 32:
+            best = (32, 32, 8)
+        elif N > 132 * 32:
+            best = (64, 64, 16)
+        else:
+            best = (32, 128 if 8 * -(-W // 128) < 5 * -(-W // 64) else 64, 16)
         tiles = [(32, 32, 4), (32, 64, 8), (32, 64, 16), (64, 32, 4), (64, 64, 8), (64, 64, 16), (128, 32, 8)]
+    elif N <= 8192:
+        block_m = 2 if M <= 8 else 4
+        best = (32, 64, 8) if M == 2 else (64, 32, 8) if M <= 8 else (128, 16, 8)
+        tiles = [(32, 64, 8), (64, 32, 4), (128, 32, 8), (128, 16, 8), (128, 32, 16)]
     else:
-        block_m = 2 if M <= 4 or (M <= 8 and N <= 8192) else 4
-        best = (64, 32, 8) if block_m == 2 else (128, 16, 8)
-        tiles = [(32, 64, 8), (64, 32, 4), (64, 32, 16), (128, 16, 8), (128, 32, 16)]
+        block_m = 2 if M == 2 else 4 if M <= 8 else 8
+        best = (64, 32, 8) if M == 2 else (64, 16, 4) if M <= 4 else (128, 16 if M <= 8 else 8, 8)
+        tiles = [(64, 32, 4), (64, 16, 8), (128, 8, 8), (128, 16, 8), (128, 32, 16)]
     found = [_settings(block_m, *tile, N, W, parts) for tile in (best, *tiles)]
     return [settings for index, settings in enumerate(found) if settings not in found[:index]]
 
