@@ -23,6 +23,9 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 STORIES, TEXT = DATA / "models" / "stories260K", DATA / "text" / "tinystories-valid-a.txt"
 WINDOW, CALIBRATING, JUDGING = 512, 32, 64
 
+# Forms that both budgets are compared for: all but variants of one.
+BOTH_BUDGETS = ("none", "input only", "diagonal", "whole input", "kronecker", "kronecker, tempered")
+
 Known = Mapping[str, Importance]
 
 
@@ -48,7 +51,7 @@ def encoder_rows() -> Iterator[dict[str, Any]]:
     forms["kronecker, tempered"] = {name: item.tempered() for name, item in kronecker.items()}
     for bits in (2.0, 1.0):
         for form, known in forms.items():
-            for budget in ("equal", "allocated") if form == "diagonal" else ("equal",):
+            for budget in ("equal", "allocated"):
                 made, true_bits = compressed(model, bits, known, budget)
                 found = embeddings(made, tokens)
                 pairs = torch.triu_indices(len(found), len(found), 1)
@@ -122,7 +125,7 @@ def language_rows() -> Iterator[dict[str, Any]]:
     for bits in (4.0, 3.0, 2.0):
         for form, known in forms.items():
             for budget in ("equal", "allocated"):
-                if budget == "allocated" and form not in ("diagonal", "kronecker", "kronecker, tempered"):
+                if budget == "allocated" and form not in BOTH_BUDGETS:
                     continue
                 made, true_bits = compressed(model, bits, known, budget)
                 yield language_row(form, budget, true_bits, perplexity(made, judging), dense)

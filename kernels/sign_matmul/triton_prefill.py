@@ -12,8 +12,8 @@ words the expanded signs had to change threads through shared memory, twice. Til
 instructions of Hopper and Blackwell for groups of warps, which read both operands from shared memory: there the
 expanded signs are written once, 16 bytes at a time.
 
-For more than a hundred tokens of a 16-bit model it takes less time to write the signs as a dense matrix, which all
-tokens then share, and to multiply by that with the device's library.
+For more than a hundred tokens of a 16-bit model signs are written as a dense matrix, which all tokens then share, and the
+device's library multiplies by that: it took less time, when this was measured with an earlier kernel.
 
 Shape letters: T terms, M rows of x (tokens), K columns and N rows of the sign matrix, W = ceil(K / 32) words.
 """
@@ -207,6 +207,8 @@ def split_terms(z: Tensor, dtype: torch.dtype, terms: int) -> Tensor:
 # BLOCK_M, BLOCK_N, BLOCK_K and warps; and what 128 columns of such a tile keep busy, in cycles of a multiprocessor: its
 # schedulers, counted in the machine code for sm_90, and its tensor cores, at their rate.
 _TILES = {
+    (16, 32, 128, 4): (147, 52),
+    (16, 64, 128, 4): (232, 103),
     (32, 32, 128, 4): (237, 103),
     (32, 64, 64, 4): (366, 205),
     (32, 128, 128, 4): (565, 410),
@@ -236,7 +238,7 @@ def prefill_blocks(M: int, N: int, terms: int = 1) -> list[dict[str, int]]:
         programs = -(-M // tile[0]) * -(-N // tile[1])
         return -(-programs // _MULTIPROCESSORS) * busy[-1] + busy[-2]
 
-    tiles = sorted((tile for tile in _TILES if tile[0] < max(2 * M, 64)), key=cycles)
+    tiles = sorted((tile for tile in _TILES if tile[0] < max(2 * M, 32)), key=cycles)
     # Steps on their way from memory: several terms of several steps would fill the shared memory.
     return [
         {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}

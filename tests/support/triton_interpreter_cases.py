@@ -207,7 +207,7 @@ def _with_other_settings(
     # Small whole numbers are exact in one term of any kind.
     z = x.float().reshape(M, K) if vectors[0] is None else x.float().reshape(M, K) * vectors[0].float()
     operand = _at_the_edge(triton_prefill.split_terms(z, torch.bfloat16, 2))
-    for settings_ in triton_prefill.prefill_blocks(M, N)[::2]:
+    for settings_ in triton_prefill.prefill_blocks(M, N)[::3]:
         y = fresh()
         grid = triton_prefill.prefill_grid(M, N, settings_)
         triton_prefill.prefill_kernel[grid](operand, words, y, *vectors[1:], M, N, K, 2, **settings_)

@@ -80,7 +80,9 @@ def test_many_tokens_go_through_tensor_cores_without_spills(capability: int, M: 
     assert any(one.loads_16_bytes() for one in code)
 
 
-@pytest.mark.parametrize("settings", prefill_blocks(2048, 4096)[:6], ids=str)
+@pytest.mark.parametrize(
+    "settings", [one for one in prefill_blocks(2048, 4096) if one["num_stages"] == 3], ids=str
+)
 @pytest.mark.parametrize("capability", sass.TARGETS)
 def test_signs_take_the_shortest_way_to_tensor_cores(capability: int, settings: dict[str, int]) -> None:
     compiled = sass.compile_kernel(prefill_kernel, capability, "bf16", 2048, {**settings, "TERMS": 1})
