@@ -1,6 +1,7 @@
 """What the Triton kernels become on each architecture, without a GPU: instructions of the main loop, registers, spills.
 
-A row is one kernel as it is launched by default for a matrix of 4096 x 4096. For NVIDIA the machine code is disassembled;
+A row is one kernel for a matrix of 4096 x 4096: for few tokens as it is launched by default, for many with each of its tiles.
+For NVIDIA the machine code is disassembled;
 "per sign" counts all instructions of the loop, or of a kernel without one, for all tokens of a tile. Nothing is run.
 
     python benchmarks/sass_table.py
@@ -49,9 +50,8 @@ def cases() -> list[tuple]:
             (16, "bf16", 1),
         )
     ]
-    many = [
-        (prefill_kernel, M, "bf16", {**prefill_blocks(M, 4096)[0], "TERMS": 1}) for M in (32, 64, 128, 2048)
-    ]
+    tiles = [one for one in prefill_blocks(2048, 4096) if one["num_stages"] == 3]
+    many = [(prefill_kernel, 2048, "bf16", {**settings, "TERMS": 1}) for settings in tiles]
     return [*few, *many]
 
 
