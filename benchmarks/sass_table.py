@@ -1,8 +1,8 @@
 """What the Triton kernels become on each architecture, without a GPU: instructions of the main loop, registers, spills.
 
 A row is one kernel for a matrix of 4096 x 4096: for few tokens as it is launched by default, for many with each of its tiles.
-For NVIDIA the machine code is disassembled;
-"per sign" counts all instructions of the loop, or of a kernel without one, for all tokens of a tile. Nothing is run.
+For NVIDIA the machine code is disassembled; "per sign" counts all instructions of the loop, or of a kernel without one,
+for all tokens of a tile. Nothing is run.
 
     python benchmarks/sass_table.py
 """
