@@ -147,11 +147,9 @@ def precision() -> None:
 
 
 def seeds() -> None:
-    """Where seeds decide: means over several, at 1 bit, of keys and queries below, of very small matrices."""
+    """Where seeds decide: means over several, at 1 bit and less, of very small matrices."""
     matrices = [matrix for matrix in encoder_matrices() if "layer" in matrix.name]
-    cases = [(matrix, 1.0, 4) for matrix in matrices]
-    close = [matrix for matrix in matrices if matrix.name.endswith(("self.key", "self.query"))]
-    cases += [(matrix, bits, 4) for matrix in close for bits in (0.75, 0.5)]
+    cases = [(matrix, bits, 4) for bits in (1.0, 0.75, 0.5) for matrix in matrices]
     for matrix in (Matrix(*item) for item in language_matrices()):
         cases += [(matrix, bits, 16) for bits in (0.75, 1.0, 1.5, 2.0, 2.5, 3.0) if fits(matrix, bits)]
     tasks = [Task(*case[:2], ("official", "fast"), seed) for case in cases for seed in range(case[2])]

@@ -302,9 +302,19 @@ def test_above_two_bits_parts_beat_a_single_search(mid_features, official):
 @settings(deadline=None)
 @given(st.integers(1, 5000), st.integers(1, 2000), st.integers(1, 2000))
 def test_parts_add_up_and_fall(mid_features, rows, columns):
-    sizes = _part_sizes(mid_features, rows, columns)
+    sizes = _part_sizes(mid_features, mid_features * (rows + columns) / (rows * columns))
     assert sum(sizes) == mid_features and min(sizes) >= 1
     assert all(high >= low - 1 for high, low in pairwise(sizes))  # rounding
+
+
+@pytest.mark.parametrize(
+    ("mid_features", "iterations", "turns"), [(4, 40, 60), (4, 600, 725), (8, 40, 40), (20, 40, 2 * 60)]
+)
+def test_few_and_many_bits_get_more_turns(mid_features, iterations, turns):
+    told: list[float] = []
+    config = FactorizerConfig(iterations=iterations)
+    factorize(gaussian(16, 16), mid_features, None, config, progress=told.append)
+    assert len(told) == turns and told == sorted(told) and told[-1] == 1
 
 
 def test_more_iterations_lower_the_error():
