@@ -1,4 +1,4 @@
-"""Timing on one NVIDIA GPU, for bench_gpu and tune_gpu: CUDA graphs that take turns, and what the device is."""
+"""Timing on one NVIDIA GPU, for bench_gpu, tune_gpu and one_launch: CUDA graphs that take turns, and what the device is."""
 
 from __future__ import annotations
 

@@ -65,6 +65,20 @@ def sums_of_four(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def look_up(tables, words, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the sums of every 32 columns, float32 [BLOCK_M, BLOCK_W, BLOCK_N], by :func:`sums_of_four` and words [BLOCK_N, BLOCK_W]."""
+    nibble = tl.arange(0, 8)
+    # The number of a table's first entry, in the order of columns, one token's tables behind the other's.
+    table = (tl.arange(0, BLOCK_W) * 128)[None, :, None] | (nibble * 16)[:, None, None]
+    of_token = (tl.arange(0, BLOCK_M) * (BLOCK_W * 128))[:, None, None, None]
+    signs = (tl.trans(words)[None, :, :] >> (4 * nibble)[:, None, None]) & 15
+    index = of_token | (table | signs)[None, :, :, :]
+    # Flat, as Triton would exchange entries of a table of two dimensions between the threads of a warp.
+    found = tl.gather(tables, index.reshape(BLOCK_M * 8 * BLOCK_W * BLOCK_N), axis=0)
+    return tl.sum(found.reshape(BLOCK_M, 8, BLOCK_W, BLOCK_N), axis=1)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def decode_tile(  # type: ignore[no-untyped-def]
     x_ptr,
     in_scale_ptr,
@@ -96,10 +110,6 @@ def decode_tile(  # type: ignore[no-untyped-def]
     SHARE: tl.constexpr = (W + PARTS * BLOCK_W - 1) // (PARTS * BLOCK_W) * BLOCK_W
     sums = tl.zeros((BLOCK_M, BLOCK_W, BLOCK_N), dtype=tl.float32)
     word = tl.arange(0, BLOCK_W)
-    nibble = tl.arange(0, 8)
-    # The number of a table's first entry, in the order of columns, one token's tables behind the other's.
-    table = (word * 128)[None, :, None] | (nibble * 16)[:, None, None]
-    of_token = (tl.arange(0, BLOCK_M) * (BLOCK_W * 128))[:, None, None, None]
     start = part * SHARE
     w = start + word
     words = tl.load(rows[:, None] + w[None, :], mask=(n[:, None] < N) & (w[None, :] < W), other=0)
@@ -110,11 +120,7 @@ def decode_tile(  # type: ignore[no-untyped-def]
         following = tl.load(rows[:, None] + w[None, :], mask=wanted, other=0)
         k = (start + step) * 32
         tables = sums_of_four(x_ptr, in_scale_ptr, m, k, M, K, BLOCK_M, BLOCK_W * 32, TERMS)
-        signs = (tl.trans(words)[None, :, :] >> (4 * nibble)[:, None, None]) & 15
-        index = of_token | (table | signs)[None, :, :, :]
-        # Flat, as Triton would exchange entries of a table of two dimensions between the threads of a warp.
-        found = tl.gather(tables, index.reshape(BLOCK_M * 8 * BLOCK_W * BLOCK_N), axis=0)
-        sums += tl.sum(found.reshape(BLOCK_M, 8, BLOCK_W, BLOCK_N), axis=1)
+        sums += look_up(tables, words, BLOCK_M, BLOCK_N, BLOCK_W)
         words = following
     return tl.sum(sums, axis=1)
 
@@ -164,7 +170,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
 
 
 # What a template needs beside its own text, callees first.
-DEVICE_FUNCTIONS = (sums_of_four, decode_tile, decode_rows)
+DEVICE_FUNCTIONS = (sums_of_four, look_up, decode_tile, decode_rows)
 
 
 def decode_parts(M: int, N: int, K: int) -> int:
