@@ -108,7 +108,6 @@ def layer_kernel(
         for unit in range(program, tl.cdiv(R, BLOCK_N) * PARTS_IN, PROGRAMS):
             words = signs_of(signs_in_ptr, unit, R, K, BLOCK_N, BLOCK_W)
             add_up(x_ptr, None, words, h_ptr, unit, R, K, 1, BLOCK_N, BLOCK_W)
-    units = tl.cdiv(N, BLOCK_N) * PARTS_OUT
     words = signs_of(signs_out_ptr, program, N, R, BLOCK_N, BLOCK_W)
     if FIRST and SECOND:
         tl.debug_barrier()  # all threads of the program have stored; the addition below makes it visible
@@ -118,7 +117,7 @@ def layer_kernel(
             pass
         tl.debug_barrier()
     if SECOND:
-        for unit in range(program, units, PROGRAMS):
+        for unit in range(program, tl.cdiv(N, BLOCK_N) * PARTS_OUT, PROGRAMS):
             following = signs_of(signs_out_ptr, unit + PROGRAMS, N, R, BLOCK_N, BLOCK_W)
             add_up(h_ptr, scale_mid_ptr, words, y_ptr, unit, N, R, PARTS_IN, BLOCK_N, BLOCK_W)
             words = following
