@@ -40,9 +40,7 @@ from dbf_compile.options import PRESETS
 from dbf_compile.signs import pack_signs
 
 _BITS_OF_A_PART = 2.1  # sign bits per weight; above, two parts are better than one
-_FEW_BITS = (
-    0.8  # sign bits per weight; below, the turns of ``fast`` can be 0.3 % behind the authors' factorizer
-)
+_FEW_BITS = 0.8  # sign bits per weight; below, 250 turns can be 0.3 % behind the authors' factorizer
 _MORE_TURNS = 125  # so many mend it
 _FEW_SIGNS = 2**14  # factors of a quarter of them get four starts
 
