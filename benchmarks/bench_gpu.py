@@ -32,7 +32,7 @@ import dbf_compile.ops
 from dbf_compile import DoubleBinaryLinear
 from dbf_compile.factors import mid_features_for
 from dbf_compile.kernels.sign_matmul.reference import DECODE_TOKENS, sign_matmul
-from dbf_compile.signs import pack_signs, words_per_row
+from dbf_compile.signs import interleave, pack_signs, words_per_row
 
 # out_features x in_features
 SHAPES = {
@@ -118,7 +118,7 @@ def check(device: str, large: list[tuple[int, int]]) -> None:
         for M in (1, 3, DECODE_TOKENS, DECODE_TOKENS + 1, 100, 513):
             for dtype in dtypes:
                 x = torch.randn(M, K, device=device).to(dtype)
-                call = (x, words, *vectors, dtype)
+                call = (x, interleave(words), *vectors, dtype, True)
                 y = torch.ops.dbf.sign_matmul(*call)
                 truth = sign_matmul(x.double(), words, *(v.double() for v in vectors))
                 # The result is rounded once, and so are the operands of tensor cores: by half an eps, at random.
@@ -188,8 +188,8 @@ def contenders(N: int, K: int) -> Iterator[Contender]:
 
 @functools.cache
 def compiled_layer() -> Callable[..., Tensor]:
-    """Return a factored layer as a compiled model has it; the weights are arguments, so that many share a program."""
-    layer = lambda x, *factors: dbf_compile.ops.double_binary_linear(x, *factors, None, x.dtype)  # noqa: E731
+    """Return a factored layer as a compiled model has it, signs interleaved; weights are arguments: many share a program."""
+    layer = lambda x, *factors: dbf_compile.ops.double_binary_linear(x, *factors, None, x.dtype, True)  # noqa: E731
     return torch.compile(layer, backend="dbf", fullgraph=True, dynamic=False)
 
 

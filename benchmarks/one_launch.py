@@ -37,23 +37,25 @@ from measure import commit, write_results
 from torch import Tensor
 
 from dbf_compile.factors import mid_features_for
-from dbf_compile.kernels.sign_matmul.triton_decode import look_up, sums_of_four
-from dbf_compile.signs import unpack_signs, words_per_row
+from dbf_compile.kernels.sign_matmul.triton_common import first_words
+from dbf_compile.kernels.sign_matmul.triton_decode import load_words, look_up, sums_of_four
+from dbf_compile.signs import deinterleave, unpack_signs, words_per_row
 
 LAYERS = ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008))  # of Llama-2-7B, fused, N x K
-SMALL_LAYERS = ((200, 1100), (96, 64))
+SMALL_LAYERS = ((208, 1100), (96, 64))
 BLOCK_N, BLOCK_W, WARPS = 32, 32, 8
 WAYS = ("two launches", "early", "all early", "one launch")
 
 
 @triton.jit
 def signs_of(signs_ptr, unit, N, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Load the words that unit ``unit`` of a stage meets, [BLOCK_N, BLOCK_W]."""
+    """Load the words that unit ``unit`` of a stage meets, [BLOCK_W, BLOCK_N]; N is a multiple of 16."""
     W: tl.constexpr = (K + 31) // 32
     PARTS: tl.constexpr = (W + BLOCK_W - 1) // BLOCK_W
     n = (unit // PARTS) * BLOCK_N + tl.arange(0, BLOCK_N)
     w = (unit % PARTS) * BLOCK_W + tl.arange(0, BLOCK_W)
-    return tl.load(signs_ptr + n[:, None] * W + w[None, :], mask=(n[:, None] < N) & (w[None, :] < W), other=0)
+    rows, apart = first_words(signs_ptr, n, N, W, False)
+    return load_words(rows, apart, w, (w[:, None] < W) & (n[None, :] < N), BLOCK_N, BLOCK_W)
 
 
 @triton.jit
@@ -127,9 +129,9 @@ class Layer(NamedTuple):
     """Factors with random signs; activations and results of one token."""
 
     x: Tensor  # [1, K]
-    signs_in: Tensor  # int32 [R, words of K]
+    signs_in: Tensor  # int32 [R, words of K], interleaved
     scale_mid: Tensor  # [R]
-    signs_out: Tensor  # int32 [N, words of R]
+    signs_out: Tensor  # int32 [N, words of R], interleaved
     h: Tensor  # [parts of K, R]
     y: Tensor  # [parts of R, N]
 
@@ -151,8 +153,12 @@ class Layer(NamedTuple):
     def error(self) -> float:
         """Return the relative error of y, against float64."""
         K, R = self.x.shape[1], self.scale_mid.shape[0]
-        h = self.x.double() @ unpack_signs(self.signs_in, K, torch.float64).T * self.scale_mid.double()
-        exact = h @ unpack_signs(self.signs_out, R, torch.float64).T
+        h = (
+            self.x.double()
+            @ unpack_signs(deinterleave(self.signs_in), K, torch.float64).T
+            * self.scale_mid.double()
+        )
+        exact = h @ unpack_signs(deinterleave(self.signs_out), R, torch.float64).T
         return float((self.y.double().sum(0) - exact).norm() / exact.norm())
 
 
@@ -168,7 +174,7 @@ def main() -> None:
     device = "cpu" if arguments.dry_run else "cuda"
     rows = []
     for N, K in SMALL_LAYERS if arguments.dry_run else LAYERS:
-        R = 70 if arguments.dry_run else mid_features_for(2.0, K, N) // 32 * 32
+        R = 80 if arguments.dry_run else mid_features_for(2.0, K, N) // 32 * 32
         for way in ways():
             layer = Layer.random(N, K, R, device)
             runner(layer, way, 3 if arguments.dry_run else programs(layer, 2))()

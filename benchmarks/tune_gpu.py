@@ -33,13 +33,13 @@ from dbf_compile.kernels.sign_matmul.triton_decode import (
     decode_kernel,
     decode_parts,
 )
+from dbf_compile.kernels.sign_matmul.triton_expand import expand_signs
 from dbf_compile.kernels.sign_matmul.triton_prefill import (
-    expand_signs,
     prefill_blocks,
     prefill_grid,
     prefill_kernel,
 )
-from dbf_compile.signs import words_per_row
+from dbf_compile.signs import BLOCK_ROWS, words_per_row
 
 LAYERS = ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008))  # of Llama-2-7B, fused, N x K
 Job = tuple[int, int, int, dict[str, int]]
@@ -95,12 +95,16 @@ def kernel_of(settings: dict[str, int]) -> str:
 
 def launch(x: Tensor, words: Tensor, y: Tensor, N: int, K: int, settings: dict[str, Any]) -> None:
     """Launch the kernel that the settings are of; x is bfloat16 for all but tables."""
-    M = x.shape[0]
+    M, ragged = x.shape[0], N % BLOCK_ROWS != 0
     match kernel_of(settings):
         case "tables":
-            decode_kernel[decode_grid(M, N, settings)](x, words, y, None, None, None, M, N, K, **settings)
+            decode_kernel[decode_grid(M, N, settings)](
+                x, words, y, None, None, None, M, N, K, RAGGED=ragged, **settings
+            )
         case "tensor cores":
-            prefill_kernel[prefill_grid(M, N, settings)](x, words, y, None, None, M, N, K, 1, **settings)
+            prefill_kernel[prefill_grid(M, N, settings)](
+                x, words, y, None, None, M, N, K, 1, ragged, **settings
+            )
         case _:
             F.linear(x, expand_signs(words, None, K, x.dtype))
 

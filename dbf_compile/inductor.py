@@ -24,7 +24,7 @@ from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, aut
 from torch._inductor.virtualized import V, ops
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._sympy.functions import FloorDiv, ModularIndexing
+from torch.utils._sympy.functions import FloorDiv
 
 from dbf_compile.errors import OptionError
 
@@ -276,31 +276,6 @@ def matmul(a: Any, b: Any) -> Any:
     return lowerings[torch.ops.aten.mm.default](a, lowerings[torch.ops.aten.permute.default](b, [1, 0]))
 
 
-def expanded_signs(signs: Any, scale: Any, columns: Any, dtype: torch.dtype) -> Any:
-    """Return ``w[n, k] = signs[n, k] · scale[n]`` [N, K] in a buffer.
-
-    Args:
-        signs: int32 words [N, ceil(K / 32)].
-        scale: of ``dtype`` [N], or None for ones.
-        columns: K.
-    """
-    load = signs.make_loader()
-    load_scale = None if scale is None else scale.make_loader()
-
-    def value(index: Sequence[Any]) -> Any:
-        n, k = index
-        bit = ops.index_expr(ModularIndexing(k, 1, 32), torch.int32)
-        chosen = ops.bitwise_and(
-            ops.bitwise_right_shift(load([n, FloorDiv(k, 32)]), bit), ops.constant(1, torch.int32)
-        )
-        one = ops.constant(1.0, dtype) if load_scale is None else load_scale([n])
-        return ops.where(ops.ne(chosen, ops.constant(0, torch.int32)), one, ops.neg(one))
-
-    return ir.Pointwise.create(
-        device=signs.get_device(), dtype=dtype, inner_fn=value, ranges=[signs.get_size()[0], columns]
-    )
-
-
 def emits_cpp_wrapper() -> bool:
     """Return whether the graph being lowered becomes a C++ program, which cannot call operators by Python name."""
     return bool(V.graph.cpp_wrapper)
@@ -357,8 +332,9 @@ def lower_to_template(
     inputs: Sequence[Any],
     size: Sequence[Any],
     grid_size: Sequence[Any],
+    dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """Lower to a kernel that fills a float32 buffer, and into which Inductor fuses what is done to its values.
+    """Lower to a kernel that fills a buffer, and into which Inductor fuses what is done to its values.
 
     Args:
         template: made by :func:`triton_template`.
@@ -367,9 +343,10 @@ def lower_to_template(
         inputs: contiguous tensors of the graph, see :func:`contiguous`.
         size: of the buffer, two numbers; may be symbolic.
         grid_size: what the template's grid is made for.
+        dtype: of the buffer.
     """
     tune = config.max_autotune or config.max_autotune_gemm
-    layout = ir.FixedLayout(inputs[0].get_device(), torch.float32, list(size))
+    layout = ir.FixedLayout(inputs[0].get_device(), dtype, list(size))
     choices: list[Any] = []
     for one in settings if tune else settings[:1]:
         template.maybe_append_choice(

@@ -25,7 +25,7 @@ class DoubleBinaryLinear(nn.Module):
     ``y = scale_out ⊙ (signs_out · (scale_mid ⊙ (signs_in · (scale_in ⊙ x)))) + bias``, x [..., K], y [..., N]
 
     The five tensors are buffers: they move with the module and lie in its ``state_dict``, but are not trained.
-    Gradients with respect to x and bias are exact. On the CPU the words of the signs lie interleaved, as the kernels
+    Gradients with respect to x and bias are exact. On CPUs and GPUs the words of the signs lie interleaved, as the kernels
     read them; ``state_dict`` and ``factors`` give them row after row as everywhere else.
 
     Args:

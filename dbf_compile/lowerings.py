@@ -13,6 +13,7 @@ import torch
 from dbf_compile import inductor
 from dbf_compile.kernels.sign_matmul import cpu_kernel
 from dbf_compile.kernels.sign_matmul.reference import DECODE_TOKENS, FUSED_TOKENS, accumulator_dtype
+from dbf_compile.signs import BLOCK_ROWS
 
 _PRODUCTS = (torch.ops.dbf.sign_matmul.default, torch.ops.dbf.sign_matmul_group.default)
 
@@ -84,7 +85,7 @@ def sign_matmul(
         )
     tokens = math.prod(x.get_size()[:-1])
     few, fused = (inductor.known_at_most(tokens, limit) for limit in (DECODE_TOKENS, FUSED_TOKENS))
-    on_gpu = x.get_device().type == "cuda" and wide == torch.float32 and not interleaved
+    on_gpu = x.get_device().type == "cuda" and wide == torch.float32 and interleaved
     if on_gpu and None not in (few, fused) and 0 not in (tokens, *signs.get_size()):
         if few:
             return _few_tokens(x, [signs], in_scale, out_scale, bias, result)
@@ -148,6 +149,7 @@ def _few_tokens(
         {
             "TERMS": terms,
             "SCALED": in_scale is not None,
+            "RAGGED": any(count % BLOCK_ROWS for count in rows),
             "MATRICES": len(rows),
             **{f"FIRST{index}": sum(rows[:index]) for index in range(1, len(rows))},
         },
@@ -180,8 +182,7 @@ def _many_tokens(
         z = inductor.multiply(z, inductor.cast(in_scale, torch.float32))
     # A wide result keeps its float32 sums.
     if result == narrow and count == 1 and not fused:
-        scale = None if out_scale is None else inductor.cast(out_scale, narrow)
-        dense = inductor.expanded_signs(signs, scale, K, narrow)
+        dense = _dense_signs(signs, out_scale, K, narrow)
         y = inductor.matmul(inductor.view(inductor.cast(z, narrow), [M, K]), dense)
         return inductor.view(y, [*leading, N]), None
     terms = []
@@ -194,12 +195,32 @@ def _many_tokens(
     y = inductor.lower_to_template(
         _prefill_template(),
         triton_prefill.prefill_blocks(inductor.size_guess(M), N, count),
-        {"TERMS": count},
+        {"TERMS": count, "RAGGED": N % BLOCK_ROWS != 0},
         inductor.contiguous(operand, signs),
         [M, N],
         [M, N],
     )
     return inductor.view(y, [*leading, N]), out_scale
+
+
+def _dense_signs(signs: Any, scale: Any, K: Any, dtype: torch.dtype) -> Any:
+    """Return ``w[n, k] = scale[n] · signs[n, k]`` in a buffer of ``dtype`` [N, K]."""
+    from dbf_compile.kernels.sign_matmul import triton_expand
+
+    N = int(signs.get_size()[0])
+    return inductor.lower_to_template(
+        _expand_template(),
+        triton_expand.expand_blocks(int(K)),
+        {
+            "NUMBER": f"tl.{dtype}".replace("torch.", ""),
+            "SCALED": scale is not None,
+            "RAGGED": N % BLOCK_ROWS != 0,
+        },
+        inductor.contiguous(signs, *([] if scale is None else [scale])),
+        [N, K],
+        [N, K],
+        dtype,
+    )
 
 
 @cache
@@ -218,12 +239,13 @@ def _decode_template() -> Any:
     K: tl.constexpr = {{size("X", 1)}}
     part, m, n = decode_rows(M, BLOCK_M, BLOCK_N, PARTS)
     W = {{size("SIGNS0", 1)}}
-    rows = SIGNS0 + n * W
+    rows, apart = first_words(SIGNS0, n, {{size("SIGNS0", 0)}}, W, RAGGED)
 {% for index in range(1, MATRICES) %}
-    rows = tl.where(n < FIRST{{index}}, rows, SIGNS{{index}} + (n - FIRST{{index}}) * W)
+    own, own_apart = first_words(SIGNS{{index}}, n - FIRST{{index}}, {{size("SIGNS" ~ index, 0)}}, W, RAGGED)
+    rows, apart = tl.where(n < FIRST{{index}}, rows, own), tl.where(n < FIRST{{index}}, apart, own_apart)
 {% endfor %}
     y = decode_tile(
-        X, {{"IN_SCALE" if SCALED else "None"}}, rows, part, m, n, M, N, K,
+        X, {{"IN_SCALE" if SCALED else "None"}}, rows, apart, part, m, n, M, N, K,
         BLOCK_M, BLOCK_N, BLOCK_W, PARTS, TERMS,
     )
     m = part * M + m + tl.arange(0, BLOCK_M)
@@ -246,20 +268,54 @@ def _prefill_template() -> Any:
     N = {{size(None, 1)}}
     K = {{size("X", 1)}}
     m, n = prefill_rows(M, N, BLOCK_M, BLOCK_N)
-    y = prefill_tile(X, SIGNS, m, n, M, N, K, TERMS, BLOCK_M, BLOCK_N, BLOCK_K)
+    y = prefill_tile(X, SIGNS, m, n, M, N, K, TERMS, RAGGED, BLOCK_M, BLOCK_N, BLOCK_K)
     m = m + tl.arange(0, BLOCK_M)
 """,
     )
 
 
-def _template(name: str, grid: Callable[..., Any], functions: Sequence[Any], body: str) -> Any:
-    """Return a template around functions of a kernel: their text stands before it, and its tile ``y`` is stored."""
+@cache
+def _expand_template() -> Any:
+    from dbf_compile.kernels.sign_matmul import triton_expand
+
+    return _template(
+        "dbf_expand",
+        triton_expand.expand_grid,
+        triton_expand.DEVICE_FUNCTIONS,
+        """
+{{def_kernel(*(["SIGNS", "SCALE"] if SCALED else ["SIGNS"]))}}
+    N = {{size(None, 0)}}
+    K = {{size(None, 1)}}
+    n, k = expand_rows(K, BLOCK_N, BLOCK_K)
+    y = expand_tile(
+        SIGNS, {{"SCALE" if SCALED else "None"}}, n, k, N, {{size("SIGNS", 1)}}, NUMBER, RAGGED, BLOCK_N, BLOCK_K
+    )
+    k += tl.arange(0, BLOCK_K)
+""",
+        row="n",
+        column="k",
+    )
+
+
+def _template(
+    name: str,
+    grid: Callable[..., Any],
+    functions: Sequence[Any],
+    body: str,
+    row: str = "m",
+    column: str = "n",
+) -> Any:
+    """Return a template around functions of a kernel: their text stands before it, and its tile ``y`` is stored.
+
+    Args:
+        row, column: what the body calls the rows and columns of the tile; a capital is how many there are in all.
+    """
     texts = ["import triton\nimport triton.language as tl\n"]
     texts += [inspect.getsource(function.fn) for function in functions]
-    store = """
-    idx_m = m[:, None]
-    idx_n = n[None, :]
-    mask = (idx_m < M) & (idx_n < N)
-    {{store_output(("idx_m", "idx_n"), "y", "mask", val_shape=("BLOCK_M", "BLOCK_N"))}}
+    store = f"""
+    row = {row}[:, None]
+    column = {column}[None, :]
+    mask = (row < {row.upper()}) & (column < {column.upper()})
+    {{{{store_output(("row", "column"), "y", "mask", val_shape=("BLOCK_{row.upper()}", "BLOCK_{column.upper()}"))}}}}
 """
     return inductor.triton_template(name, grid, "\n\n".join(texts) + body + store)

@@ -7,7 +7,8 @@
     dbf::double_binary_linear(x, signs_in, signs_out, scale_in, scale_mid, scale_out, bias?, dtype?, interleaved, fast)
         the first twice: what compiled graphs call for a whole layer on the CPU
     dbf::sign_matmul_group(x, signs, in_scale?, fast)
-        the first for several sign matrices, one result behind the other: what compiled graphs call for siblings on GPUs
+        the first for several sign matrices, interleaved, one result behind the other: what compiled graphs call for
+        siblings on GPUs
 
 Sums are as exact as float32 ones (float64 for float64), whatever the dtype of x; ``fast`` allows a relative error of
 1e-4. More than 16 tokens on a GPU go through tensor cores, which in a 16-bit model read the scaled activations in its
@@ -30,7 +31,7 @@ from dbf_compile.kernels.sign_matmul.reference import sign_matmul as sign_matmul
 from dbf_compile.kernels.sign_matmul.reference import (
     sign_matmul_transposed as sign_matmul_transposed_reference,
 )
-from dbf_compile.signs import words_per_row
+from dbf_compile.signs import interleave, words_per_row
 
 _library = torch.library.Library("dbf", "DEF")
 _library.define(
@@ -136,11 +137,12 @@ def _cuda(
     fast: bool = False,
 ) -> Tensor:
     _check(x, signs, in_scale, out_scale, bias)
-    if x.dtype == torch.float64 or interleaved:
+    if x.dtype == torch.float64:
         return sign_matmul_reference(x, signs, in_scale, out_scale, bias, dtype, interleaved)
     from dbf_compile.kernels.sign_matmul.triton_kernel import sign_matmul_triton
 
     result = dtype if dtype in cpu_kernel.DTYPES else torch.float32
+    signs = signs if interleaved else interleave(signs)
     y = sign_matmul_triton(x, signs, in_scale, out_scale, bias, result, fast)
     return y if dtype is None else y.to(dtype)
 
@@ -219,7 +221,9 @@ def _transposed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _group(x: Tensor, signs: list[Tensor], in_scale: _Vector = None, fast: bool = False) -> Tensor:
-    return torch.cat([torch.ops.dbf.sign_matmul(x, one, in_scale, fast=fast) for one in signs], dim=-1)
+    return torch.cat(
+        [torch.ops.dbf.sign_matmul(x, one, in_scale, interleaved=True, fast=fast) for one in signs], dim=-1
+    )
 
 
 def _group_fake(x: Tensor, signs: list[Tensor], in_scale: _Vector = None, fast: bool = False) -> Tensor:

@@ -8,7 +8,7 @@ A matrix of ±1 with ``cols`` columns is kept as int32 words, one row after the 
 
 Bits past the last column are 0, so that equal matrices have equal words.
 
-CPU kernels read 16 rows at once. For them the words of every full block of 16 rows are kept interleaved, word 0 of all
+Kernels read 16 rows at once. For them the words of every full block of 16 rows are kept interleaved, word 0 of all
 16 rows, then word 1 of all 16, and so on; the rows behind the last full block stay one after the other:
 
     rows     0 … 15                                     | 16 … 31 | … | the last rows % 16
@@ -85,11 +85,11 @@ def unpack_signs(words: Tensor, cols: int, dtype: torch.dtype = torch.float32) -
 
 def interleaved_on(device: torch.device) -> bool:
     """Return whether layers and compiled graphs keep packed words interleaved on a device."""
-    return device.type == "cpu"
+    return device.type in ("cpu", "cuda")
 
 
 def interleave(words: Tensor) -> Tensor:
-    """Return packed words [rows, W] in the order that CPU kernels read; same shape, every word once."""
+    """Return packed words [rows, W] in the order that kernels read; same shape, every word once."""
     return _reordered(words, BLOCK_ROWS, words.shape[1])
 
 

@@ -47,7 +47,7 @@ class FactorNodes(NamedTuple):
     """The nodes of the five tensors of a factorization; see ``DoubleBinaryFactors``.
 
     Args:
-        interleaved: whether the words of both sign matrices lie as CPU kernels read them.
+        interleaved: whether the words of both sign matrices lie as kernels read them.
     """
 
     signs_in: Node

@@ -61,7 +61,7 @@ def can_group_siblings(node: Node, written: set[Hashable]) -> bool:
     given = arguments_of(node)
     x = example_value(given["x"])
     tokens = math.prod(x.shape[:-1])
-    if not on_gpu(x) or x.dtype == torch.float64 or given["interleaved"]:
+    if not on_gpu(x) or x.dtype == torch.float64 or not given["interleaved"]:
         return False
     if not isinstance(tokens, int) or not 0 < tokens <= DECODE_TOKENS:
         return False

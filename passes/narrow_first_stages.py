@@ -50,7 +50,7 @@ def can_narrow_first_stages(node: Node) -> torch.dtype | None:
     given = arguments_of(node)
     x, y = example_value(given["x"]), example_value(node)
     tokens = math.prod(y.shape[:-1])
-    if not on_gpu(y) or x.dtype not in _NARROW or y.dtype != torch.float32 or given["interleaved"]:
+    if not on_gpu(y) or x.dtype not in _NARROW or y.dtype != torch.float32 or not given["interleaved"]:
         return None
     if not isinstance(tokens, int) or tokens <= DECODE_TOKENS:
         return None
@@ -63,6 +63,6 @@ def _rounds_to(reader: Node, node: Node) -> torch.dtype | None:
         return None
     given = arguments_of(reader)
     # Scales come before rounding.
-    if given["x"] is not node or given["in_scale"] is not None or given["interleaved"]:
+    if given["x"] is not node or given["in_scale"] is not None or not given["interleaved"]:
         return None
     return given["dtype"] if given["dtype"] in _NARROW else None

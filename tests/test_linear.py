@@ -17,7 +17,7 @@ from dbf_compile import linear
 from dbf_compile.errors import ConversionError, KernelInputError
 from dbf_compile.factors import TENSOR_NAMES, DoubleBinaryFactors
 from dbf_compile.linear import DoubleBinaryLinear, dense_linears, dense_weight, swap_
-from dbf_compile.signs import interleave
+from dbf_compile.signs import interleave, interleaved_on
 from dbf_compile.testing import assert_close
 
 
@@ -196,10 +196,11 @@ def test_the_factors_come_out_as_they_went_in() -> None:
     assert all(torch.equal(getattr(again, name), getattr(factors, name)) for name in TENSOR_NAMES)
 
 
-def test_signs_lie_interleaved_on_the_cpu_and_row_after_row_elsewhere() -> None:
+def test_signs_lie_interleaved_where_there_are_kernels_for_it_and_row_after_row_elsewhere() -> None:
     factors = random_factors(33, 37, 50)
     layer = DoubleBinaryLinear(factors)
     assert layer.interleaved
+    assert interleaved_on(torch.device("cuda"))
     assert torch.equal(layer.signs_in, interleave(factors.signs_in))
     assert torch.equal(layer.state_dict()["signs_out"], factors.signs_out)
     assert not copy.deepcopy(layer).to("meta").interleaved

@@ -70,12 +70,15 @@ def test_many_tokens_go_to_tensor_cores(case: Case, programs: dict[str, Program]
 def test_very_many_tokens_share_a_dense_matrix(case: Case, programs: dict[str, Program]) -> None:
     """Signs are written out with their scale; the library multiplies, and what is between stays narrow."""
     program = programs[str(case)]
-    steps = re.findall(r"(triton_poi\w+)\.run|extern_kernels\.(mm)", program.call)
-    # scale_in and the two matrices before the products; the bias behind.
-    assert [bool(mm) for _, mm in steps].count(True) == 2
+    steps = re.findall(r"(triton_poi|triton_tem)\w+\.run|extern_kernels\.(mm)", program.call)
+    # scale_in before the products, two matrices with their scales, the bias behind.
+    assert [mm or kind for kind, mm in steps].count("mm") == 2
+    assert [kind for kind, _ in steps].count("triton_tem") == 2
     assert len(steps) <= 6
     assert "float32" not in program.call
-    assert not program.cubins
+    for cubin in program.cubins.values():
+        code = sass.instructions(sass.disassemble(bytes.fromhex(cubin)))
+        assert {one.opcode for one in code if one.name == "STG"} == {"STG.E.128"} or case.K % 8
 
 
 @pytest.mark.parametrize("case", ON_OPERATOR, ids=str)

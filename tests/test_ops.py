@@ -22,7 +22,7 @@ from dbf_compile.errors import KernelInputError
 from dbf_compile.factors import DoubleBinaryFactors
 from dbf_compile.kernels.sign_matmul import cpu_kernel, reference
 from dbf_compile.ops import double_binary_linear
-from dbf_compile.signs import pack_signs
+from dbf_compile.signs import interleave, pack_signs
 from dbf_compile.testing import assert_close
 
 sign_matmul = torch.ops.dbf.sign_matmul
@@ -56,6 +56,18 @@ def test_torch_finds_nothing_wrong(shape: tuple[int, ...], dtype: torch.dtype) -
     torch.library.opcheck(sign_matmul_transposed, (g, words(), 33))
     group = (randn(*shape, dtype=dtype), [words(), words(3)], randn(33))
     torch.library.opcheck(torch.ops.dbf.sign_matmul_group, group)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_kernels_of_gpus_get_interleaved_words(interleaved: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = pytest.importorskip("dbf_compile.kernels.sign_matmul.triton_kernel")
+    # The kernel itself is run in Triton's interpreter elsewhere.
+    in_order = lambda *given: reference.sign_matmul(*given[:6], interleaved=True)  # noqa: E731
+    monkeypatch.setattr(kernel, "sign_matmul_triton", in_order)
+    x, signs = randn(3, 70), words(37, 70)
+    given = interleave(signs) if interleaved else signs
+    y = ops._cuda(x, given, interleaved=interleaved)
+    assert torch.equal(y, reference.sign_matmul(x, signs))
 
 
 @pytest.mark.parametrize("cols", [1, 31, 32, 33])

@@ -1,9 +1,43 @@
-"""What the Triton kernels for few and for many tokens have in common."""
+"""What the Triton kernels have in common."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def first_words(signs_ptr, n, N, W, RAGGED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return pointers to the first words of rows n, and how many words apart the words of each row lie, both [BLOCK_N].
+
+    Args:
+        signs_ptr: int32 words [N, W], interleaved.
+        n: rows of the sign matrix, int64 [BLOCK_N].
+        RAGGED: N is not a multiple of 16, so that the last rows lie one after the other.
+    """
+    first = (n & -16) * W + (n & 15)
+    apart = tl.full(n.shape, 16, tl.int32)
+    if RAGGED:
+        interleaved = n < N // 16 * 16
+        first = tl.where(interleaved, first, n * W)
+        apart = tl.where(interleaved, apart, 1)
+    return signs_ptr + first, apart
+
+
+@triton.jit
+def plus_or_minus(signs, minus):  # type: ignore[no-untyped-def]
+    """Return a number where a bit is set, else its negative: int16 [..., 2, 2, 2], the bits of a byte from the lowest one on.
+
+    Args:
+        signs: bytes, uint8 [...].
+        minus: the bits of the negative number, a bfloat16 or float16, in both halves of an int32; scalar, or [..., 1, 1].
+    """
+    # Two numbers at once: bit j stays at j, and bit j + 1 comes to j + 16; so one shift puts both where signs belong.
+    pairs = signs.to(tl.int32) * 0x8001
+    pairs = tl.join(pairs, pairs >> 4)
+    pairs = tl.join(pairs, pairs >> 2)
+    pairs = ((pairs << 15) & -0x7FFF8000) ^ minus
+    return tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16))
 
 
 @triton.jit

@@ -5,6 +5,9 @@ Four neighbouring signs are a number from 0 to 15. For each four columns and eac
 in shared memory, where the sixteen numbers are in sixteen different banks: threads that hold neighbouring rows read
 them without conflict, whatever the signs. Shift and mask, which make a number of the signs, are shared by the tokens.
 
+The words of 16 rows lie interleaved, so that neighbouring threads load neighbouring words and get those of their own rows;
+with rows one after the other, words had to change threads through shared memory in every step.
+
 Compared with adding activations one by one, chosen or negated by their signs, this takes half of the instructions for
 one token and less for several; `benchmarks/results/gpu.md` has the measurements.
 
@@ -20,7 +23,7 @@ import triton
 import triton.language as tl
 
 from dbf_compile import signs as layout
-from dbf_compile.kernels.sign_matmul.triton_common import store_tile
+from dbf_compile.kernels.sign_matmul.triton_common import first_words, store_tile
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no stubs, and types the arguments at launch
@@ -66,16 +69,34 @@ def sums_of_four(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def look_up(tables, words, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the sums of every 32 columns, float32 [BLOCK_M, BLOCK_W, BLOCK_N], by :func:`sums_of_four` and words [BLOCK_N, BLOCK_W]."""
+    """Return the sums of every 32 columns, float32 [BLOCK_M, BLOCK_W, BLOCK_N], by :func:`sums_of_four` and words [BLOCK_W, BLOCK_N]."""
     nibble = tl.arange(0, 8)
-    # The number of a table's first entry, in the order of columns, one token's tables behind the other's.
-    table = (tl.arange(0, BLOCK_W) * 128)[None, :, None] | (nibble * 16)[:, None, None]
+    # The number of a table's first entry, in the order of columns, one token's tables behind the other's. Words are
+    # counted from BLOCK_W on, and that subtracted: else the compiler of Triton 3.6 finds the same numbers in the
+    # addresses of the words, shares them, and then adds to every address of an entry what could be a constant in it.
+    word = tl.arange(BLOCK_W, 2 * BLOCK_W) * 128 - BLOCK_W * 128
+    table = word[None, :, None] | (nibble * 16)[:, None, None]
     of_token = (tl.arange(0, BLOCK_M) * (BLOCK_W * 128))[:, None, None, None]
-    signs = (tl.trans(words)[None, :, :] >> (4 * nibble)[:, None, None]) & 15
-    index = of_token | (table | signs)[None, :, :, :]
+    signs = (words[None, :, :] >> (4 * nibble)[:, None, None]) & 15
+    index = (table + signs)[None, :, :, :] + of_token
     # Flat, as Triton would exchange entries of a table of two dimensions between the threads of a warp.
     found = tl.gather(tables, index.reshape(BLOCK_M * 8 * BLOCK_W * BLOCK_N), axis=0)
     return tl.sum(found.reshape(BLOCK_M, 8, BLOCK_W, BLOCK_N), axis=1)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def load_words(rows, apart, w, inside, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Load words w of rows, or 0 where not inside: int32 [BLOCK_W, BLOCK_N].
+
+    Args:
+        rows, apart: as :func:`first_words` returns them.
+        w: int32 [BLOCK_W].
+        inside: [BLOCK_W, BLOCK_N].
+    """
+    # Flat, so that neighbouring threads load the words of neighbouring rows whatever Triton thinks of the addresses.
+    where = (rows[None, :] + w[:, None] * apart[None, :]).reshape(BLOCK_W * BLOCK_N)
+    words = tl.load(where, mask=inside.reshape(BLOCK_W * BLOCK_N), other=0)
+    return words.reshape(BLOCK_W, BLOCK_N)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -83,6 +104,7 @@ def decode_tile(  # type: ignore[no-untyped-def]
     x_ptr,
     in_scale_ptr,
     rows,
+    apart,
     part,
     m,
     n,
@@ -100,7 +122,7 @@ def decode_tile(  # type: ignore[no-untyped-def]
     Args:
         x_ptr: float32, bfloat16 or float16 [TERMS, M, K], contiguous.
         in_scale_ptr: floating point [K], or None for ones.
-        rows: pointers to the first int32 word of each row of the tile, [BLOCK_N].
+        rows, apart: of the rows of the tile, as :func:`first_words` returns them.
         part: which of PARTS equal parts of the columns is summed.
         m: the first row of x, int64.
         n: rows of the sign matrix, int64 [BLOCK_N].
@@ -112,12 +134,12 @@ def decode_tile(  # type: ignore[no-untyped-def]
     word = tl.arange(0, BLOCK_W)
     start = part * SHARE
     w = start + word
-    words = tl.load(rows[:, None] + w[None, :], mask=(n[:, None] < N) & (w[None, :] < W), other=0)
+    words = load_words(rows, apart, w, (w[:, None] < W) & (n[None, :] < N), BLOCK_N, BLOCK_W)
     for step in range(0, SHARE, BLOCK_W):
         # The next words are on their way from memory while these are met.
         w = start + step + BLOCK_W + word
-        wanted = (n[:, None] < N) & (w[None, :] < W) & (step + BLOCK_W < SHARE)
-        following = tl.load(rows[:, None] + w[None, :], mask=wanted, other=0)
+        wanted = (w[:, None] < W) & (n[None, :] < N) & (step + BLOCK_W < SHARE)
+        following = load_words(rows, apart, w, wanted, BLOCK_N, BLOCK_W)
         k = (start + step) * 32
         tables = sums_of_four(x_ptr, in_scale_ptr, m, k, M, K, BLOCK_M, BLOCK_W * 32, TERMS)
         sums += look_up(tables, words, BLOCK_M, BLOCK_N, BLOCK_W)
@@ -152,25 +174,29 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
     PARTS: tl.constexpr,
+    RAGGED: tl.constexpr,
     TERMS: tl.constexpr = 1,
 ):
     """Compute ``y[p, m, n] = out_scale[n] · Σ_k signs[n, k] · in_scale[k] · Σ_t x[t, m, k] + bias[n]``, k in part p of the columns.
 
     Args:
         x_ptr: float32, bfloat16 or float16 [TERMS, M, K], contiguous.
-        signs_ptr: int32 words [N, W], contiguous.
+        signs_ptr: int32 words [N, W], interleaved.
         y_ptr: float32, bfloat16 or float16 [PARTS, M, N], contiguous.
         in_scale_ptr: floating point [K], or None; so out_scale_ptr and bias_ptr, [N].
+        RAGGED: as for :func:`first_words`.
     """
     part, m, n = decode_rows(M, BLOCK_M, BLOCK_N, PARTS)
-    rows = signs_ptr + n * ((K + 31) // 32)
-    y = decode_tile(x_ptr, in_scale_ptr, rows, part, m, n, M, N, K, BLOCK_M, BLOCK_N, BLOCK_W, PARTS, TERMS)
+    rows, apart = first_words(signs_ptr, n, N, (K + 31) // 32, RAGGED)
+    y = decode_tile(
+        x_ptr, in_scale_ptr, rows, apart, part, m, n, M, N, K, BLOCK_M, BLOCK_N, BLOCK_W, PARTS, TERMS
+    )
     y_ptr += part.to(tl.int64) * M * N
     store_tile(y_ptr, y, m + tl.arange(0, BLOCK_M), n, M, N, out_scale_ptr, bias_ptr)
 
 
 # What a template needs beside its own text, callees first.
-DEVICE_FUNCTIONS = (sums_of_four, look_up, decode_tile, decode_rows)
+DEVICE_FUNCTIONS = (first_words, sums_of_four, look_up, load_words, decode_tile, decode_rows)
 
 
 def decode_parts(M: int, N: int, K: int) -> int:

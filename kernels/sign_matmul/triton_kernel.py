@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dbf_compile.kernels.sign_matmul.reference import DECODE_TOKENS, FUSED_TOKENS
 from dbf_compile.kernels.sign_matmul.triton_decode import decode_blocks, decode_grid, decode_kernel
+from dbf_compile.kernels.sign_matmul.triton_expand import expand_signs
 from dbf_compile.kernels.sign_matmul.triton_prefill import (
-    expand_signs,
     operand_dtype,
     prefill_blocks,
     prefill_grid,
@@ -18,6 +18,7 @@ from dbf_compile.kernels.sign_matmul.triton_prefill import (
     split_terms,
     term_count,
 )
+from dbf_compile.signs import BLOCK_ROWS
 
 
 def sign_matmul_triton(
@@ -33,7 +34,7 @@ def sign_matmul_triton(
 
     Args:
         x: float32, bfloat16 or float16 [..., K].
-        signs: int32 words [N, ceil(K / 32)], on the same device.
+        signs: int32 words [N, ceil(K / 32)], interleaved, on the same device.
         in_scale: floating point [K], or None for ones.
         out_scale: floating point [N], or None for ones.
         bias: floating point [N], or None for zeros.
@@ -47,7 +48,7 @@ def sign_matmul_triton(
     y = x.new_empty((*x.shape[:-1], N), dtype=dtype or torch.float32)
     if y.numel() == 0:
         return y
-    signs = signs.contiguous()
+    signs, ragged = signs.contiguous(), N % BLOCK_ROWS != 0
     scales = [None if vector is None else vector.contiguous() for vector in (out_scale, bias)]
     # Triton launches on the current device, not on that of x; the -1 of a CPU tensor changes nothing.
     with torch.cuda.device(x.get_device()):
@@ -55,7 +56,7 @@ def sign_matmul_triton(
             settings = decode_blocks(M, N, K)[0]
             before = None if in_scale is None else in_scale.contiguous()
             decode_kernel[decode_grid(M, N, settings)](
-                x.contiguous(), signs, y, before, *scales, M, N, K, **settings
+                x.contiguous(), signs, y, before, *scales, M, N, K, RAGGED=ragged, **settings
             )
         elif M > FUSED_TOKENS and term_count(x.dtype, dtype, fast) == 1:
             dense = expand_signs(signs, out_scale, K, operand_dtype(x.dtype, dtype))
@@ -65,7 +66,7 @@ def sign_matmul_triton(
             settings = prefill_blocks(M, N, terms)[0]
             operand = split_terms(_scaled(x, in_scale).reshape(M, K), operand_dtype(x.dtype, dtype), terms)
             prefill_kernel[prefill_grid(M, N, settings)](
-                operand, signs, y, *scales, M, N, K, terms, **settings
+                operand, signs, y, *scales, M, N, K, terms, ragged, **settings
             )
     return y
 

@@ -28,23 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbf_compile.kernels.sign_matmul.triton_common import store_tile
-
-
-@triton.jit
-def plus_or_minus(signs, minus):  # type: ignore[no-untyped-def]
-    """Return a number where a bit is set, else its negative: int16 [..., 2, 2, 2], the bits of a byte from the lowest one on.
-
-    Args:
-        signs: bytes, uint8 [...].
-        minus: the bits of the negative number, a bfloat16 or float16, in both halves of an int32; scalar, or [..., 1, 1].
-    """
-    # Two numbers at once: bit j stays at j, and bit j + 1 comes to j + 16; so one shift puts both where signs belong.
-    pairs = signs.to(tl.int32) * 0x8001
-    pairs = tl.join(pairs, pairs >> 4)
-    pairs = tl.join(pairs, pairs >> 2)
-    pairs = ((pairs << 15) & -0x7FFF8000) ^ minus
-    return tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16))
+from dbf_compile.kernels.sign_matmul.triton_common import first_words, plus_or_minus, store_tile
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -57,6 +41,7 @@ def prefill_tile(  # type: ignore[no-untyped-def]
     N,
     K,
     TERMS: tl.constexpr,
+    RAGGED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -65,20 +50,24 @@ def prefill_tile(  # type: ignore[no-untyped-def]
 
     Args:
         x_ptr: bfloat16 or float16 [TERMS, M, K], contiguous.
-        signs_ptr: int32 words [N, W], contiguous.
+        signs_ptr: int32 words [N, W], interleaved.
         m: the first row of x, int64.
         n: rows of the sign matrix, int64 [BLOCK_N].
+        RAGGED: as for :func:`first_words`.
         BLOCK_K: columns that are met in one step, a multiple of 32.
     """
     number = x_ptr.dtype.element_ty
     minus = -0x407F4080 if number == tl.bfloat16 else -0x43FF4400  # twice the bits of -1
     bytes_of_row = tl.cdiv(K, 32) * 4
-    rows = signs_ptr.to(tl.pointer_type(tl.uint8)) + n[None, :] * bytes_of_row
+    rows, apart = first_words(signs_ptr, n, N, tl.cdiv(K, 32), RAGGED)
+    rows, apart = rows.to(tl.pointer_type(tl.uint8))[None, :], 4 * apart[None, :]
     row = (m + tl.arange(0, BLOCK_M))[:, None]
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first in range(0, K, BLOCK_K):
         byte = (first // 8 + tl.arange(0, BLOCK_K // 8))[:, None]
-        packed = tl.load(rows + byte, mask=(n[None, :] < N) & (byte < bytes_of_row), other=0)
+        packed = tl.load(
+            rows + byte // 4 * apart + byte % 4, mask=(n[None, :] < N) & (byte < bytes_of_row), other=0
+        )
         signs = plus_or_minus(packed, minus).to(number, bitcast=True)
         signs = tl.permute(signs, (0, 2, 3, 4, 1)).reshape(BLOCK_K, BLOCK_N)
         k = (first + tl.arange(0, BLOCK_K))[None, :]
@@ -114,6 +103,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     N,
     K,
     TERMS: tl.constexpr,
+    RAGGED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -122,60 +112,18 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
 
     Args:
         x_ptr: bfloat16 or float16 [TERMS, M, K], contiguous.
-        signs_ptr: int32 words [N, W], contiguous.
+        signs_ptr: int32 words [N, W], interleaved.
         y_ptr: float32, bfloat16 or float16 [M, N], contiguous.
         out_scale_ptr: floating point [N], or None; so bias_ptr.
+        RAGGED: as for :func:`first_words`.
     """
     m, n = prefill_rows(M, N, BLOCK_M, BLOCK_N)
-    y = prefill_tile(x_ptr, signs_ptr, m, n, M, N, K, TERMS, BLOCK_M, BLOCK_N, BLOCK_K)
+    y = prefill_tile(x_ptr, signs_ptr, m, n, M, N, K, TERMS, RAGGED, BLOCK_M, BLOCK_N, BLOCK_K)
     store_tile(y_ptr, y, m + tl.arange(0, BLOCK_M), n, M, N, out_scale_ptr, bias_ptr)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def expand_kernel(signs_ptr, scale_ptr, w_ptr, K, W, BLOCK_W: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Write ``w[n, k] = scale[n] · signs[n, k]``, words of one row in every program.
-
-    Args:
-        signs_ptr: int32 words [N, W], contiguous.
-        scale_ptr: of the dtype of w [N], or None for ones.
-        w_ptr: bfloat16 or float16 [N, K], contiguous.
-    """
-    tile, tiles = tl.program_id(0), tl.cdiv(W, BLOCK_W)
-    n = (tile // tiles).to(tl.int64)
-    byte = tile % tiles * (BLOCK_W * 4) + tl.arange(0, BLOCK_W * 4)
-    signs = tl.load(signs_ptr.to(tl.pointer_type(tl.uint8)) + n * W * 4 + byte, mask=byte < W * 4, other=0)
-    if scale_ptr is not None:
-        number = tl.load(scale_ptr + n).to(tl.int16, bitcast=True).to(tl.int32)
-    else:
-        number = 0x3F80 if w_ptr.dtype.element_ty == tl.bfloat16 else 0x3C00  # the bits of 1.0
-    minus = (number & 0xFFFF) ^ 0x8000
-    numbers = plus_or_minus(signs, minus | (minus << 16)).reshape(BLOCK_W * 32)
-    k = tile % tiles * (BLOCK_W * 32) + tl.arange(0, BLOCK_W * 32)
-    tl.store(w_ptr + n * K + k, numbers.to(w_ptr.dtype.element_ty, bitcast=True), mask=k < K)
-
-
 # What a template needs beside its own text, callees first.
-DEVICE_FUNCTIONS = (plus_or_minus, prefill_tile, prefill_rows)
-
-
-def expand_signs(signs: Tensor, scale: Tensor | None, columns: int, dtype: torch.dtype) -> Tensor:
-    """Return the dense matrix ``w[n, k] = scale[n] · signs[n, k]`` of ``dtype`` [N, K].
-
-    Args:
-        signs: int32 words [N, W], contiguous.
-        scale: floating point [N], which is rounded to ``dtype``, or None for ones.
-        columns: K.
-        dtype: bfloat16 or float16.
-    """
-    N, W = signs.shape
-    dense = torch.empty(N, columns, dtype=dtype, device=signs.device)
-    if W == 0:
-        return dense
-    block = min(128, triton.next_power_of_2(W))
-    grid = (N * triton.cdiv(W, block), 1, 1)
-    scale = None if scale is None else scale.to(dtype).contiguous()
-    expand_kernel[grid](signs, scale, dense, columns, W, BLOCK_W=block)
-    return dense
+DEVICE_FUNCTIONS = (first_words, plus_or_minus, prefill_tile, prefill_rows)
 
 
 def operand_dtype(x: torch.dtype, result: torch.dtype | None) -> torch.dtype:

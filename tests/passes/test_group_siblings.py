@@ -10,7 +10,7 @@ from support.strategies import FLOAT_DTYPES, random_signs, seeds, sizes
 from dbf_compile.kernels.sign_matmul.reference import DECODE_TOKENS
 from dbf_compile.passes import group_siblings as module
 from dbf_compile.passes.group_siblings import MOST, group_siblings
-from dbf_compile.signs import pack_signs
+from dbf_compile.signs import interleave, pack_signs
 
 SIGN_MATMUL = torch.ops.dbf.sign_matmul.default
 on_gpu = module.on_gpu
@@ -22,7 +22,16 @@ def pretended_gpu(monkeypatch):
 
 
 def siblings(
-    rows, tokens=3, K=37, seed=0, dtype=torch.float32, result=None, dynamic=(), vectors=True, scales=1
+    rows,
+    tokens=3,
+    K=37,
+    seed=0,
+    dtype=torch.float32,
+    result=None,
+    dynamic=(),
+    vectors=True,
+    scales=1,
+    interleaved=True,
 ):
     """Return a graph of products of one input, and the input; ``scales`` says how many in_scales there are."""
     generator = torch.Generator().manual_seed(seed)
@@ -31,12 +40,13 @@ def siblings(
     in_scales = [hand.constant(torch.rand(K, generator=generator)) for _ in range(scales)]
     products = []
     for index, N in enumerate(rows):
-        signs = hand.constant(pack_signs(random_signs(N, K, seed + index)))
+        words = pack_signs(random_signs(N, K, seed + index))
+        signs = hand.constant(interleave(words) if interleaved else words)
         out_scale, bias = (
             hand.constant(torch.rand(N, generator=generator).half()) if vectors else None for _ in range(2)
         )
         scale = in_scales[index % scales]
-        products.append(hand.call(SIGN_MATMUL, x, signs, scale, out_scale, bias, result))
+        products.append(hand.call(SIGN_MATMUL, x, signs, scale, out_scale, bias, result, interleaved))
     return hand, x, products
 
 
@@ -90,6 +100,7 @@ def test_what_a_node_says_of_itself_is_true():
         pytest.param({"rows": [5, 6], "tokens": DECODE_TOKENS + 1}, id="many tokens"),
         pytest.param({"rows": [5, 6], "dynamic": (0,)}, id="any number of tokens"),
         pytest.param({"rows": [5, 6], "dtype": torch.float64}, id="double precision"),
+        pytest.param({"rows": [17, 18], "interleaved": False}, id="rows one after the other"),
     ],
 )
 def test_not_for_others(given):
@@ -119,6 +130,6 @@ def test_not_where_the_input_changes_in_between():
 def test_not_where_signs_are_computed():
     hand, x, products = siblings([5, 6])
     signs = hand.call(torch.neg, products[0].args[1])
-    hand.output(products[0], hand.call(SIGN_MATMUL, x, signs, products[0].args[2]))
+    hand.output(products[0], hand.call(SIGN_MATMUL, x, signs, products[0].args[2], interleaved=True))
     hand.graph.erase_node(products[1])
     assert group_siblings(hand.graph) == 0

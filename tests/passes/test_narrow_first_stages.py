@@ -10,7 +10,7 @@ from support.strategies import random_signs, seeds, sizes
 from dbf_compile.kernels.sign_matmul.reference import DECODE_TOKENS
 from dbf_compile.passes import narrow_first_stages as module
 from dbf_compile.passes.narrow_first_stages import narrow_first_stages
-from dbf_compile.signs import pack_signs
+from dbf_compile.signs import interleave, pack_signs
 
 SIGN_MATMUL = torch.ops.dbf.sign_matmul.default
 MANY = DECODE_TOKENS + 1
@@ -22,6 +22,10 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(module, "on_gpu", lambda x: True)
 
 
+def words(rows, cols, seed):
+    return interleave(pack_signs(random_signs(rows, cols, seed)))
+
+
 def layers(
     readers=1,
     tokens=MANY,
@@ -31,6 +35,7 @@ def layers(
     seed=0,
     dtype=torch.bfloat16,
     results=(torch.bfloat16,),
+    interleaved=True,
     first=None,
     second=None,
 ):
@@ -45,19 +50,19 @@ def layers(
     h = hand.call(
         SIGN_MATMUL,
         x,
-        hand.constant(pack_signs(random_signs(R, K, seed))),
+        hand.constant(words(R, K, seed)),
         vector(K),
         vector(R),
-        **first or {},
+        **{"interleaved": interleaved, **(first or {})},
     )
     ends = [
         hand.call(
             SIGN_MATMUL,
             h,
-            hand.constant(pack_signs(random_signs(N, R, seed + 1 + index))),
+            hand.constant(words(N, R, seed + 1 + index)),
             None,
             vector(N),
-            **{"dtype": results[index % len(results)], **(second or {})},
+            **{"dtype": results[index % len(results)], "interleaved": interleaved, **(second or {})},
         )
         for index in range(readers)
     ]
@@ -97,6 +102,7 @@ def test_what_tensor_cores_read_is_narrowed(readers, tokens, K, R, N, seed, narr
         {"readers": 2, "results": (torch.bfloat16, torch.float16)},
         {"readers": 2, "results": (torch.bfloat16, None)},
         {"first": {"dtype": torch.bfloat16}},
+        {"interleaved": False},  # the kernels do not take such
     ],
     ids=str,
 )
@@ -110,9 +116,9 @@ def test_leaves_alone(case):
 def test_leaves_alone_what_others_read_too():
     hand = HandGraph()
     x = hand.input(torch.randn(MANY, 37).bfloat16())
-    h = hand.call(SIGN_MATMUL, x, hand.constant(pack_signs(random_signs(24, 37, 0))))
-    signs = hand.constant(pack_signs(random_signs(5, 24, 1)))
-    y = hand.call(SIGN_MATMUL, h, signs, dtype=torch.bfloat16)
+    h = hand.call(SIGN_MATMUL, x, hand.constant(words(24, 37, 0)), interleaved=True)
+    signs = hand.constant(words(5, 24, 1))
+    y = hand.call(SIGN_MATMUL, h, signs, dtype=torch.bfloat16, interleaved=True)
     hand.output(y, hand.call(torch.neg, h))
     assert narrow_first_stages(hand.graph) == 0
 
@@ -120,9 +126,10 @@ def test_leaves_alone_what_others_read_too():
 def test_leaves_alone_what_is_scaled_before_it_is_rounded():
     hand = HandGraph()
     x = hand.input(torch.randn(MANY, 37).bfloat16())
-    h = hand.call(SIGN_MATMUL, x, hand.constant(pack_signs(random_signs(24, 37, 0))))
-    signs = hand.constant(pack_signs(random_signs(5, 24, 1)))
-    hand.output(hand.call(SIGN_MATMUL, h, signs, hand.constant(torch.rand(24)), dtype=torch.bfloat16))
+    h = hand.call(SIGN_MATMUL, x, hand.constant(words(24, 37, 0)), interleaved=True)
+    signs = hand.constant(words(5, 24, 1))
+    scale = hand.constant(torch.rand(24))
+    hand.output(hand.call(SIGN_MATMUL, h, signs, scale, dtype=torch.bfloat16, interleaved=True))
     assert narrow_first_stages(hand.graph) == 0
 
 

@@ -23,7 +23,7 @@ from support.strategies import random_factors, random_signs
 from torch.nn import Parameter
 
 from dbf_compile.linear import DoubleBinaryLinear
-from dbf_compile.signs import pack_signs
+from dbf_compile.signs import interleave, pack_signs
 
 CAPABILITY = (9, 0)
 
@@ -67,7 +67,7 @@ class Program:
     Attributes:
         call: the Python method that launches, ``call(self, args)``.
         kernels: sources of the Triton kernels by name.
-        cubins: machine code, in hexadecimal, of those that multiply by signs.
+        cubins: machine code, in hexadecimal, of those that read signs.
     """
 
     call: str
@@ -155,13 +155,13 @@ class Overwritten(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         for index, size in enumerate(self.SIZES):
-            self.register_buffer(f"signs{index}", pack_signs(random_signs(*size, seed=index)))
+            self.register_buffer(f"signs{index}", interleave(pack_signs(random_signs(*size, seed=index))))
         self.register_buffer("zero", torch.zeros(()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = torch.ops.dbf.sign_matmul(x, self.signs0)
+        h = torch.ops.dbf.sign_matmul(x, self.signs0, interleaved=True)
         h = h.index_put((h > 3,), self.zero)
-        return torch.ops.dbf.sign_matmul(h, self.signs1)
+        return torch.ops.dbf.sign_matmul(h, self.signs1, interleaved=True)
 
 
 class _Block(torch.nn.Module):
@@ -199,8 +199,6 @@ def _generate(model: torch.nn.Module, M: int, K: int, dtype: torch.dtype, dynami
             for name, tensor in [*module.named_parameters(recurse=False)]:
                 made = torch.empty(tensor.shape, dtype=dtype, device="cuda")
                 setattr(module, name, Parameter(made, requires_grad=False))
-            if isinstance(module, DoubleBinaryLinear):
-                module.interleaved = False  # as after layer.cuda()
         x = torch.empty(M, K, dtype=dtype, device="cuda")
         if dynamic:
             torch._dynamo.mark_dynamic(x, 0)
@@ -210,9 +208,7 @@ def _generate(model: torch.nn.Module, M: int, K: int, dtype: torch.dtype, dynami
         call=textwrap.dedent(re.search(r"    def call\(.*?\n        return [^\n]*\n", source, re.S)[0]),
         kernels={name: text for name, _, text in found},
         cubins={
-            name: _cubin(symbol, text).hex()
-            for name, symbol, text in found
-            if "decode_tile" in text or "prefill_tile" in text
+            name: _cubin(symbol, text).hex() for name, symbol, text in found if name.startswith("triton_tem")
         },
     )
 

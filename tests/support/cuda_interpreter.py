@@ -34,7 +34,8 @@ from support.cuda_codegen import (
 from support.interpreter import let_dot_widen_bfloat16
 from support.strategies import random_factors
 
-from dbf_compile.signs import unpack_signs
+from dbf_compile.linear import DoubleBinaryLinear
+from dbf_compile.signs import deinterleave, unpack_signs
 
 _BLOCK = 64  # elements for each program of a pointwise kernel
 
@@ -66,9 +67,10 @@ def _worst(case: Case, program: Program, folder: Path) -> float:
     generator = torch.Generator().manual_seed(0)
     dtype = getattr(torch, case.dtype)
     factors = random_factors(case.K, case.R, case.N)
+    layer = DoubleBinaryLinear(factors)
     x = torch.randn(case.M, case.K, generator=generator).to(dtype)
     bias = torch.randn(case.N, generator=generator).to(dtype)
-    inputs = [x, *factors.tensors().values(), bias]
+    inputs = [x, *layer.buffers(), bias]
     (y,) = _load(program, folder)(None, [case.M, *inputs] if case.dynamic else inputs)
     assert (y.shape, y.dtype) == ((case.M, case.N), dtype)
 
@@ -90,10 +92,10 @@ def _worst(case: Case, program: Program, folder: Path) -> float:
 def _worst_of_siblings(M: int, program: Program, folder: Path) -> float:
     model = Siblings()
     x = torch.randn(M, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
-    first, *others = [layer.factors for layer in model.layers]
-    inputs = [x, *first.tensors().values()]
-    for factors in others:
-        inputs += [factors.signs_out, factors.scale_out]
+    first, *others = model.layers
+    inputs = [x, *first.buffers()]
+    for layer in others:
+        inputs += [layer.signs_out, layer.scale_out]
     shapes = [eval(shape) for shape in re.findall(r"assert_size_stride\(arg\d+_1, (\(.*?\)), ", program.call)]
     assert sorted(shapes) == sorted(tuple(tensor.shape) for tensor in inputs)
     (y,) = _load(program, folder)(None, list(inputs))
@@ -107,7 +109,7 @@ def _worst_of_deep(M: int, program: Program, folder: Path) -> float:
     model = Deep(True)
     x = torch.randn(M, 2100, generator=torch.Generator().manual_seed(0)).bfloat16()
     first, second = model.first.factors, model.second.factors
-    inputs = [x, *first.tensors().values(), *second.tensors().values()]
+    inputs = [x, *model.first.buffers(), *model.second.buffers()]
     found = _load(program, folder)(None, list(inputs))
     z = torch.relu(x.double() @ first.dense(torch.float64).T)
     truths = (z @ second.dense(torch.float64).T, z)
@@ -123,7 +125,7 @@ def _worst_of_overwritten(program: Program, folder: Path) -> float:
     x = torch.randn(1, 2100, generator=torch.Generator().manual_seed(0))
     (y,) = _load(program, folder)(None, [model.signs0, x, model.zero, model.signs1])
     signs = [
-        unpack_signs(words, size[1], torch.float64)
+        unpack_signs(deinterleave(words), size[1], torch.float64)
         for words, size in zip((model.signs0, model.signs1), model.SIZES, strict=True)
     ]
     h = x.double() @ signs[0].T

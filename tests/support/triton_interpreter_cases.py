@@ -132,10 +132,10 @@ def run_all() -> dict[str, Any]:
 
 def _report(case: Case, other_settings: bool = True) -> Report:
     from dbf_compile.kernels.sign_matmul.triton_kernel import sign_matmul_triton
-    from dbf_compile.signs import pack_signs
+    from dbf_compile.signs import interleave, pack_signs
 
     signs = torch.randint(0, 2, (case.N, case.K)) * 2 - 1
-    words = _at_the_edge(pack_signs(signs))
+    words = _at_the_edge(interleave(pack_signs(signs)))
     wrong_signs = signs.clone()
     wrong_signs[-1:, -1:] *= -1
     # Powers of two, so that integers stay exact.
@@ -187,13 +187,13 @@ def _with_other_settings(
     M, N, K = math.prod(x.shape[:-1]), words.shape[0], x.shape[-1]
     if M * N * K == 0:
         return
-    x = _at_the_edge(x)
+    x, ragged = _at_the_edge(x), N % 16 != 0
     fresh = lambda: _at_the_edge(torch.full((*x.shape[:-1], N), math.nan).to(result))  # noqa: E731
     if M <= DECODE_TOKENS:
         for settings_ in triton_decode.decode_blocks(M, N, K)[1::3]:
             y = fresh()
             grid = triton_decode.decode_grid(M, N, settings_)
-            triton_decode.decode_kernel[grid](x, words, y, *vectors, M, N, K, **settings_)
+            triton_decode.decode_kernel[grid](x, words, y, *vectors, M, N, K, RAGGED=ragged, **settings_)
             yield y
         # As compiled programs launch it: columns in parts that somebody else adds up, activations that are a sum themselves.
         terms = _at_the_edge(torch.stack([x - 3, torch.full_like(x, 3)]))
@@ -201,7 +201,7 @@ def _with_other_settings(
         parts = _at_the_edge(torch.full((3, *x.shape[:-1], N), math.nan))
         grid = triton_decode.decode_grid(M, N, settings_)
         triton_decode.decode_kernel[grid](
-            terms, words, parts, *vectors[:2], None, M, N, K, TERMS=2, **settings_
+            terms, words, parts, *vectors[:2], None, M, N, K, RAGGED=ragged, TERMS=2, **settings_
         )
         yield (parts.sum(0) + (0.0 if vectors[2] is None else vectors[2].float())).to(result)
     # Small whole numbers are exact in one term of any kind.
@@ -210,7 +210,7 @@ def _with_other_settings(
     for settings_ in triton_prefill.prefill_blocks(M, N)[::3]:
         y = fresh()
         grid = triton_prefill.prefill_grid(M, N, settings_)
-        triton_prefill.prefill_kernel[grid](operand, words, y, *vectors[1:], M, N, K, 2, **settings_)
+        triton_prefill.prefill_kernel[grid](operand, words, y, *vectors[1:], M, N, K, 2, ragged, **settings_)
         yield y
 
 
@@ -259,10 +259,10 @@ def _not_finite() -> list[str]:
     """Return what is infinite or undefined in the reference and not the same here, or the other way round."""
     from dbf_compile.kernels.sign_matmul.reference import sign_matmul
     from dbf_compile.kernels.sign_matmul.triton_kernel import sign_matmul_triton
-    from dbf_compile.signs import pack_signs
+    from dbf_compile.signs import interleave, pack_signs
 
     wrong = []
-    words = pack_signs(torch.randint(0, 2, (33, 70)) * 2 - 1)
+    words = interleave(pack_signs(torch.randint(0, 2, (33, 70)) * 2 - 1))
     for M, dtype, result in product((1, 3, 20), DTYPES, DTYPES):
         for name, values in {
             "infinite": {(0, 3): math.inf},
@@ -275,7 +275,7 @@ def _not_finite() -> list[str]:
                 x[place] = value
             x = x.to(getattr(torch, dtype))
             scales = (torch.ones(70), torch.ones(33), torch.zeros(33), getattr(torch, result))
-            y, truth = sign_matmul_triton(x, words, *scales), sign_matmul(x, words, *scales)
+            y, truth = sign_matmul_triton(x, words, *scales), sign_matmul(x, words, *scales, interleaved=True)
             if not torch.allclose(y.double(), truth.double(), rtol=0.02, atol=0.2, equal_nan=True):
                 wrong.append(f"{name}, {M} tokens, {dtype} to {result}")
     return wrong

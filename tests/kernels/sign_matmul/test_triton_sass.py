@@ -38,18 +38,34 @@ def test_few_tokens_cost_a_look_up_and_an_addition_for_four_signs(
     assert not any(one.multiplies() for one in code)
     assert not any(one.spills() for one in code)
     assert sass.resources(machine_code).stack == 0
-    assert any(one.loads_16_bytes() for one in code)
+    # Four activations at once; words of 16 rows lie side by side, 4 bytes for each thread.
+    assert any(one.loads_16_bytes() for one in code) == (dtype == "fp32")
     threads = 32 * settings["num_warps"]
     numbers = settings["BLOCK_N"] * settings["BLOCK_W"] * 8 // threads
     lookups = numbers * settings["BLOCK_M"]
     entries = settings["BLOCK_M"] * settings["BLOCK_W"] * 128 // threads
-    # Beside the look-ups there is the exchange of words and of sums between threads.
+    # Beside the look-ups there is the exchange of sums between threads.
     assert lookups <= sum(one.name == "LDS" for one in code) <= lookups + 16
     # Nine additions and subtractions make four entries.
     assert lookups <= sum(one.additions() for one in code) <= lookups + 9 * entries / 4 + 16
     # Shift and mask are shared by the tokens.
     bit_operations = sum(one.name in ("LOP3", "SHF") for one in code)
     assert bit_operations <= 2 * numbers + (24 if M == 1 else 128)
+
+
+@pytest.mark.parametrize("tile", [(1, 64, 32, 8), (1, 32, 64, 16), (4, 64, 32, 8)], ids=str)
+@pytest.mark.parametrize("capability", sass.TARGETS)
+def test_every_thread_loads_the_words_that_it_looks_up(capability: int, tile: tuple[int, ...]) -> None:
+    settings = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_W", "num_warps"), tile, strict=True))
+    settings |= {"PARTS": 1, "K": 11008}
+    machine_code = sass.compile_kernel(decode_kernel, capability, "fp32", tile[0], settings).asm["cubin"]
+    (loop,) = [loop for loop in sass.innermost_loops(sass.disassemble(machine_code)) if len(loop) > 30]
+    names = collections.Counter(one.name for one in loop)
+    words = tile[1] * tile[2] // (32 * tile[3])
+    # Nothing else is read from shared memory; barriers are those before and behind the filling of the tables.
+    assert names["LDS"] == 8 * words * tile[0]
+    assert names["BAR"] == 2
+    assert not names["SHFL"]
 
 
 @pytest.mark.parametrize("capability", sass.TARGETS)

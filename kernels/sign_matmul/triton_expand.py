@@ -1,0 +1,123 @@
+"""The Triton kernel that writes signs out as a dense matrix, for more than a hundred tokens to share.
+
+A tile is 16 rows, whose words lie interleaved: they are read side by side, and written row by row.
+
+Shape letters: N rows and K columns of the sign matrix, W = ceil(K / 32) words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dbf_compile.kernels.sign_matmul.triton_common import first_words, plus_or_minus
+from dbf_compile.signs import BLOCK_ROWS
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def expand_tile(  # type: ignore[no-untyped-def]
+    signs_ptr,
+    scale_ptr,
+    n,
+    k,
+    N,
+    W,
+    NUMBER: tl.constexpr,
+    RAGGED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Return a tile of w, NUMBER [BLOCK_N, BLOCK_K]: ``w[n, k] = scale[n] · signs[n, k]``.
+
+    Args:
+        signs_ptr: int32 words [N, W], interleaved.
+        scale_ptr: floating point [N], which is rounded to NUMBER, or None for ones.
+        n: rows, int64 [BLOCK_N].
+        k: the first column, divisible by 32.
+        NUMBER: bfloat16 or float16.
+        RAGGED: as for :func:`first_words`.
+        BLOCK_K: a multiple of 32.
+    """
+    byte = (k // 8 + tl.arange(0, BLOCK_K // 8))[None, :]
+    rows, apart = first_words(signs_ptr, n, N, W, RAGGED)
+    rows, apart = rows.to(tl.pointer_type(tl.uint8))[:, None], 4 * apart[:, None]
+    inside = (n[:, None] < N) & (byte < W * 4)
+    signs = tl.load(rows + byte // 4 * apart + byte % 4, mask=inside, other=0)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + n, mask=n < N, other=0.0).to(NUMBER)
+        bits = scale.to(tl.int16, bitcast=True).to(tl.int32)[:, None, None, None] & 0xFFFF
+    else:
+        bits = 0x3F80 if NUMBER == tl.bfloat16 else 0x3C00  # of 1.0
+    minus = bits ^ 0x8000
+    return plus_or_minus(signs, minus | (minus << 16)).to(NUMBER, bitcast=True).reshape(BLOCK_N, BLOCK_K)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def expand_rows(K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return what this program is for: rows n, int64, and the first column k."""
+    tiles = tl.cdiv(K, BLOCK_K)
+    n = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return n, tl.program_id(0) % tiles * BLOCK_K
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def expand_kernel(  # type: ignore[no-untyped-def]
+    signs_ptr, scale_ptr, w_ptr, N, K, RAGGED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Write ``w[n, k] = scale[n] · signs[n, k]``, a tile in every program.
+
+    Args:
+        signs_ptr, scale_ptr, RAGGED: as for :func:`expand_tile`.
+        w_ptr: bfloat16 or float16 [N, K], contiguous.
+    """
+    n, k = expand_rows(K, BLOCK_N, BLOCK_K)
+    number = w_ptr.dtype.element_ty
+    w = expand_tile(signs_ptr, scale_ptr, n, k, N, tl.cdiv(K, 32), number, RAGGED, BLOCK_N, BLOCK_K)
+    k += tl.arange(0, BLOCK_K)
+    tl.store(w_ptr + n[:, None] * K + k[None, :], w, mask=(n[:, None] < N) & (k[None, :] < K))
+
+
+# What a template needs beside its own text, callees first.
+DEVICE_FUNCTIONS = (first_words, plus_or_minus, expand_tile, expand_rows)
+
+
+def expand_blocks(K: int) -> list[dict[str, int]]:
+    """Return the launch settings that are worth trying, the one for use without trying first: BLOCK_N, BLOCK_K, num_warps, num_stages."""
+    widest = max(32, triton.next_power_of_2(K))
+    return [
+        {"BLOCK_N": BLOCK_ROWS, "BLOCK_K": min(columns, widest), "num_warps": warps, "num_stages": 1}
+        for columns, warps in ((512, 4), (256, 4), (1024, 8))
+    ]
+
+
+def expand_grid(
+    N: Any, K: Any, blocks: dict[str, Any], cdiv: Callable[[Any, Any], Any] = triton.cdiv
+) -> tuple[Any, int, int]:
+    """Return the launch grid, as :func:`dbf_compile.kernels.sign_matmul.triton_decode.decode_grid`."""
+    return (cdiv(N, blocks["BLOCK_N"]) * cdiv(K, blocks["BLOCK_K"]), 1, 1)
+
+
+def expand_signs(signs: Tensor, scale: Tensor | None, columns: int, dtype: torch.dtype) -> Tensor:
+    """Return the dense matrix ``w[n, k] = scale[n] · signs[n, k]`` of ``dtype`` [N, K].
+
+    Args:
+        signs: int32 words [N, W], interleaved, contiguous.
+        scale: floating point [N], which is rounded to ``dtype``, or None for ones.
+        columns: K.
+        dtype: bfloat16 or float16.
+    """
+    N = signs.shape[0]
+    dense = torch.empty(N, columns, dtype=dtype, device=signs.device)
+    if columns == 0:
+        return dense
+    blocks = expand_blocks(columns)[0]
+    scale = None if scale is None else scale.contiguous()
+    expand_kernel[expand_grid(N, columns, blocks)](
+        signs, scale, dense, N, columns, N % BLOCK_ROWS != 0, **blocks
+    )
+    return dense
