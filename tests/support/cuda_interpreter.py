@@ -100,7 +100,9 @@ def _worst_of_siblings(M: int, program: Program, folder: Path) -> float:
     assert sorted(shapes) == sorted(tuple(tensor.shape) for tensor in inputs)
     (y,) = _load(program, folder)(None, list(inputs))
     truth = torch.cat([x.double() @ layer.factors.dense(torch.float64).T for layer in model.layers], dim=-1)
-    error = (y.double() - truth).norm() / truth.norm()
+    # Without the scales of the rows, so that each counts as much as any other.
+    scales = torch.cat([layer.scale_out.double() for layer in model.layers])
+    error = ((y.double() - truth) / scales).norm() / (truth / scales).norm()
     # One rounding of the result, which the interpreter cuts off, and for tensor cores one of the operands of each stage.
     return (error / torch.finfo(torch.bfloat16).eps / (1 if M <= 16 else 2)).nan_to_num(nan=math.inf).item()
 
