@@ -1,6 +1,6 @@
 """What the Triton kernels become on each architecture, without a GPU: instructions of the main loop, registers, spills.
 
-A row is one kernel for a matrix of 4096 x 4096: for few tokens as it is launched by default, for many with each of its tiles.
+A row is one kernel for a matrix of 4096 x 4096: for few tokens as it is launched by default, for many with each of its tiles, and what writes signs out.
 For NVIDIA the machine code is disassembled; "per sign" counts all instructions of the loop, or of a kernel without one,
 for all tokens of a tile. Nothing is run.
 
@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support import sass
 
 from dbf_compile.kernels.sign_matmul.triton_decode import decode_blocks, decode_kernel
+from dbf_compile.kernels.sign_matmul.triton_expand import expand_blocks, expand_kernel
 from dbf_compile.kernels.sign_matmul.triton_prefill import prefill_blocks, prefill_kernel
 
 COUNTED = ("LOP3", "PRMT", "SHF", "FSEL", "SEL", "LDS", "BAR")
@@ -52,7 +53,7 @@ def cases() -> list[tuple]:
     ]
     tiles = [one for one in prefill_blocks(2048, 4096) if one["num_stages"] == 3]
     many = [(prefill_kernel, 2048, "bf16", {**settings, "TERMS": 1}) for settings in tiles]
-    return [*few, *many]
+    return [*few, *many, (expand_kernel, 2048, "bf16", expand_blocks(4096)[0])]
 
 
 def row(target: int | str, kernel: object, M: int, dtype: str, settings: dict[str, int]) -> dict:
@@ -61,7 +62,7 @@ def row(target: int | str, kernel: object, M: int, dtype: str, settings: dict[st
     columns = settings["BLOCK_W"] * 32 if decode else settings["BLOCK_K"]
     signs = settings["BLOCK_N"] * columns // (32 * settings["num_warps"])
     found = {
-        "kernel": "decode" if decode else "prefill",
+        "kernel": {decode_kernel: "decode", prefill_kernel: "prefill", expand_kernel: "expand"}[kernel],
         "target": f"sm_{target}" if isinstance(target, int) else target,
         "tokens": M,
         "dtype": dtype,

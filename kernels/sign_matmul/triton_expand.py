@@ -52,7 +52,7 @@ def expand_tile(  # type: ignore[no-untyped-def]
         scale = tl.load(scale_ptr + n, mask=n < N, other=0.0).to(NUMBER)
         bits = scale.to(tl.int16, bitcast=True).to(tl.int32)[:, None, None, None] & 0xFFFF
     else:
-        bits = 0x3F80 if NUMBER == tl.bfloat16 else 0x3C00  # of 1.0
+        bits = 0x3F80 if tl.bfloat16 == NUMBER else 0x3C00  # of 1.0
     minus = bits ^ 0x8000
     return plus_or_minus(signs, minus | (minus << 16)).to(NUMBER, bitcast=True).reshape(BLOCK_N, BLOCK_K)
 

@@ -72,9 +72,9 @@ def compile_kernel(
     """Compile a sign product as a launch would, for aligned tensors and N, K divisible by 16.
 
     Args:
-        kernel: a ``triton.jit`` function with the arguments of ``decode_kernel`` or ``prefill_kernel``.
+        kernel: a ``triton.jit`` function with the arguments of ``decode_kernel``, ``prefill_kernel`` or ``expand_kernel``.
         target: 80 for sm_80, and so on; the name of an AMD architecture.
-        dtype: Triton's name of the dtype of x: fp32, bf16, fp16.
+        dtype: Triton's name of the dtype of x, or w: fp32, bf16, fp16.
         M: rows of x; 1 is compiled in, as Triton does at a launch.
         settings: the constexpr arguments, num_warps and num_stages.
         scaled: with scales and bias; else without any.
@@ -87,7 +87,7 @@ def compile_kernel(
     from triton.compiler import ASTSource
 
     options = {name: settings[name] for name in ("num_warps", "num_stages") if name in settings}
-    vectors = dict.fromkeys(("in_scale_ptr", "out_scale_ptr", "bias_ptr"), "*fp16")
+    vectors = dict.fromkeys(("in_scale_ptr", "out_scale_ptr", "bias_ptr", "scale_ptr"), "*fp16")
     constants = {name: value for name, value in settings.items() if name not in options}
     constants |= {} if scaled else dict.fromkeys(vectors)
     constants |= {"M": 1, "RAGGED": False} if M == 1 else {"RAGGED": False}
@@ -95,7 +95,7 @@ def compile_kernel(
         if parameter.is_constexpr:
             constants.setdefault(parameter.name, parameter.default if parameter.has_default else 4096)
     types = {"x_ptr": f"*{dtype}", "signs_ptr": "*i32", "y_ptr": "*fp32", "M": "i32", "N": "i32", "K": "i32"}
-    types |= vectors
+    types |= {**vectors, "w_ptr": f"*{dtype}"}
     names = kernel.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
     source = ASTSource(

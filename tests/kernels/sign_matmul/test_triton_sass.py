@@ -12,6 +12,7 @@ from support import sass
 pytest.importorskip("triton")
 
 from dbf_compile.kernels.sign_matmul.triton_decode import decode_blocks, decode_kernel
+from dbf_compile.kernels.sign_matmul.triton_expand import expand_blocks, expand_kernel
 from dbf_compile.kernels.sign_matmul.triton_prefill import prefill_blocks, prefill_kernel
 
 pytestmark = [
@@ -110,6 +111,23 @@ def test_signs_take_the_shortest_way_to_tensor_cores(capability: int, settings: 
         assert names["STS"] == signs * 2 // (16 * 32 * settings["num_warps"])
         assert names["BAR"] <= 3
         assert sum("DEPBAR" in one.opcode and "gsb" in one.operands for one in loop) <= 1
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("capability", sass.TARGETS)
+def test_signs_are_written_out_16_bytes_at_a_time(capability: int, scaled: bool) -> None:
+    settings = expand_blocks(4096)[0]
+    machine_code = sass.compile_kernel(expand_kernel, capability, "bf16", 200, settings, scaled).asm["cubin"]
+    code = sass.instructions(sass.disassemble(machine_code))
+    assert not any(one.spills() or one.multiplies() for one in code)
+    numbers = settings["BLOCK_N"] * settings["BLOCK_K"] // (32 * settings["num_warps"])
+    stores = [one for one in code if one.name == "STG"]
+    assert len(stores) == numbers // 8
+    assert all(".128" in one.opcode for one in stores)
+    # A thread reads whole words; they change threads once, before they are expanded.
+    assert sum(one.name == "LDG" and ".U16" not in one.opcode for one in code) == numbers // 32
+    assert sum(one.name == "BAR" for one in code) == 1
+    assert sum(one.name == "LDS" for one in code) <= numbers // 32
 
 
 @pytest.mark.parametrize(("kernel", "matrix"), [(decode_kernel, False), (prefill_kernel, True)])
