@@ -155,14 +155,14 @@ def split_terms(z: Tensor, dtype: torch.dtype, terms: int) -> Tensor:
 # BLOCK_M, BLOCK_N, BLOCK_K and warps; and what 128 columns of such a tile keep busy, in cycles of a multiprocessor: its
 # schedulers, counted in the machine code for sm_90, and its tensor cores, at their rate.
 _TILES = {
-    (16, 32, 128, 4): (147, 52),
-    (16, 64, 128, 4): (232, 103),
-    (32, 32, 128, 4): (237, 103),
-    (32, 64, 64, 4): (366, 205),
-    (32, 128, 128, 4): (565, 410),
-    (64, 128, 64, 4): (434, 491),
-    (64, 256, 64, 8): (836, 982),
-    (128, 128, 64, 8): (596, 982),
+    (16, 32, 128, 4): (143, 52),
+    (16, 64, 128, 4): (239, 103),
+    (32, 32, 128, 4): (251, 103),
+    (32, 64, 64, 4): (358, 205),
+    (32, 128, 128, 4): (559, 410),
+    (64, 128, 64, 4): (436, 491),
+    (64, 256, 64, 8): (837, 982),
+    (128, 128, 64, 8): (591, 982),
 }
 # Of an H100 or H200: activations that come from its cache in a cycle, for each of its multiprocessors.
 _MULTIPROCESSORS, _ACTIVATIONS = 132, 14

@@ -11,6 +11,7 @@ from support import sass
 
 pytest.importorskip("triton")
 
+from dbf_compile.kernels.sign_matmul import triton_prefill
 from dbf_compile.kernels.sign_matmul.triton_decode import decode_blocks, decode_kernel
 from dbf_compile.kernels.sign_matmul.triton_expand import expand_blocks, expand_kernel
 from dbf_compile.kernels.sign_matmul.triton_prefill import prefill_blocks, prefill_kernel
@@ -99,6 +100,11 @@ def test_signs_take_the_shortest_way_to_tensor_cores(capability: int, settings: 
     assert any(one.loads_16_bytes() for one in loop)
     names = collections.Counter(one.name for one in loop)
     assert names["SHFL"] <= 1  # the number of the warp
+    if capability == 90:
+        # What the choice of a tile is made from.
+        tile = (*(settings[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")), settings["num_warps"])
+        cycles = len(loop) * 128 / settings["BLOCK_K"] * settings["num_warps"] / 4
+        assert cycles == pytest.approx(triton_prefill._TILES[tile][0], rel=0.05)
     signs = settings["BLOCK_N"] * settings["BLOCK_K"]
     if names["HMMA"]:
         # Every thread expands the signs that it multiplies by, and no product is computed twice: 16 x 8 x 16 in each.
