@@ -14,7 +14,7 @@ Sums are as exact as float32 ones (float64 for float64), whatever the dtype of x
 1e-4. More than 16 tokens on a GPU go through tensor cores, which in a 16-bit model read the scaled activations in its
 dtype, as they do for dense layers; from 129 tokens on out_scale is rounded to it, too. Else scales and bias multiply and
 shift activations only. ``interleaved`` says how the words of signs lie: see
-:mod:`dbf_compile.signs`.
+:mod:`dbf_compile.signs`. On a GPU other words are copied into that order at every call.
 """
 
 from __future__ import annotations

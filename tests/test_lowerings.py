@@ -78,7 +78,8 @@ def test_very_many_tokens_share_a_dense_matrix(case: Case, programs: dict[str, P
     assert "float32" not in program.call
     for cubin in program.cubins.values():
         code = sass.instructions(sass.disassemble(bytes.fromhex(cubin)))
-        assert {one.opcode for one in code if one.name == "STG"} == {"STG.E.128"} or case.K % 8
+        if case.K % 8 == 0:
+            assert {one.opcode for one in code if one.name == "STG"} == {"STG.E.128"}
 
 
 @pytest.mark.parametrize("case", ON_OPERATOR, ids=str)

@@ -89,10 +89,11 @@ DEVICE_FUNCTIONS = (first_words, plus_or_minus, expand_tile, expand_rows)
 def expand_blocks(K: int) -> list[dict[str, int]]:
     """Return the launch settings that are worth trying, the one for use without trying first: BLOCK_N, BLOCK_K, num_warps, num_stages."""
     widest = max(32, triton.next_power_of_2(K))
-    return [
+    found = [
         {"BLOCK_N": BLOCK_ROWS, "BLOCK_K": min(columns, widest), "num_warps": warps, "num_stages": 1}
         for columns, warps in ((512, 4), (256, 4), (1024, 8))
     ]
+    return [settings for index, settings in enumerate(found) if settings not in found[:index]]
 
 
 def expand_grid(

@@ -1,4 +1,4 @@
-"""``dbf::sign_matmul`` on GPUs: the choice between the kernel for few tokens and the one for many, and their launches."""
+"""``dbf::sign_matmul`` on GPUs: the choice between the kernels for few tokens and for many, and their launches."""
 
 from __future__ import annotations
 

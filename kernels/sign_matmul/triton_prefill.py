@@ -1,4 +1,4 @@
-"""The Triton kernels for many tokens: signs become ±1 in registers, and tensor cores multiply.
+"""The Triton kernel for many tokens: signs become ±1 in registers, and tensor cores multiply.
 
 Tensor cores take 16-bit numbers. Activations that have more are cut into a few bfloat16 terms,
 

@@ -118,7 +118,7 @@ def main() -> None:
 class Siblings(torch.nn.Module):
     """Three layers that were factored as one and have their first stage in common, as q, k and v."""
 
-    ROWS = (320, 96, 33)
+    ROWS = (33, 320, 96)
 
     def __init__(self) -> None:
         super().__init__()

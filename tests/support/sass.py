@@ -90,7 +90,7 @@ def compile_kernel(
     vectors = dict.fromkeys(("in_scale_ptr", "out_scale_ptr", "bias_ptr", "scale_ptr"), "*fp16")
     constants = {name: value for name, value in settings.items() if name not in options}
     constants |= {} if scaled else dict.fromkeys(vectors)
-    constants |= {"M": 1, "RAGGED": False} if M == 1 else {"RAGGED": False}
+    constants |= {"RAGGED": False, **({"M": 1} if M == 1 else {})}
     for parameter in kernel.params:
         if parameter.is_constexpr:
             constants.setdefault(parameter.name, parameter.default if parameter.has_default else 4096)
