@@ -114,11 +114,12 @@ def check(device: str, large: list[tuple[int, int]]) -> None:
     for (N, K), dtypes in {(1, 1): every[1:2], (33, 97): every, **dict.fromkeys(large, every[:2])}.items():
         signs = torch.randint(0, 2, (N, K), device=device, dtype=torch.int8) * 2 - 1
         words = pack_signs(signs)
+        interleaved = interleave(words)
         vectors = [torch.rand(size, device=device) + 0.5 for size in (K, N, N)]
         for M in (1, 3, DECODE_TOKENS, DECODE_TOKENS + 1, 100, 513):
             for dtype in dtypes:
                 x = torch.randn(M, K, device=device).to(dtype)
-                call = (x, interleave(words), *vectors, dtype, True)
+                call = (x, interleaved, *vectors, dtype, True)
                 y = torch.ops.dbf.sign_matmul(*call)
                 truth = sign_matmul(x.double(), words, *(v.double() for v in vectors))
                 # The result is rounded once, and so are the operands of tensor cores: by half an eps, at random.

@@ -153,12 +153,11 @@ class Layer(NamedTuple):
     def error(self) -> float:
         """Return the relative error of y, against float64."""
         K, R = self.x.shape[1], self.scale_mid.shape[0]
-        h = (
-            self.x.double()
-            @ unpack_signs(deinterleave(self.signs_in), K, torch.float64).T
-            * self.scale_mid.double()
+        first, second = (
+            unpack_signs(deinterleave(words), columns, torch.float64).T
+            for words, columns in ((self.signs_in, K), (self.signs_out, R))
         )
-        exact = h @ unpack_signs(deinterleave(self.signs_out), R, torch.float64).T
+        exact = (self.x.double() @ first * self.scale_mid.double()) @ second
         return float((self.y.double().sum(0) - exact).norm() / exact.norm())
 
 

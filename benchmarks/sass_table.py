@@ -64,7 +64,7 @@ def row(target: int | str, kernel: object, M: int, dtype: str, settings: dict[st
     found = {
         "kernel": {decode_kernel: "decode", prefill_kernel: "prefill", expand_kernel: "expand"}[kernel],
         "target": f"sm_{target}" if isinstance(target, int) else target,
-        "tokens": M,
+        "tokens": "" if kernel is expand_kernel else M,
         "dtype": dtype,
         "tile": "x".join(str(value) for name, value in settings.items() if name.startswith("BLOCK")),
         "parts": settings.get("PARTS", 1),

@@ -39,7 +39,7 @@ from dbf_compile.kernels.sign_matmul.triton_prefill import (
     prefill_grid,
     prefill_kernel,
 )
-from dbf_compile.signs import BLOCK_ROWS, words_per_row
+from dbf_compile.signs import is_ragged, words_per_row
 
 LAYERS = ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008))  # of Llama-2-7B, fused, N x K
 Job = tuple[int, int, int, dict[str, int]]
@@ -95,7 +95,7 @@ def kernel_of(settings: dict[str, int]) -> str:
 
 def launch(x: Tensor, words: Tensor, y: Tensor, N: int, K: int, settings: dict[str, Any]) -> None:
     """Launch the kernel that the settings are of; x is bfloat16 for all but tables."""
-    M, ragged = x.shape[0], N % BLOCK_ROWS != 0
+    M, ragged = x.shape[0], is_ragged(N)
     match kernel_of(settings):
         case "tables":
             decode_kernel[decode_grid(M, N, settings)](

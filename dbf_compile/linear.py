@@ -25,7 +25,7 @@ class DoubleBinaryLinear(nn.Module):
     ``y = scale_out ⊙ (signs_out · (scale_mid ⊙ (signs_in · (scale_in ⊙ x)))) + bias``, x [..., K], y [..., N]
 
     The five tensors are buffers: they move with the module and lie in its ``state_dict``, but are not trained.
-    Gradients with respect to x and bias are exact. On CPUs and GPUs the words of the signs lie interleaved, as the kernels
+    Gradients with respect to x and bias are exact. On CPUs and CUDA devices the words of the signs lie interleaved, as the kernels
     read them; ``state_dict`` and ``factors`` give them row after row as everywhere else.
 
     Args:
@@ -103,12 +103,16 @@ class DoubleBinaryLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DoubleBinaryLinear:
         # The model passes the same function to all its layers: what they share, they go on sharing.
         super()._apply(lambda tensor: _once(fn, tensor), recurse)  # type: ignore[no-untyped-call]
+        self._follow_device()
+        return self
+
+    def _follow_device(self) -> None:
+        """Put the words of the signs in the order of the device that they are on."""
         wanted = interleaved_on(self.scale_in.device)
         if wanted != self.interleaved:
             for name in SIGN_NAMES:
                 setattr(self, name, _once(interleave if wanted else deinterleave, getattr(self, name)))
             self.interleaved = wanted
-        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -124,6 +128,7 @@ class DoubleBinaryLinear(nn.Module):
             if self.interleaved and key in state_dict and state_dict[key].dim() == 2:
                 state_dict[key] = interleave(state_dict[key])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._follow_device()  # with assign=True the device is that of what was loaded
 
     def extra_repr(self) -> str:
         """Return the sizes for ``print(model)``."""

@@ -13,7 +13,7 @@ import torch
 from dbf_compile import inductor
 from dbf_compile.kernels.sign_matmul import cpu_kernel
 from dbf_compile.kernels.sign_matmul.reference import DECODE_TOKENS, FUSED_TOKENS, accumulator_dtype
-from dbf_compile.signs import BLOCK_ROWS
+from dbf_compile.signs import is_ragged
 
 _PRODUCTS = (torch.ops.dbf.sign_matmul.default, torch.ops.dbf.sign_matmul_group.default)
 
@@ -149,7 +149,7 @@ def _few_tokens(
         {
             "TERMS": terms,
             "SCALED": in_scale is not None,
-            "RAGGED": any(count % BLOCK_ROWS for count in rows),
+            "RAGGED": any(map(is_ragged, rows)),
             "MATRICES": len(rows),
             **{f"FIRST{index}": sum(rows[:index]) for index in range(1, len(rows))},
         },
@@ -195,7 +195,7 @@ def _many_tokens(
     y = inductor.lower_to_template(
         _prefill_template(),
         triton_prefill.prefill_blocks(inductor.size_guess(M), N, count),
-        {"TERMS": count, "RAGGED": N % BLOCK_ROWS != 0},
+        {"TERMS": count, "RAGGED": is_ragged(N)},
         inductor.contiguous(operand, signs),
         [M, N],
         [M, N],
@@ -210,11 +210,12 @@ def _dense_signs(signs: Any, scale: Any, K: Any, dtype: torch.dtype) -> Any:
     N = int(signs.get_size()[0])
     return inductor.lower_to_template(
         _expand_template(),
-        triton_expand.expand_blocks(int(K)),
+        triton_expand.expand_blocks(inductor.size_guess(K)),
         {
-            "NUMBER": f"tl.{dtype}".replace("torch.", ""),
+            # By this name Inductor knows the dtype of a tile that is not of float32.
+            "ACC_TYPE": str(dtype).replace("torch", "tl"),
             "SCALED": scale is not None,
-            "RAGGED": N % BLOCK_ROWS != 0,
+            "RAGGED": is_ragged(N),
         },
         inductor.contiguous(signs, *([] if scale is None else [scale])),
         [N, K],
@@ -288,7 +289,7 @@ def _expand_template() -> Any:
     K = {{size(None, 1)}}
     n, k = expand_rows(K, BLOCK_N, BLOCK_K)
     y = expand_tile(
-        SIGNS, {{"SCALE" if SCALED else "None"}}, n, k, N, {{size("SIGNS", 1)}}, NUMBER, RAGGED, BLOCK_N, BLOCK_K
+        SIGNS, {{"SCALE" if SCALED else "None"}}, n, k, N, {{size("SIGNS", 1)}}, ACC_TYPE, RAGGED, BLOCK_N, BLOCK_K
     )
     k += tl.arange(0, BLOCK_K)
 """,
@@ -313,9 +314,9 @@ def _template(
     texts = ["import triton\nimport triton.language as tl\n"]
     texts += [inspect.getsource(function.fn) for function in functions]
     store = f"""
-    row = {row}[:, None]
-    column = {column}[None, :]
-    mask = (row < {row.upper()}) & (column < {column.upper()})
-    {{{{store_output(("row", "column"), "y", "mask", val_shape=("BLOCK_{row.upper()}", "BLOCK_{column.upper()}"))}}}}
+    idx_{row} = {row}[:, None]
+    idx_{column} = {column}[None, :]
+    mask = (idx_{row} < {row.upper()}) & (idx_{column} < {column.upper()})
+    {{{{store_output(("idx_{row}", "idx_{column}"), "y", "mask", val_shape=("BLOCK_{row.upper()}", "BLOCK_{column.upper()}"))}}}}
 """
     return inductor.triton_template(name, grid, "\n\n".join(texts) + body + store)

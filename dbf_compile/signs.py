@@ -88,6 +88,11 @@ def interleaved_on(device: torch.device) -> bool:
     return device.type in ("cpu", "cuda")
 
 
+def is_ragged(rows: int) -> bool:
+    """Return whether rows are left behind the last full block, which lie one after the other where others are interleaved."""
+    return rows % BLOCK_ROWS != 0
+
+
 def interleave(words: Tensor) -> Tensor:
     """Return packed words [rows, W] in the order that kernels read; same shape, every word once."""
     return _reordered(words, BLOCK_ROWS, words.shape[1])

@@ -15,7 +15,7 @@ _FOLDER = Path(os.environ["DBF_TEST_FOLDER"])
 
 # Before torch reads them, here and in every process that a test starts.
 # Threads that have nothing to do sleep. By default they spin for a while, and with a worker of the tests on every core
-# that is the time of others, for whom they wait in turn: a test took up to four times as long, by machine.
+# that is the time of others, for whom they wait in turn.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["DBF_CACHE_DIR"] = str(_FOLDER / "dbf")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_FOLDER / "inductor")

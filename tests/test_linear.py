@@ -211,6 +211,15 @@ def test_signs_lie_interleaved_where_there_are_kernels_for_it_and_row_after_row_
     assert torch.equal(again(x), layer(x))
 
 
+def test_words_that_are_assigned_to_a_meta_layer_are_put_in_order() -> None:
+    layer, x = DoubleBinaryLinear(random_factors(33, 37, 50)), x_for(33)
+    again = copy.deepcopy(layer).to("meta")
+    again.load_state_dict(layer.state_dict(), assign=True)
+    assert again.interleaved
+    assert torch.equal(again.signs_in, layer.signs_in)
+    assert torch.equal(again(x), layer(x))
+
+
 def test_other_orders_of_the_words_are_followed_when_a_layer_changes_its_device() -> None:
     # There is no second device to compute on; what moves a layer is told here that there is.
     factors = random_factors(33, 37, 50)

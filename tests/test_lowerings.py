@@ -82,6 +82,16 @@ def test_very_many_tokens_share_a_dense_matrix(case: Case, programs: dict[str, P
             assert {one.opcode for one in code if one.name == "STG"} == {"STG.E.128"}
 
 
+def test_signs_without_scales_are_written_out_and_words_row_after_row_are_for_the_operator(
+    programs: dict[str, Program], errors: dict[str, float]
+) -> None:
+    program = programs["plain"]
+    assert ["expand_tile" in source for source in program.kernels.values()] == [True]
+    assert program.call.count("extern_kernels.mm(") == 1
+    assert program.call.count("torch.ops.dbf.sign_matmul.default(") == 1
+    assert errors["plain"] <= 1
+
+
 @pytest.mark.parametrize("case", ON_OPERATOR, ids=str)
 def test_double_precision_and_dynamic_batches_go_to_the_operator(
     case: Case, programs: dict[str, Program]

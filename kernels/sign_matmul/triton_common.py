@@ -12,9 +12,10 @@ def first_words(signs_ptr, n, N, W, RAGGED: tl.constexpr):  # type: ignore[no-un
 
     Args:
         signs_ptr: int32 words [N, W], interleaved.
-        n: rows of the sign matrix, int64 [BLOCK_N].
+        n: rows of the sign matrix, int64 [BLOCK_N]; int32 where N * W is below 2**31.
         RAGGED: N is not a multiple of 16, so that the last rows lie one after the other.
     """
+    # 16 is BLOCK_ROWS of dbf_compile.signs; a template holds this text and sees no name of a module.
     first = (n & -16) * W + (n & 15)
     apart = tl.full(n.shape, 16, tl.int32)
     if RAGGED:
@@ -22,6 +23,17 @@ def first_words(signs_ptr, n, N, W, RAGGED: tl.constexpr):  # type: ignore[no-un
         first = tl.where(interleaved, first, n * W)
         apart = tl.where(interleaved, apart, 1)
     return signs_ptr + first, apart
+
+
+@triton.jit
+def byte_pointers(rows, apart, byte):  # type: ignore[no-untyped-def]
+    """Return pointers to bytes of rows, eight signs each, in the shape that the arguments have together.
+
+    Args:
+        rows, apart: as :func:`first_words` returns them.
+        byte: number of a byte in its row.
+    """
+    return rows.to(tl.pointer_type(tl.uint8)) + byte // 4 * (4 * apart) + byte % 4
 
 
 @triton.jit

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbf_compile.kernels.sign_matmul.triton_common import first_words, plus_or_minus
-from dbf_compile.signs import BLOCK_ROWS
+from dbf_compile.kernels.sign_matmul.triton_common import byte_pointers, first_words, plus_or_minus
+from dbf_compile.signs import BLOCK_ROWS, is_ragged
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -45,9 +45,8 @@ def expand_tile(  # type: ignore[no-untyped-def]
     """
     byte = (k // 8 + tl.arange(0, BLOCK_K // 8))[None, :]
     rows, apart = first_words(signs_ptr, n, N, W, RAGGED)
-    rows, apart = rows.to(tl.pointer_type(tl.uint8))[:, None], 4 * apart[:, None]
     inside = (n[:, None] < N) & (byte < W * 4)
-    signs = tl.load(rows + byte // 4 * apart + byte % 4, mask=inside, other=0)
+    signs = tl.load(byte_pointers(rows[:, None], apart[:, None], byte), mask=inside, other=0)
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + n, mask=n < N, other=0.0).to(NUMBER)
         bits = scale.to(tl.int16, bitcast=True).to(tl.int32)[:, None, None, None] & 0xFFFF
@@ -83,7 +82,7 @@ def expand_kernel(  # type: ignore[no-untyped-def]
 
 
 # What a template needs beside its own text, callees first.
-DEVICE_FUNCTIONS = (first_words, plus_or_minus, expand_tile, expand_rows)
+DEVICE_FUNCTIONS = (first_words, byte_pointers, plus_or_minus, expand_tile, expand_rows)
 
 
 def expand_blocks(K: int) -> list[dict[str, int]]:
@@ -118,7 +117,5 @@ def expand_signs(signs: Tensor, scale: Tensor | None, columns: int, dtype: torch
         return dense
     blocks = expand_blocks(columns)[0]
     scale = None if scale is None else scale.contiguous()
-    expand_kernel[expand_grid(N, columns, blocks)](
-        signs, scale, dense, N, columns, N % BLOCK_ROWS != 0, **blocks
-    )
+    expand_kernel[expand_grid(N, columns, blocks)](signs, scale, dense, N, columns, is_ragged(N), **blocks)
     return dense

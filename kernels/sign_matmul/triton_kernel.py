@@ -18,7 +18,7 @@ from dbf_compile.kernels.sign_matmul.triton_prefill import (
     split_terms,
     term_count,
 )
-from dbf_compile.signs import BLOCK_ROWS
+from dbf_compile.signs import is_ragged
 
 
 def sign_matmul_triton(
@@ -48,7 +48,7 @@ def sign_matmul_triton(
     y = x.new_empty((*x.shape[:-1], N), dtype=dtype or torch.float32)
     if y.numel() == 0:
         return y
-    signs, ragged = signs.contiguous(), N % BLOCK_ROWS != 0
+    signs, ragged = signs.contiguous(), is_ragged(N)
     scales = [None if vector is None else vector.contiguous() for vector in (out_scale, bias)]
     # Triton launches on the current device, not on that of x; the -1 of a CPU tensor changes nothing.
     with torch.cuda.device(x.get_device()):

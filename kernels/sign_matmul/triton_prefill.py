@@ -28,7 +28,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbf_compile.kernels.sign_matmul.triton_common import first_words, plus_or_minus, store_tile
+from dbf_compile.kernels.sign_matmul.triton_common import (
+    byte_pointers,
+    first_words,
+    plus_or_minus,
+    store_tile,
+)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -60,14 +65,12 @@ def prefill_tile(  # type: ignore[no-untyped-def]
     minus = -0x407F4080 if number == tl.bfloat16 else -0x43FF4400  # twice the bits of -1
     bytes_of_row = tl.cdiv(K, 32) * 4
     rows, apart = first_words(signs_ptr, n, N, tl.cdiv(K, 32), RAGGED)
-    rows, apart = rows.to(tl.pointer_type(tl.uint8))[None, :], 4 * apart[None, :]
     row = (m + tl.arange(0, BLOCK_M))[:, None]
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first in range(0, K, BLOCK_K):
         byte = (first // 8 + tl.arange(0, BLOCK_K // 8))[:, None]
-        packed = tl.load(
-            rows + byte // 4 * apart + byte % 4, mask=(n[None, :] < N) & (byte < bytes_of_row), other=0
-        )
+        inside = (n[None, :] < N) & (byte < bytes_of_row)
+        packed = tl.load(byte_pointers(rows[None, :], apart[None, :], byte), mask=inside, other=0)
         signs = plus_or_minus(packed, minus).to(number, bitcast=True)
         signs = tl.permute(signs, (0, 2, 3, 4, 1)).reshape(BLOCK_K, BLOCK_N)
         k = (first + tl.arange(0, BLOCK_K))[None, :]
@@ -123,7 +126,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
 
 
 # What a template needs beside its own text, callees first.
-DEVICE_FUNCTIONS = (first_words, plus_or_minus, prefill_tile, prefill_rows)
+DEVICE_FUNCTIONS = (first_words, byte_pointers, plus_or_minus, prefill_tile, prefill_rows)
 
 
 def operand_dtype(x: torch.dtype, result: torch.dtype | None) -> torch.dtype:

@@ -58,6 +58,7 @@ CASES = (
 BLOCK_TOKENS = (1, 64)
 SIBLING_TOKENS = (1, 6, 64)
 DEEP_TOKENS = (1, 3)
+PLAIN_TOKENS = 200
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ def main() -> None:
     programs |= {f"siblings of {M}": _generate(Siblings(), M, 256, torch.bfloat16) for M in SIBLING_TOKENS}
     programs |= {f"deep of {M}": _generate(Deep(True), M, 2100, torch.bfloat16) for M in DEEP_TOKENS}
     programs["chain"] = _generate(Deep(False), 1, 2100, torch.bfloat16)
+    programs["plain"] = _generate(Plain(), PLAIN_TOKENS, Plain.SIZE[1], torch.bfloat16)
     programs["overwritten"] = _generate(Overwritten(), 1, 2100, torch.float32)
     programs |= {f"block of {M}": _generate(_Block(), M, 256, torch.bfloat16) for M in BLOCK_TOKENS}
     print(json.dumps({name: asdict(program) for name, program in programs.items()}))
@@ -145,6 +147,22 @@ class Deep(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         z = torch.relu(self.first(x))
         return (self.second(z), z) if self.both else self.second(z)
+
+
+class Plain(torch.nn.Module):
+    """A product of many tokens without scales, and one with words row after row."""
+
+    SIZE = (48, 600)
+
+    def __init__(self) -> None:
+        super().__init__()
+        words = pack_signs(random_signs(*self.SIZE, seed=0))
+        self.register_buffer("interleaved", interleave(words))
+        self.register_buffer("in_rows", words)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        many = torch.ops.dbf.sign_matmul(x, self.interleaved, dtype=x.dtype, interleaved=True)
+        return many, torch.ops.dbf.sign_matmul(x, self.in_rows, dtype=x.dtype)
 
 
 class Overwritten(torch.nn.Module):

@@ -23,10 +23,12 @@ import torch
 from support.cuda_codegen import (
     CASES,
     DEEP_TOKENS,
+    PLAIN_TOKENS,
     SIBLING_TOKENS,
     Case,
     Deep,
     Overwritten,
+    Plain,
     Program,
     Siblings,
     run_program,
@@ -59,6 +61,7 @@ def main() -> None:
         for M in DEEP_TOKENS:
             name = f"deep of {M}"
             worst[name] = _worst_of_deep(M, programs[name], Path(folder, name))
+        worst["plain"] = _worst_of_plain(programs["plain"], Path(folder, "plain"))
         worst["overwritten"] = _worst_of_overwritten(programs["overwritten"], Path(folder, "overwritten"))
     print(json.dumps(worst))
 
@@ -120,6 +123,17 @@ def _worst_of_deep(M: int, program: Program, folder: Path) -> float:
     return max(
         (error / torch.finfo(torch.bfloat16).eps / 2).nan_to_num(nan=math.inf).item() for error in errors
     )
+
+
+def _worst_of_plain(program: Program, folder: Path) -> float:
+    model = Plain()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(PLAIN_TOKENS, model.SIZE[1], generator=generator).bfloat16()
+    found = _load(program, folder)(None, [model.interleaved, x, model.in_rows])
+    truth = x.double() @ unpack_signs(model.in_rows, model.SIZE[1], torch.float64).T
+    errors = [(y.double() - truth).norm() / truth.norm() for y in found]
+    # One rounding of the result.
+    return max((error / torch.finfo(torch.bfloat16).eps).nan_to_num(nan=math.inf).item() for error in errors)
 
 
 def _worst_of_overwritten(program: Program, folder: Path) -> float:

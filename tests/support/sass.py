@@ -69,13 +69,13 @@ Code = tuple[Instruction, ...]
 def compile_kernel(
     kernel: Any, target: int | str, dtype: str, M: int, settings: Mapping[str, int], scaled: bool = False
 ) -> Any:
-    """Compile a sign product as a launch would, for aligned tensors and N, K divisible by 16.
+    """Compile a kernel that reads signs as a launch would, for aligned tensors and N, K divisible by 16.
 
     Args:
         kernel: a ``triton.jit`` function with the arguments of ``decode_kernel``, ``prefill_kernel`` or ``expand_kernel``.
         target: 80 for sm_80, and so on; the name of an AMD architecture.
         dtype: Triton's name of the dtype of x, or w: fp32, bf16, fp16.
-        M: rows of x; 1 is compiled in, as Triton does at a launch.
+        M: rows of x, if it has such; 1 is compiled in, as Triton does at a launch.
         settings: the constexpr arguments, num_warps and num_stages.
         scaled: with scales and bias; else without any.
 

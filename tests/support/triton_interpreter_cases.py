@@ -99,6 +99,8 @@ CASES = (
     # More than 128 of 16 bits are multiplied by a dense matrix.
     *(Case((150,), 35, 97, dtype, result=result, scaled=True) for dtype, result in product(DTYPES, DTYPES)),
     Case((130,), 3, 4200, "bfloat16", result="bfloat16", scaled=True),
+    Case((130,), 35, 1100, "bfloat16", result="bfloat16", scaled=True),
+    Case((130,), 32, 600, "float16", result="float16"),
     Case((130,), 5, 0, "bfloat16"),
     *(Case(lead, 35, 97, scaled=True, fast=True) for lead in ((3,), (22,))),
     Case((), 5, 40),
@@ -180,14 +182,15 @@ def _rounding(truth: Tensor, dtype: torch.dtype) -> Tensor:
 def _with_other_settings(
     case: Case, x: Tensor, words: Tensor, vectors: list[Any], result: torch.dtype
 ) -> Any:
-    """Yield the results of both kernels under some of the settings that are worth trying."""
-    from dbf_compile.kernels.sign_matmul import triton_decode, triton_prefill
+    """Yield the results of the kernels under some of the settings that are worth trying."""
+    from dbf_compile.kernels.sign_matmul import triton_decode, triton_expand, triton_prefill
     from dbf_compile.kernels.sign_matmul.reference import DECODE_TOKENS
+    from dbf_compile.signs import is_ragged
 
     M, N, K = math.prod(x.shape[:-1]), words.shape[0], x.shape[-1]
     if M * N * K == 0:
         return
-    x, ragged = _at_the_edge(x), N % 16 != 0
+    x, ragged = _at_the_edge(x), is_ragged(N)
     fresh = lambda: _at_the_edge(torch.full((*x.shape[:-1], N), math.nan).to(result))  # noqa: E731
     if M <= DECODE_TOKENS:
         for settings_ in triton_decode.decode_blocks(M, N, K)[1::3]:
@@ -212,6 +215,12 @@ def _with_other_settings(
         grid = triton_prefill.prefill_grid(M, N, settings_)
         triton_prefill.prefill_kernel[grid](operand, words, y, *vectors[1:], M, N, K, 2, ragged, **settings_)
         yield y
+    for settings_ in triton_expand.expand_blocks(K):
+        dense = _at_the_edge(torch.full((N, K), math.nan, dtype=torch.bfloat16))
+        grid = triton_expand.expand_grid(N, K, settings_)
+        triton_expand.expand_kernel[grid](words, vectors[1], dense, N, K, ragged, **settings_)
+        y = z @ dense.float().T + (0.0 if vectors[2] is None else vectors[2].float())
+        yield y.view(*x.shape[:-1], N).to(result)
 
 
 def _worst(y: Tensor, case: Case, x: Tensor, signs: Tensor, *vectors: Any) -> float:

@@ -147,6 +147,12 @@ def test_compiles_for_an_mi300(kernel: object, matrix: bool) -> None:
         assert not re.search(r"v_(?:pk_)?(?:mul|fma|mac|fmac)_f32", text)
 
 
+def test_signs_are_written_out_for_an_mi300() -> None:
+    settings = expand_blocks(4096)[0]
+    text = sass.compile_kernel(expand_kernel, "gfx942", "bf16", 200, settings, scaled=True).asm["amdgcn"]
+    assert re.search(r"(global|buffer)_store_dwordx4", text)
+
+
 @pytest.mark.parametrize("capability", (80, 90))
 def test_a_kernel_that_multiplies_is_seen(capability: int) -> None:
     from support.multiplying_kernel import multiplying_kernel
