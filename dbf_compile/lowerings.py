@@ -210,7 +210,7 @@ def _dense_signs(signs: Any, scale: Any, K: Any, dtype: torch.dtype) -> Any:
     N = int(signs.get_size()[0])
     return inductor.lower_to_template(
         _expand_template(),
-        triton_expand.expand_blocks(inductor.size_guess(K)),
+        triton_expand.expand_blocks(int(K)),
         {
             # By this name Inductor knows the dtype of a tile that is not of float32.
             "ACC_TYPE": str(dtype).replace("torch", "tl"),
