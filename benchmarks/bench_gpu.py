@@ -2,6 +2,7 @@
 
     python benchmarks/bench_gpu.py                       all of it, within 8 minutes
     python benchmarks/bench_gpu.py --parts check layers --shapes 4096x4096
+    python benchmarks/bench_gpu.py --dry-run             small sizes on the CPU, no times
 
 Checks compare with float64 on the same device; memory for results is full of NaN before. Layers are timed inside CUDA
 graphs, each call on the next of so many weights that none is in the cache; contenders take turns. A layer of dbf is
@@ -24,8 +25,7 @@ import torch
 import torch.nn.functional as F
 from decode_cpu import MODELS as SIZES
 from decode_cpu import factored_layers, meta_model, random_factors
-from gpu_timing import copy_bandwidth, gpu, interleaved_graphs, versions
-from measure import commit, write_results
+from gpu_timing import DEVICE, DRY_RUN, copy_bandwidth, interleaved_graphs, report, start, synchronize
 from torch import Tensor, nn
 
 import dbf_compile.ops
@@ -55,6 +55,18 @@ MODELS = {
     "llama-2-7b": {**SIZES["llama-2-7b, 4 layers"], "num_hidden_layers": 32},
     "qwen3-0.6b": SIZES["qwen3-0.6b"],
 }
+SMALL_SHAPE, SMALL_TOKENS, SMALL_MODEL = (
+    "96x64",
+    (1, 40),
+    {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 96,
+    },
+)
 VARIANTS = ("bf16 inductor", "dbf 1 bit", "dbf 1.5 bit", "dbf 2 bit")
 PARTS = ("check", "layers", "models")
 
@@ -70,12 +82,18 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--rounds", type=int, default=15, help="turns of each contender")
     parser.add_argument("--new", type=int, default=32, help="tokens that a model decodes at a time")
+    parser.add_argument("--dry-run", action="store_true", help="small sizes on the CPU, no times")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("no CUDA device here: run this on a machine with one")
-    print(f"{gpu()}; {versions()}; commit {commit()}", flush=True)
+    if DRY_RUN:
+        arguments.shapes, arguments.tokens, arguments.rounds, arguments.new = (
+            [SMALL_SHAPE],
+            SMALL_TOKENS,
+            1,
+            2,
+        )
+    start()
     if "check" in arguments.parts:
-        check("cuda", [(4096, 4096)])
+        check([] if DRY_RUN else [(4096, 4096)])
     if "layers" in arguments.parts:
         bandwidth = copy_bandwidth()
         print(f"copying memory: {bandwidth:.0f} GB/s")
@@ -85,6 +103,7 @@ def main() -> None:
             present = list(contenders(N, K))
             for tokens in arguments.tokens:
                 rows += time_layer(shape, present, tokens, arguments.rounds, bandwidth)
+        print_table(rows)
         report("gpu_layer", rows)
     if "models" in arguments.parts:
         rows = [
@@ -92,17 +111,17 @@ def main() -> None:
             for model in arguments.models
             for variant in arguments.variants
         ]
+        print_table(rows)
         report("gpu_decode", rows)
 
 
 # --- correctness ----------------------------------------------------------------------------------------------------
 
 
-def check(device: str, large: list[tuple[int, int]]) -> None:
+def check(large: list[tuple[int, int]]) -> None:
     """Compare the operator with the reference in float64, and a compiled layer with the eager one; stop at a difference.
 
     Args:
-        device: of all tensors.
         large: shapes beside odd ones, rows and columns.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses to be deterministic
@@ -112,13 +131,13 @@ def check(device: str, large: list[tuple[int, int]]) -> None:
     count = 0
     every = (torch.float32, torch.bfloat16, torch.float16)
     for (N, K), dtypes in {(1, 1): every[1:2], (33, 97): every, **dict.fromkeys(large, every[:2])}.items():
-        signs = torch.randint(0, 2, (N, K), device=device, dtype=torch.int8) * 2 - 1
+        signs = torch.randint(0, 2, (N, K), device=DEVICE, dtype=torch.int8) * 2 - 1
         words = pack_signs(signs)
         interleaved = interleave(words)
-        vectors = [torch.rand(size, device=device) + 0.5 for size in (K, N, N)]
+        vectors = [torch.rand(size, device=DEVICE) + 0.5 for size in (K, N, N)]
         for M in (1, 3, DECODE_TOKENS, DECODE_TOKENS + 1, 100, 513):
             for dtype in dtypes:
-                x = torch.randn(M, K, device=device).to(dtype)
+                x = torch.randn(M, K, device=DEVICE).to(dtype)
                 call = (x, interleaved, *vectors, dtype, True)
                 y = torch.ops.dbf.sign_matmul(*call)
                 truth = sign_matmul(x.double(), words, *(v.double() for v in vectors))
@@ -131,13 +150,13 @@ def check(device: str, large: list[tuple[int, int]]) -> None:
                     )
                 count += 1
     for M in (1, 5, 40, 200):
-        with torch.device(device):
+        with torch.device(DEVICE):
             pair = [
                 random_factors(nn.Linear(*size, device="meta"), 2.0) for size in ((3000, 2100), (2100, 96))
             ]
         # The first layer's sums stay in parts, which the second one's input adds up.
         layers = nn.Sequential(DoubleBinaryLinear(pair[0]), nn.ReLU(), DoubleBinaryLinear(pair[1]))
-        x = torch.randn(M, 3000, device=device, dtype=torch.bfloat16)
+        x = torch.randn(M, 3000, device=DEVICE, dtype=torch.bfloat16)
         with torch.inference_mode():
             compiled = torch.compile(layers.bfloat16(), backend="dbf", fullgraph=True, dynamic=False)(x)
             truth = layers.double()(x.double())
@@ -170,10 +189,10 @@ class Contender(NamedTuple):
 
 def contenders(N: int, K: int) -> Iterator[Contender]:
     """Yield all contenders of a shape; each holds more weights than the cache does."""
-    enough = lambda size: max(2, -(-(256 << 20) // size))  # noqa: E731
+    enough = lambda size: 2 if DRY_RUN else max(2, -(-(256 << 20) // size))  # noqa: E731
     for dtype in (torch.bfloat16, torch.float16):
         size = 2 * N * K
-        weights = [torch.randn(N, K, device="cuda", dtype=dtype) for _ in range(enough(size))]
+        weights = [torch.randn(N, K, device=DEVICE, dtype=dtype) for _ in range(enough(size))]
         name = f"cuBLAS {str(dtype).removeprefix('torch.')}"
         yield Contender(name, size, lambda x, i, w=weights: F.linear(x.to(w[i].dtype), w[i]), len(weights))
     if N % 64 == 0 and K % 1024 == 0:
@@ -182,7 +201,7 @@ def contenders(N: int, K: int) -> Iterator[Contender]:
     for bits in BITS:
         R = mid_features_for(bits, K, N) // 32 * 32
         size = 4 * (R * words_per_row(K) + N * words_per_row(R)) + 2 * (K + R + N)
-        layers = [random_cuda_factors(N, K, bits) for _ in range(enough(size))]
+        layers = [random_device_factors(N, K, bits) for _ in range(enough(size))]
         run = lambda x, i, f=layers: compiled_layer()(x, *f[i].tensors().values())  # noqa: E731
         yield Contender(f"dbf {bits:g} bit", size, run, len(layers))
 
@@ -194,16 +213,16 @@ def compiled_layer() -> Callable[..., Tensor]:
     return torch.compile(layer, backend="dbf", fullgraph=True, dynamic=False)
 
 
-def random_cuda_factors(N: int, K: int, bits: float) -> dbf_compile.DoubleBinaryFactors:
-    with torch.device("cuda"):
+def random_device_factors(N: int, K: int, bits: float) -> dbf_compile.DoubleBinaryFactors:
+    with torch.device(DEVICE):
         return random_factors(nn.Linear(K, N, device="meta"), bits)
 
 
 def _int4(N: int, K: int, enough: Callable[[int], int]) -> Contender:
     size = N * K // 2 + 4 * N * K // 128
-    packed = torch.randint(0, 255, (N, K // 2), dtype=torch.uint8, device="cuda")
+    packed = torch.randint(0, 255, (N, K // 2), dtype=torch.uint8, device=DEVICE)
     weights = [torch.ops.aten._convert_weight_to_int4pack(packed, 8).clone() for _ in range(enough(size))]
-    scales = torch.ones(K // 128, N, 2, dtype=torch.bfloat16, device="cuda")
+    scales = torch.ones(K // 128, N, 2, dtype=torch.bfloat16, device=DEVICE)
     run = lambda x, i: torch.ops.aten._weight_int4pack_mm(x, weights[i], 128, scales)  # noqa: E731
     return Contender("torch int4", size, run, len(weights))
 
@@ -227,9 +246,9 @@ def _gemlite(N: int, K: int) -> Iterator[Contender]:
             input_dtype=DType.FP16,
             output_dtype=DType.FP16,
         )
-        signs = torch.randint(0, 2, (rows, columns), dtype=torch.uint8, device="cuda")
+        signs = torch.randint(0, 2, (rows, columns), dtype=torch.uint8, device=DEVICE)
         groups = (rows * columns // 128, 1)
-        scales = torch.full(groups, 2.0, dtype=torch.float16, device="cuda")
+        scales = torch.full(groups, 2.0, dtype=torch.float16, device=DEVICE)
         layer.pack(signs, scales, torch.full_like(scales, 0.5), None)
         return layer
 
@@ -244,7 +263,7 @@ def time_layer(
     """Time all contenders of a shape against each other."""
     torch.compiler.reset()  # else the many shapes count as one function that is compiled too often
     compiled_layer.cache_clear()
-    x = torch.randn(tokens, int(shape.split("x")[1]), device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(tokens, int(shape.split("x")[1]), device=DEVICE, dtype=torch.bfloat16)
     calls: dict[str, tuple[Callable[[int], object], int]] = {}
     kept = {}
     for contender in present:
@@ -284,16 +303,17 @@ def time_model(name: str, variant: str, new: int) -> dict:
     from transformers import StaticCache
 
     torch.compiler.reset()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    model = random_model(MODELS[name], variant)
+    if not DRY_RUN:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    model = random_model(SMALL_MODEL if DRY_RUN else MODELS[name], variant)
     weights = torch.cuda.memory_allocated()
     settings = {"backend": "dbf"} if variant.startswith("dbf") else {}
     step = torch.compile(model, mode="reduce-overhead", fullgraph=True, dynamic=False, **settings)
     prompt, repeats = 128, 5
     cache = StaticCache(config=model.config, max_cache_len=prompt + 4 + repeats * new)
-    tokens = torch.randint(0, model.config.vocab_size, (1, prompt), device="cuda")
-    places = [torch.full((1, 1), place, device="cuda") for place in range(prompt + 4 + repeats * new)]
+    tokens = torch.randint(0, model.config.vocab_size, (1, prompt), device=DEVICE)
+    places = [torch.full((1, 1), place, device=DEVICE) for place in range(prompt + 4 + repeats * new)]
     with torch.inference_mode():
         positions = torch.cat(places[:prompt], dim=1)
         logits = model(tokens, past_key_values=cache, position_ids=positions, logits_to_keep=1).logits
@@ -303,7 +323,7 @@ def time_model(name: str, variant: str, new: int) -> dict:
             for place in places[first : first + count]:
                 logits = step(token, past_key_values=cache, position_ids=place).logits
                 token = logits[:, -1:].argmax(-1)
-            torch.cuda.synchronize()
+            synchronize()
             return token
 
         start = time.perf_counter()
@@ -339,30 +359,29 @@ def random_model(sizes: dict, variant: str) -> nn.Module:
     for names in together.values():
         layers = [model.get_submodule(name) for name in names]
         rows = [layer.out_features for layer in layers]
-        stacked = random_cuda_factors(sum(rows), layers[0].in_features, float(variant.split()[1]))
+        stacked = random_device_factors(sum(rows), layers[0].in_features, float(variant.split()[1]))
         for name, factors in zip(names, stacked.split(rows), strict=True):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, DoubleBinaryLinear(factors))
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.is_meta:
-                values = torch.empty(parameter.shape, dtype=parameter.dtype, device="cuda").normal_(std=0.02)
+                values = torch.empty(parameter.shape, dtype=parameter.dtype, device=DEVICE).normal_(std=0.02)
                 module._parameters[name] = nn.Parameter(values, requires_grad=False)
     model.tie_weights()
     rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(model.config, device="cuda")
+    with torch.device(DEVICE):
+        model.model.rotary_emb = type(rotary)(model.config)
     return model.eval().requires_grad_(False)
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
-def report(name: str, rows: list[dict]) -> None:
+def print_table(rows: list[dict]) -> None:
     widths = {key: max(len(str(row[key])) for row in [*rows, {key: key}]) for key in rows[0]}
     for row in ({key: key for key in rows[0]}, *rows):
         print("  ".join(str(row[key]).rjust(width) for key, width in widths.items()))
-    common = {"gpu": gpu(), "gpu_versions": versions()}
-    print(f"written to {write_results(name, [{**row, **common} for row in rows])}", flush=True)
 
 
 if __name__ == "__main__":

@@ -19,21 +19,17 @@ the reference before. A grid barrier needs every program to be resident, so that
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-if "--dry-run" in sys.argv:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined
+from gpu_timing import DEVICE, DRY_RUN, milliseconds, report, start
 
+# isort: split
 import torch
 import triton
 import triton.language as tl
-from gpu_timing import gpu, milliseconds, versions
-from measure import commit, write_results
 from torch import Tensor
 
 from dbf_compile.factors import mid_features_for
@@ -136,15 +132,15 @@ class Layer(NamedTuple):
     y: Tensor  # [parts of R, N]
 
     @classmethod
-    def random(cls, N: int, K: int, R: int, device: str) -> Layer:
+    def random(cls, N: int, K: int, R: int) -> Layer:
         words = lambda rows, columns: torch.randint(  # noqa: E731
-            -(2**31), 2**31, (rows, words_per_row(columns)), dtype=torch.int32, device=device
+            -(2**31), 2**31, (rows, words_per_row(columns)), dtype=torch.int32, device=DEVICE
         )
-        poisoned = lambda rows, columns: torch.full((rows, columns), torch.nan, device=device)  # noqa: E731
+        poisoned = lambda rows, columns: torch.full((rows, columns), torch.nan, device=DEVICE)  # noqa: E731
         return cls(
-            torch.randn(1, K, device=device),
+            torch.randn(1, K, device=DEVICE),
             words(R, K),
-            torch.rand(R, device=device) + 0.5,
+            torch.rand(R, device=DEVICE) + 0.5,
             words(N, R),
             poisoned(parts(K), R),
             poisoned(parts(R), N),
@@ -168,25 +164,20 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each way")
     arguments = parser.parse_args()
-    if not arguments.dry_run and not torch.cuda.is_available():
-        raise SystemExit("no CUDA device here: run this on a machine with one, or with --dry-run")
-    device = "cpu" if arguments.dry_run else "cuda"
+    start()
     rows = []
-    for N, K in SMALL_LAYERS if arguments.dry_run else LAYERS:
-        R = 80 if arguments.dry_run else mid_features_for(2.0, K, N) // 32 * 32
+    for N, K in SMALL_LAYERS if DRY_RUN else LAYERS:
+        R = 80 if DRY_RUN else mid_features_for(2.0, K, N) // 32 * 32
         for way in ways():
-            layer = Layer.random(N, K, R, device)
-            runner(layer, way, 3 if arguments.dry_run else programs(layer, 2))()
+            layer = Layer.random(N, K, R)
+            runner(layer, way, 3 if DRY_RUN else programs(layer, 2))()
             # Sums in float32 of up to 11008 terms: a few of their last bits.
             if not (error := layer.error()) < 1e-5:
                 raise SystemExit(f"{N}x{K}, {way}: relative error {error}")
         print(f"{N}x{K}: all ways agree with the reference", flush=True)
-        if not arguments.dry_run:
+        if not DRY_RUN:
             rows += time_layer(N, K, R, arguments.rounds)
-    if rows:
-        common = {"gpu": gpu(), "gpu_versions": versions()}
-        print(f"{gpu()}; {versions()}; commit {commit()}")
-        print(f"written to {write_results('gpu_one_launch', [{**row, **common} for row in rows])}")
+    report("gpu_one_launch", rows)
 
 
 def ways() -> list[str]:
@@ -246,7 +237,7 @@ def runner(layer: Layer, way: str, resident: int) -> Callable[[], None]:
 def time_layer(N: int, K: int, R: int, rounds: int) -> list[dict[str, Any]]:
     """Time all ways in turn, the launch that stays with one, two and four programs a multiprocessor."""
     bytes_of_signs = 4 * (R * words_per_row(K) + N * words_per_row(R))
-    layers = [Layer.random(N, K, R, "cuda") for _ in range(max(16, (192 << 20) // bytes_of_signs))]
+    layers = [Layer.random(N, K, R) for _ in range(max(16, (192 << 20) // bytes_of_signs))]
     cases = [(way, each) for way in ways() for each in ((1, 2, 4) if way == "one launch" else (0,))]
     graphs = {}
     for way, each in cases:

@@ -3,6 +3,7 @@ and the numbers of tokens from which on one kernel takes over from the other.
 
     python benchmarks/tune_gpu.py                                        one token, the products of Llama-2-7B at 1 and 2 bits
     python benchmarks/tune_gpu.py --shapes 4096x4096 --tokens 4 16 64    others, rows x columns of the sign matrix
+    python benchmarks/tune_gpu.py --dry-run                              a small one on the CPU, no times
 
 "tables" is the kernel for few tokens, "tensor cores" that for many, "written out" a dense matrix of the signs and cuBLAS.
 Products run inside CUDA graphs, each on the next of so many matrices that none is in the cache; settings take turns.
@@ -18,10 +19,11 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from typing import Any
 
+from gpu_timing import DEVICE, DRY_RUN, interleaved_graphs, report, start, synchronize
+
+# isort: split
 import torch
 import torch.nn.functional as F
-from gpu_timing import gpu, interleaved_graphs, versions
-from measure import commit, write_results
 from torch import Tensor
 from triton.runtime import OutOfResources
 
@@ -42,6 +44,7 @@ from dbf_compile.kernels.sign_matmul.triton_prefill import (
 from dbf_compile.signs import is_ragged, words_per_row
 
 LAYERS = ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008))  # of Llama-2-7B, fused, N x K
+SMALL_SHAPE, SMALL_TOKENS = "35x2100", (1, 3, 20)
 Job = tuple[int, int, int, dict[str, int]]
 
 
@@ -52,10 +55,11 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=[f"{N}x{K}" for N, K in shapes()])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1])
     parser.add_argument("--rounds", type=int, default=9, help="turns of each setting")
+    parser.add_argument("--dry-run", action="store_true", help="a small shape on the CPU, no times")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("no CUDA device here: run this on a machine with one")
-    print(f"{gpu()}; {versions()}; commit {commit()}", flush=True)
+    if DRY_RUN:
+        arguments.shapes, arguments.tokens, arguments.rounds = [SMALL_SHAPE], SMALL_TOKENS, 1
+    start()
     sizes = [(M, *map(int, shape.split("x"))) for M in arguments.tokens for shape in arguments.shapes]
     jobs = [(M, N, K, settings) for M, N, K in sizes for settings in candidates(M, N, K)]
     # Each process has the device open, which takes some of its memory.
@@ -65,8 +69,7 @@ def main() -> None:
     rows = []
     for size in sizes:
         rows += time_shape(size, [settings for *shape, settings in jobs if tuple(shape) == size], arguments)
-    common = {"gpu": gpu(), "gpu_versions": versions()}
-    print(f"written to {write_results('gpu_tuning', [{**row, **common} for row in rows])}")
+    report("gpu_tuning", rows)
 
 
 def shapes() -> list[tuple[int, int]]:
@@ -111,31 +114,31 @@ def launch(x: Tensor, words: Tensor, y: Tensor, N: int, K: int, settings: dict[s
 
 def activations(M: int, K: int, settings: dict[str, int]) -> Tensor:
     """Return what a compiled 16-bit model has there: tables of one token sum what the kernel in front left as float32."""
-    return torch.randn(M, K, device="cuda", dtype=torch.float32 if "BLOCK_W" in settings else torch.bfloat16)
+    return torch.randn(M, K, device=DEVICE, dtype=torch.float32 if "BLOCK_W" in settings else torch.bfloat16)
 
 
 def compile_job(job: Job) -> None:
     M, N, K, settings = job
     with suppress(OutOfResources):  # said when it is timed
         launch(activations(M, K, settings), random_words(N, K), results(M, N, settings), N, K, settings)
-    torch.cuda.synchronize()
+    synchronize()
 
 
 def random_words(N: int, K: int) -> Tensor:
-    return torch.randint(-(2**31), 2**31, (N, words_per_row(K)), dtype=torch.int32, device="cuda")
+    return torch.randint(-(2**31), 2**31, (N, words_per_row(K)), dtype=torch.int32, device=DEVICE)
 
 
 def results(M: int, N: int, settings: dict[str, int]) -> Tensor:
-    return torch.empty(settings.get("PARTS", 1), M, N, device="cuda")
+    return torch.empty(settings.get("PARTS", 1), M, N, device=DEVICE)
 
 
 def time_shape(size: tuple[int, int, int], every: list[dict[str, int]], arguments: Any) -> list[dict]:
     """Time all settings of a shape, and cuBLAS, against each other."""
     M, N, K = size
-    many = lambda bytes: max(2, (192 << 20) // bytes)  # noqa: E731
+    many = lambda bytes: 2 if DRY_RUN else max(2, (192 << 20) // bytes)  # noqa: E731
     narrow = activations(M, K, {})
     words = [random_words(N, K) for _ in range(many(4 * N * words_per_row(K)))]
-    dense = [torch.randn(N, K, device="cuda", dtype=torch.bfloat16) for _ in range(many(2 * N * K))]
+    dense = [torch.randn(N, K, device=DEVICE, dtype=torch.bfloat16) for _ in range(many(2 * N * K))]
     calls: dict[str, tuple[Any, int]] = {"cuBLAS": (lambda index: F.linear(narrow, dense[index]), len(dense))}
     for number, settings in enumerate(every):
         x, y = activations(M, K, settings), results(M, N, settings)
