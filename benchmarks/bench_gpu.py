@@ -29,7 +29,7 @@ from gpu_timing import DEVICE, DRY_RUN, copy_bandwidth, interleaved_graphs, repo
 from torch import Tensor, nn
 
 import dbf_compile.ops
-from dbf_compile import DoubleBinaryLinear
+from dbf_compile import DoubleBinaryLinear, inductor
 from dbf_compile.factors import mid_features_for
 from dbf_compile.kernels.sign_matmul.reference import DECODE_TOKENS, sign_matmul
 from dbf_compile.signs import interleave, pack_signs, words_per_row
@@ -67,7 +67,9 @@ SMALL_SHAPE, SMALL_TOKENS, SMALL_MODEL = (
         "vocab_size": 96,
     },
 )
-VARIANTS = ("bf16 inductor", "dbf 1 bit", "dbf 1.5 bit", "dbf 2 bit")
+DEFAULT_VARIANTS = ("bf16 inductor", "dbf 1 bit", "dbf 1.5 bit", "dbf 2 bit")
+# With Inductor's experimental combo_kernels: what has nothing to do with each other shares a launch.
+VARIANTS = (*DEFAULT_VARIANTS, "dbf 1 bit, combined", "dbf 2 bit, combined", "bf16 inductor, combined")
 PARTS = ("check", "layers", "models")
 
 
@@ -79,18 +81,14 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=list(DEFAULT_SHAPES), choices=SHAPES)
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--models", nargs="+", default=["llama-2-7b"], choices=MODELS)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--variants", nargs="+", default=list(DEFAULT_VARIANTS), choices=VARIANTS)
     parser.add_argument("--rounds", type=int, default=15, help="turns of each contender")
     parser.add_argument("--new", type=int, default=32, help="tokens that a model decodes at a time")
     parser.add_argument("--dry-run", action="store_true", help="small sizes on the CPU, no times")
     arguments = parser.parse_args()
     if DRY_RUN:
-        arguments.shapes, arguments.tokens, arguments.rounds, arguments.new = (
-            [SMALL_SHAPE],
-            SMALL_TOKENS,
-            1,
-            2,
-        )
+        arguments.shapes, arguments.tokens, arguments.rounds = [SMALL_SHAPE], SMALL_TOKENS, 1
+        arguments.new, arguments.variants = 2, VARIANTS[-2:]
     start()
     if "check" in arguments.parts:
         check([] if DRY_RUN else [(4096, 4096)])
@@ -308,8 +306,7 @@ def time_model(name: str, variant: str, new: int) -> dict:
         torch.cuda.reset_peak_memory_stats()
     model = random_model(SMALL_MODEL if DRY_RUN else MODELS[name], variant)
     weights = torch.cuda.memory_allocated()
-    settings = {"backend": "dbf"} if variant.startswith("dbf") else {}
-    step = torch.compile(model, mode="reduce-overhead", fullgraph=True, dynamic=False, **settings)
+    step = torch.compile(model, fullgraph=True, dynamic=False, **compile_settings(variant))
     prompt, repeats = 128, 5
     cache = StaticCache(config=model.config, max_cache_len=prompt + 4 + repeats * new)
     tokens = torch.randint(0, model.config.vocab_size, (1, prompt), device=DEVICE)
@@ -345,6 +342,14 @@ def time_model(name: str, variant: str, new: int) -> dict:
     }
     print(row, flush=True)
     return row
+
+
+def compile_settings(variant: str) -> dict:
+    """Return the backend and its options; ``torch.compile`` takes either a mode or options."""
+    combined = {"combo_kernels": variant.endswith(", combined")}
+    if variant.startswith("dbf"):
+        return {"backend": "dbf", "options": {"mode": "reduce-overhead", "inductor": combined}}
+    return {"options": {**inductor.mode_settings("reduce-overhead"), **combined}}
 
 
 def random_model(sizes: dict, variant: str) -> nn.Module:

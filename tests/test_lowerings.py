@@ -13,6 +13,7 @@ from support.cuda_codegen import (
     BLOCK_TOKENS,
     CASES,
     DEEP_TOKENS,
+    LLAMA_BLOCKS,
     SIBLING_TOKENS,
     Case,
     Program,
@@ -124,6 +125,28 @@ def test_layers_factored_as_one_are_two_launches_for_few_tokens(M: int, programs
     kinds = [name.split("_")[1] for name in launches(program)]
     # Scales, the cast and the concatenation that this model ends in are one kernel behind.
     assert kinds == (["tem", "tem", "poi"] if M <= 16 else ["poi", *["tem"] * 4, "poi"])
+
+
+def test_inductor_may_combine_what_reads_a_product(
+    programs: dict[str, Program], errors: dict[str, float]
+) -> None:
+    assert [name.split("_")[1] for name in launches(programs["apart"])] == ["tem", "tem", "poi"]
+    assert errors["apart"] <= 1
+
+
+def test_a_token_of_a_llama_costs_no_launch_beside_its_products_that_it_does_not_cost_dense(
+    programs: dict[str, Program],
+) -> None:
+    pytest.importorskip("transformers")
+    dense, factored, combined = (programs[name] for name in ("dense llama", "llama", "combined llama"))
+    products = [name for name in launches(factored) if "_tem_" in name]
+    # Both stages of q, k and v, of o, of gate and up, of down.
+    assert len(products) == 8 * LLAMA_BLOCKS
+    # The head stays dense, as what a model multiplies beside its layers.
+    dense_mm, factored_mm = (program.call.count("extern_kernels.mm(") for program in (dense, factored))
+    assert dense_mm - factored_mm == 7 * LLAMA_BLOCKS
+    assert len(launches(factored)) - len(products) == len(launches(dense))
+    assert len(launches(combined)) < len(launches(factored))
 
 
 @pytest.mark.parametrize("M", SIBLING_TOKENS)

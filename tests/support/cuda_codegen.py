@@ -12,13 +12,18 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
+from support.shared_library import build
 from support.strategies import random_factors, random_signs
 from torch.nn import Parameter
 
@@ -59,6 +64,8 @@ BLOCK_TOKENS = (1, 64)
 SIBLING_TOKENS = (1, 6, 64)
 DEEP_TOKENS = (1, 3)
 PLAIN_TOKENS = 200
+LLAMA_BLOCKS = 2
+COMBINED = {"combo_kernels": True}  # Inductor's own, for kernels that have nothing to do with each other
 
 
 @dataclass(frozen=True)
@@ -114,21 +121,36 @@ def main() -> None:
     programs["plain"] = _generate(Plain(), PLAIN_TOKENS, Plain.SIZE[1], torch.bfloat16)
     programs["overwritten"] = _generate(Overwritten(), 1, 2100, torch.float32)
     programs |= {f"block of {M}": _generate(_Block(), M, 256, torch.bfloat16) for M in BLOCK_TOKENS}
+    programs["apart"] = _generate(Siblings(apart=True), 1, 256, torch.bfloat16, inductor=COMBINED)
+    if find_spec("transformers"):
+        programs["dense llama"] = _generate_llama("inductor")
+        programs["llama"] = _generate_llama("dbf")
+        programs["combined llama"] = _generate_llama("dbf", **COMBINED)
     print(json.dumps({name: asdict(program) for name, program in programs.items()}))
 
 
 class Siblings(torch.nn.Module):
-    """Three layers that were factored as one and have their first stage in common, as q, k and v."""
+    """Three layers that were factored as one and have their first stage in common, as q, k and v.
+
+    Args:
+        apart: return their results as they are; else one behind the other.
+    """
 
     ROWS = (33, 320, 96)
 
-    def __init__(self) -> None:
+    def __init__(self, apart: bool = False) -> None:
         super().__init__()
-        stacked = random_factors(256, 192, sum(self.ROWS))
-        self.layers = torch.nn.ModuleList(map(DoubleBinaryLinear, stacked.split(self.ROWS)))
+        self.layers = torch.nn.ModuleList(_siblings(256, 192, self.ROWS))
+        self.apart = apart
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([layer(x) for layer in self.layers], dim=-1)
+    def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        found = [layer(x) for layer in self.layers]
+        return found if self.apart else torch.cat(found, dim=-1)
+
+
+def _siblings(K: int, R: int, rows: Sequence[int]) -> list[DoubleBinaryLinear]:
+    """Return layers that were factored as one."""
+    return [DoubleBinaryLinear(factors) for factors in random_factors(K, R, sum(rows)).split(rows)]
 
 
 class Deep(torch.nn.Module):
@@ -202,7 +224,60 @@ def _generate_layer(case: Case) -> Program:
     return _generate(layer, case.M, case.K, dtype, case.dynamic)
 
 
-def _generate(model: torch.nn.Module, M: int, K: int, dtype: torch.dtype, dynamic: bool = False) -> Program:
+def _generate_llama(backend: str, **inductor: Any) -> Program:
+    """Compile the step that decodes one token, with a static cache; all layers but the head are factored for dbf."""
+    from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=LLAMA_BLOCKS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=320,
+    )
+    model = LlamaForCausalLM(config).eval()
+    for block in model.model.layers if backend == "dbf" else []:
+        q_k_v, gate_up = _siblings(256, 192, (256, 128, 128)), _siblings(256, 192, (512, 512))
+        block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj = q_k_v
+        block.mlp.gate_proj, block.mlp.up_proj = gate_up
+        block.self_attn.o_proj = DoubleBinaryLinear(random_factors(256, 192, 256))
+        block.mlp.down_proj = DoubleBinaryLinear(random_factors(512, 192, 256))
+    inductor["joint_graph_constant_folding"] = False  # would make constants on the device
+    options = {"inductor": inductor} if backend == "dbf" else inductor
+    with _on_pretended_device(model, torch.bfloat16):
+        cache = StaticCache(config=config, max_cache_len=64)
+        for layer in cache.layers:
+            for name, tensor in list(vars(layer).items()):
+                if isinstance(tensor, torch.Tensor):
+                    setattr(layer, name, torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda"))
+        cache.early_initialization(1, 2, 64, torch.bfloat16, torch.device("cuda"))
+        tokens = torch.empty(1, 1, dtype=torch.int64, device="cuda")
+        step = torch.compile(model, backend=backend, options=options, fullgraph=True, dynamic=False)
+        return _program(
+            lambda ids: step(ids, past_key_values=cache, position_ids=torch.empty_like(tokens)), tokens
+        )
+
+
+def _generate(
+    model: torch.nn.Module,
+    M: int,
+    K: int,
+    dtype: torch.dtype,
+    dynamic: bool = False,
+    inductor: dict[str, Any] | None = None,
+) -> Program:
+    with _on_pretended_device(model, dtype):
+        x = torch.empty(M, K, dtype=dtype, device="cuda")
+        if dynamic:
+            torch._dynamo.mark_dynamic(x, 0)
+        options = {"inductor": inductor or {}}
+        return _program(torch.compile(model, backend="dbf", options=options, fullgraph=True), x)
+
+
+@contextmanager
+def _on_pretended_device(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Move a model there, its parameters to ``dtype``, and have what follows happen there."""
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -217,10 +292,11 @@ def _generate(model: torch.nn.Module, M: int, K: int, dtype: torch.dtype, dynami
             for name, tensor in [*module.named_parameters(recurse=False)]:
                 made = torch.empty(tensor.shape, dtype=dtype, device="cuda")
                 setattr(module, name, Parameter(made, requires_grad=False))
-        x = torch.empty(M, K, dtype=dtype, device="cuda")
-        if dynamic:
-            torch._dynamo.mark_dynamic(x, 0)
-        source = _source_of(torch.compile(model, backend="dbf", fullgraph=True), x)
+        yield
+
+
+def _program(compiled: Any, x: torch.Tensor) -> Program:
+    source = _source_of(compiled, x)
     found = re.findall(r"(\w+) = async_compile\.triton\('(\w+)', '''\n(.*?)'''", source, re.S)
     return Program(
         call=textwrap.dedent(re.search(r"    def call\(.*?\n        return [^\n]*\n", source, re.S)[0]),
@@ -346,6 +422,8 @@ def pretend_cuda() -> None:
         set_rng_state=None,
     )
     answer(torch.cuda.random, current_device=0)
+    with TemporaryDirectory() as folder:
+        torch.ops.load_library(build(Path(__file__).with_name("cuda_guard.cpp"), Path(folder)))
     answer(torch.accelerator, is_available=False, current_device_index=0)
     torch.version.cuda = torch.version.cuda or "13.0"
     answer(fake_tensor, init_gpu_context=None)

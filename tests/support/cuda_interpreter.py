@@ -58,6 +58,7 @@ def main() -> None:
         for M in SIBLING_TOKENS:
             name = f"siblings of {M}"
             worst[name] = _worst_of_siblings(M, programs[name], Path(folder, name))
+        worst["apart"] = _worst_of_siblings(1, programs["apart"], Path(folder, "apart"))
         for M in DEEP_TOKENS:
             name = f"deep of {M}"
             worst[name] = _worst_of_deep(M, programs[name], Path(folder, name))
@@ -101,7 +102,7 @@ def _worst_of_siblings(M: int, program: Program, folder: Path) -> float:
         inputs += [layer.signs_out, layer.scale_out]
     shapes = [eval(shape) for shape in re.findall(r"assert_size_stride\(arg\d+_1, (\(.*?\)), ", program.call)]
     assert sorted(shapes) == sorted(tuple(tensor.shape) for tensor in inputs)
-    (y,) = _load(program, folder)(None, list(inputs))
+    y = torch.cat(_load(program, folder)(None, list(inputs)), dim=-1)
     truth = torch.cat([x.double() @ layer.factors.dense(torch.float64).T for layer in model.layers], dim=-1)
     # Without the scales of the rows, so that each counts as much as any other.
     scales = torch.cat([layer.scale_out.double() for layer in model.layers])
@@ -216,7 +217,11 @@ def _launcher(name: str, source: str, folder: Path) -> Any:
     interpreted = getattr(loaded, kernel.name)
     if name.startswith("triton_tem"):
         return lambda *given, stream: interpreted[given[-3:]](*given[:-3])
-    # One-dimensional, of Inductor's own.
+    # One-dimensional, of Inductor's own; several in one take turns, and know their numbers of elements.
+    sizes = [int(size) for size in re.findall(r"'xnumel_\d+': (\d+)", source)]
+    if sizes:
+        programs = len(sizes) * -(-max(sizes) // _BLOCK)
+        return lambda *given, stream: interpreted[(programs,)](*given, XBLOCK=_BLOCK)
     return lambda *given, stream: interpreted[(-(-given[-1] // _BLOCK),)](*given, XBLOCK=_BLOCK)
 
 
