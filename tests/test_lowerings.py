@@ -13,13 +13,14 @@ from support.cuda_codegen import (
     BLOCK_TOKENS,
     CASES,
     DEEP_TOKENS,
-    LLAMA_BLOCKS,
+    LLAMA_TOKENS,
     SIBLING_TOKENS,
     Case,
     Program,
     generate_all,
 )
 from support.cuda_interpreter import run_all
+from support.cuda_models import LLAMA_BLOCKS
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(
@@ -138,7 +139,7 @@ def test_a_token_of_a_llama_costs_no_launch_beside_its_products_that_it_does_not
     programs: dict[str, Program],
 ) -> None:
     pytest.importorskip("transformers")
-    dense, factored, combined = (programs[name] for name in ("dense llama", "llama", "combined llama"))
+    dense, factored, combined = (programs[name] for name in ("dense llama", "llama of 1", "combined llama"))
     products = [name for name in launches(factored) if "_tem_" in name]
     # Both stages of q, k and v, of o, of gate and up, of down.
     assert len(products) == 8 * LLAMA_BLOCKS
@@ -147,6 +148,13 @@ def test_a_token_of_a_llama_costs_no_launch_beside_its_products_that_it_does_not
     assert dense_mm - factored_mm == 7 * LLAMA_BLOCKS
     assert len(launches(factored)) - len(products) == len(launches(dense))
     assert len(launches(combined)) < len(launches(factored))
+
+
+@pytest.mark.parametrize("name", [*(f"llama of {M}" for M in LLAMA_TOKENS), "combined llama"])
+def test_the_generated_program_computes_a_llama(name: str, errors: dict[str, float]) -> None:
+    """Of transformers, with a static cache: its logits, and the keys and values that it leaves."""
+    pytest.importorskip("transformers")
+    assert errors[name] <= 1
 
 
 @pytest.mark.parametrize("M", SIBLING_TOKENS)

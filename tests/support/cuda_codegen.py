@@ -1,7 +1,7 @@
 """Compiles layers for a CUDA device that is not there, and prints the program Inductor makes of them.
 
-Nothing is run: tensors are fake, and what torch and Triton ask the driver is answered here, for an H100. All that is
-patched stays patched; hence this file is a program, which :func:`generate_all` starts.
+Nothing is run: tensors are fake, and :mod:`support.pretended_cuda` answers what torch and Triton ask the driver; hence
+this file is a program, which :func:`generate_all` starts.
 """
 
 from __future__ import annotations
@@ -12,25 +12,21 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
-from support.shared_library import build
-from support.strategies import random_factors, random_signs
+from support.cuda_models import CACHED_TOKENS, Block, Deep, Overwritten, Plain, Siblings, llama
+from support.pretended_cuda import pretend_cuda
+from support.strategies import random_factors
 from torch.nn import Parameter
 
 from dbf_compile.linear import DoubleBinaryLinear
-from dbf_compile.signs import interleave, pack_signs
-
-CAPABILITY = (9, 0)
 
 
 @dataclass(frozen=True)
@@ -64,7 +60,7 @@ BLOCK_TOKENS = (1, 64)
 SIBLING_TOKENS = (1, 6, 64)
 DEEP_TOKENS = (1, 3)
 PLAIN_TOKENS = 200
-LLAMA_BLOCKS = 2
+LLAMA_TOKENS = (1, 20, 160)
 COMBINED = {"combo_kernels": True}  # Inductor's own, for kernels that have nothing to do with each other
 
 
@@ -120,102 +116,13 @@ def main() -> None:
     programs["chain"] = _generate(Deep(False), 1, 2100, torch.bfloat16)
     programs["plain"] = _generate(Plain(), PLAIN_TOKENS, Plain.SIZE[1], torch.bfloat16)
     programs["overwritten"] = _generate(Overwritten(), 1, 2100, torch.float32)
-    programs |= {f"block of {M}": _generate(_Block(), M, 256, torch.bfloat16) for M in BLOCK_TOKENS}
+    programs |= {f"block of {M}": _generate(Block(), M, 256, torch.bfloat16) for M in BLOCK_TOKENS}
     programs["apart"] = _generate(Siblings(apart=True), 1, 256, torch.bfloat16, inductor=COMBINED)
     if find_spec("transformers"):
-        programs["dense llama"] = _generate_llama("inductor")
-        programs["llama"] = _generate_llama("dbf")
-        programs["combined llama"] = _generate_llama("dbf", **COMBINED)
+        programs |= {f"llama of {M}": _generate_llama("dbf", M) for M in LLAMA_TOKENS}
+        programs["combined llama"] = _generate_llama("dbf", 1, COMBINED)
+        programs["dense llama"] = _generate_llama("inductor", 1)
     print(json.dumps({name: asdict(program) for name, program in programs.items()}))
-
-
-class Siblings(torch.nn.Module):
-    """Three layers that were factored as one and have their first stage in common, as q, k and v.
-
-    Args:
-        apart: return their results as they are; else one behind the other.
-    """
-
-    ROWS = (33, 320, 96)
-
-    def __init__(self, apart: bool = False) -> None:
-        super().__init__()
-        self.layers = torch.nn.ModuleList(_siblings(256, 192, self.ROWS))
-        self.apart = apart
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        found = [layer(x) for layer in self.layers]
-        return found if self.apart else torch.cat(found, dim=-1)
-
-
-def _siblings(K: int, R: int, rows: Sequence[int]) -> list[DoubleBinaryLinear]:
-    """Return layers that were factored as one."""
-    return [DoubleBinaryLinear(factors) for factors in random_factors(K, R, sum(rows)).split(rows)]
-
-
-class Deep(torch.nn.Module):
-    """Two layers of many columns: one token's sums stay in parts, for the next layer or the activation to add up.
-
-    Args:
-        both: return what is between the layers, too; else the activation becomes part of the first layer's kernel.
-    """
-
-    def __init__(self, both: bool) -> None:
-        super().__init__()
-        sizes = ((2100, 1090, 1060), (1060, 40, 70))
-        self.first, self.second = (DoubleBinaryLinear(random_factors(*size)) for size in sizes)
-        self.both = both
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        z = torch.relu(self.first(x))
-        return (self.second(z), z) if self.both else self.second(z)
-
-
-class Plain(torch.nn.Module):
-    """A product of many tokens without scales, and one with words row after row."""
-
-    SIZE = (48, 600)
-
-    def __init__(self) -> None:
-        super().__init__()
-        words = pack_signs(random_signs(*self.SIZE, seed=0))
-        self.register_buffer("interleaved", interleave(words))
-        self.register_buffer("in_rows", words)
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        many = torch.ops.dbf.sign_matmul(x, self.interleaved, dtype=x.dtype, interleaved=True)
-        return many, torch.ops.dbf.sign_matmul(x, self.in_rows, dtype=x.dtype)
-
-
-class Overwritten(torch.nn.Module):
-    """Two products with signs, where somebody writes to what is between them."""
-
-    SIZES = ((1090, 2100), (1060, 1090))
-
-    def __init__(self) -> None:
-        super().__init__()
-        for index, size in enumerate(self.SIZES):
-            self.register_buffer(f"signs{index}", interleave(pack_signs(random_signs(*size, seed=index))))
-        self.register_buffer("zero", torch.zeros(()))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = torch.ops.dbf.sign_matmul(x, self.signs0, interleaved=True)
-        h = h.index_put((h > 3,), self.zero)
-        return torch.ops.dbf.sign_matmul(h, self.signs1, interleaved=True)
-
-
-class _Block(torch.nn.Module):
-    """Half a block of a Llama: a norm, three factored layers, the activation between them, and the residual."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = torch.nn.RMSNorm(256)
-        self.gate, self.up = (DoubleBinaryLinear(random_factors(256, 192, 512)) for _ in range(2))
-        self.down = DoubleBinaryLinear(random_factors(512, 192, 256))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        z = self.norm(x)
-        return x + self.down(torch.nn.functional.silu(self.gate(z)) * self.up(z))
 
 
 def _generate_layer(case: Case) -> Program:
@@ -224,39 +131,26 @@ def _generate_layer(case: Case) -> Program:
     return _generate(layer, case.M, case.K, dtype, case.dynamic)
 
 
-def _generate_llama(backend: str, **inductor: Any) -> Program:
-    """Compile the step that decodes one token, with a static cache; all layers but the head are factored for dbf."""
-    from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+def _generate_llama(backend: str, M: int, settings: dict[str, Any] | None = None) -> Program:
+    """Compile what a model does with M tokens and a static cache."""
+    from transformers import StaticCache
 
-    config = LlamaConfig(
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=LLAMA_BLOCKS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=320,
-    )
-    model = LlamaForCausalLM(config).eval()
-    for block in model.model.layers if backend == "dbf" else []:
-        q_k_v, gate_up = _siblings(256, 192, (256, 128, 128)), _siblings(256, 192, (512, 512))
-        block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj = q_k_v
-        block.mlp.gate_proj, block.mlp.up_proj = gate_up
-        block.self_attn.o_proj = DoubleBinaryLinear(random_factors(256, 192, 256))
-        block.mlp.down_proj = DoubleBinaryLinear(random_factors(512, 192, 256))
-    inductor["joint_graph_constant_folding"] = False  # would make constants on the device
+    model = llama(factored=backend == "dbf")
+    # Folding would make constants on the device.
+    inductor = {**(settings or {}), "joint_graph_constant_folding": False}
     options = {"inductor": inductor} if backend == "dbf" else inductor
+    step = torch.compile(model, backend=backend, options=options, fullgraph=True, dynamic=False)
     with _on_pretended_device(model, torch.bfloat16):
-        cache = StaticCache(config=config, max_cache_len=64)
+        tokens = torch.empty(1, M, dtype=torch.int64, device="cuda")
+        cache = StaticCache(config=model.config, max_cache_len=CACHED_TOKENS)
         for layer in cache.layers:
             for name, tensor in list(vars(layer).items()):
                 if isinstance(tensor, torch.Tensor):
                     setattr(layer, name, torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda"))
-        cache.early_initialization(1, 2, 64, torch.bfloat16, torch.device("cuda"))
-        tokens = torch.empty(1, 1, dtype=torch.int64, device="cuda")
-        step = torch.compile(model, backend=backend, options=options, fullgraph=True, dynamic=False)
-        return _program(
-            lambda ids: step(ids, past_key_values=cache, position_ids=torch.empty_like(tokens)), tokens
-        )
+        heads, size = model.config.num_key_value_heads, model.config.head_dim
+        cache.early_initialization(1, heads, size, torch.bfloat16, tokens.device)
+        positions = torch.empty_like(tokens)
+        return _program(lambda ids: step(ids, past_key_values=cache, position_ids=positions), tokens)
 
 
 def _generate(
@@ -342,119 +236,6 @@ def _cubin(name: str, source: str) -> bytes:
         kernel.precompile(warm_cache_only=True)
     compiled = kernel.compile_results[0].kernel
     return bytes(compiled.asm["cubin"])
-
-
-def pretend_cuda() -> None:
-    """Answer for an H100 wherever torch or Triton would ask the driver, until this process ends."""
-    import torch._inductor.runtime.triton_helpers
-    import torch._inductor.utils
-    from torch._dynamo import device_interface
-    from torch._inductor.fx_passes import fuse_attention, misc_patterns, pad_mm
-    from torch._subclasses import fake_tensor
-    from triton.runtime import driver
-
-    major, minor = CAPABILITY
-    properties = SimpleNamespace(
-        name="pretended",
-        major=major,
-        minor=minor,
-        multi_processor_count=132,
-        total_memory=80 << 30,
-        regs_per_multiprocessor=65536,
-        max_threads_per_multi_processor=2048,
-        max_threads_per_block=1024,
-        warp_size=32,
-        shared_memory_per_block=49152,
-        shared_memory_per_block_optin=232448,
-        shared_memory_per_multiprocessor=233472,
-        gcnArchName="",
-        L2_cache_size=50 << 20,
-        is_integrated=False,
-    )
-
-    def answer(owner: Any, **answers: Any) -> None:
-        for name, value in answers.items():
-            setattr(owner, name, value if callable(value) else lambda *_, _value=value, **__: _value)
-
-    device_interface.get_interface_for_device("cuda")  # registers the true ones, which are then replaced
-    worker = type("Worker", (), {})
-    interface = type("PretendedInterface", (device_interface.CudaInterface,), {"Worker": worker})
-    names = ("set_device", "current_device", "get_device_properties")
-    known = dict(zip(names, (None, 0, properties), strict=True))
-    for owner, answers in (
-        (worker, known),
-        (
-            interface,
-            {
-                **known,
-                "device_count": 1,
-                "synchronize": None,
-                "exchange_device": 0,
-                "maybe_exchange_device": 0,
-                "is_bf16_supported": True,
-                "is_available": True,
-                "get_compute_capability": 10 * major + minor,
-                "is_triton_capable": True,
-                "raise_if_triton_unavailable": None,
-            },
-        ),
-    ):
-        for name, value in answers.items():
-            setattr(owner, name, staticmethod(lambda *_, _value=value, **__: _value))
-    device_interface.device_interfaces.update({"cuda": interface, "cuda:0": interface})
-
-    answer(
-        torch.cuda,
-        is_available=True,
-        is_initialized=True,
-        current_device=0,
-        device_count=1,
-        get_device_properties=properties,
-        get_device_capability=CAPABILITY,
-        get_device_name="pretended",
-        set_device=None,
-        synchronize=None,
-        _exchange_device=0,
-        _maybe_exchange_device=0,
-        is_bf16_supported=True,
-        _lazy_init=None,
-        get_rng_state=torch.zeros(16, dtype=torch.uint8),
-        set_rng_state=None,
-    )
-    answer(torch.cuda.random, current_device=0)
-    with TemporaryDirectory() as folder:
-        torch.ops.load_library(build(Path(__file__).with_name("cuda_guard.cpp"), Path(folder)))
-    answer(torch.accelerator, is_available=False, current_device_index=0)
-    torch.version.cuda = torch.version.cuda or "13.0"
-    answer(fake_tensor, init_gpu_context=None)
-    answer(torch._inductor.runtime.triton_helpers, set_driver_to_gpu=None)
-    answer(torch._inductor.utils, is_big_gpu=True)
-    # These register patterns with tensors on the device.
-    answer(misc_patterns, _misc_patterns_init=None)
-    answer(fuse_attention, _sfdp_init=None)
-    answer(pad_mm, _pad_mm_init=None)
-    driver.set_active(_Driver())
-
-
-class _Driver:
-    """What Triton asks its driver while it compiles."""
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 10 * CAPABILITY[0] + CAPABILITY[1], 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cuda", 0)
-
-    def get_device_interface(self) -> Any:
-        return torch.cuda
-
-    def is_active(self) -> bool:
-        return True
 
 
 if __name__ == "__main__":
