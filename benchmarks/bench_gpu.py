@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from decode_cpu import MODELS as SIZES
 from decode_cpu import factored_layers, meta_model, random_factors
-from gpu_timing import DEVICE, DRY_RUN, copy_bandwidth, interleaved_graphs, report, start, synchronize
+from gpu_timing import DEVICE, DRY_RUN, announce, copy_bandwidth, interleaved_graphs, report, synchronize
 from torch import Tensor, nn
 
 import dbf_compile.ops
@@ -89,7 +89,7 @@ def main() -> None:
     if DRY_RUN:
         arguments.shapes, arguments.tokens, arguments.rounds = [SMALL_SHAPE], SMALL_TOKENS, 1
         arguments.new, arguments.variants = 2, VARIANTS[-2:]
-    start()
+    announce()
     if "check" in arguments.parts:
         check([] if DRY_RUN else [(4096, 4096)])
     if "layers" in arguments.parts:

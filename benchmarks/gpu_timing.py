@@ -22,7 +22,7 @@ DRY_RUN = "--dry-run" in sys.argv
 DEVICE = "cpu" if DRY_RUN else "cuda"
 
 
-def start() -> None:
+def announce() -> None:
     """Say where figures come from, or that there is no device."""
     if not DRY_RUN and not torch.cuda.is_available():
         raise SystemExit("no CUDA device here: run this on a machine with one, or with --dry-run")

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from gpu_timing import DEVICE, DRY_RUN, milliseconds, report, start
+from gpu_timing import DEVICE, DRY_RUN, announce, milliseconds, report
 
 # isort: split
 import torch
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each way")
     arguments = parser.parse_args()
-    start()
+    announce()
     rows = []
     for N, K in SMALL_LAYERS if DRY_RUN else LAYERS:
         R = 80 if DRY_RUN else mid_features_for(2.0, K, N) // 32 * 32

@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from typing import Any
 
-from gpu_timing import DEVICE, DRY_RUN, interleaved_graphs, report, start, synchronize
+from gpu_timing import DEVICE, DRY_RUN, announce, interleaved_graphs, report, synchronize
 
 # isort: split
 import torch
@@ -59,7 +59,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if DRY_RUN:
         arguments.shapes, arguments.tokens, arguments.rounds = [SMALL_SHAPE], SMALL_TOKENS, 1
-    start()
+    announce()
     sizes = [(M, *map(int, shape.split("x"))) for M in arguments.tokens for shape in arguments.shapes]
     jobs = [(M, N, K, settings) for M, N, K in sizes for settings in candidates(M, N, K)]
     # Each process has the device open, which takes some of its memory.

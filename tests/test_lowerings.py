@@ -6,6 +6,7 @@ On the CPU every compiled test runs them.
 from __future__ import annotations
 
 import re
+import shutil
 
 import pytest
 from support import sass
@@ -23,9 +24,12 @@ from support.cuda_interpreter import run_all
 from support.cuda_models import LLAMA_BLOCKS
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(
-    sass.missing_tools() is not None, reason=f"cannot compile for NVIDIA: {sass.missing_tools()}"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        sass.missing_tools() is not None, reason=f"cannot compile for NVIDIA: {sass.missing_tools()}"
+    ),
+    pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler"),
+]
 
 ON_TRITON = [case for case in CASES if case.dtype != "float64" and not case.dynamic]
 FEW = [case for case in ON_TRITON if case.M <= 16]
