@@ -55,12 +55,17 @@ def interleaved_graphs(
         try:
             graphs[name] = _capture(call, count)
         except Exception as error:
-            print(f"{name} left out: {str(error).splitlines()[0]}", flush=True)
+            leave_out(name, error)
     samples: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(rounds):
         for name, graph in graphs.items():
             samples[name].append(1e3 * milliseconds(graph) / calls[name][1])
     return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def leave_out(name: str, error: Exception) -> None:
+    """Say that a contender is not measured, and why."""
+    print(f"{name} left out: {type(error).__name__}: {str(error).partition(chr(10))[0]}", flush=True)
 
 
 def _capture(call: Callable[[int], object], count: int) -> Callable[[], object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import functools
 import os
 import platform
 import statistics
@@ -77,8 +78,9 @@ def versions() -> str:
     return f"dbf_compile {dbf_compile.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
+@functools.cache
 def commit() -> str:
-    """Return the commit of the tree, with a + if there are changes on top."""
+    """Return the commit of the tree, with a + if there are changes on top; results that are written are none."""
     command = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
