@@ -271,9 +271,12 @@ def parts_of(x: Any) -> tuple[int, Any]:
     return (count, parts) if storage is not None and x is storage and x.data is formula else (1, None)
 
 
-def matmul(a: Any, b: Any) -> Any:
-    """Return ``a · bᵀ`` of two matrices, by the library of the device."""
-    return lowerings[torch.ops.aten.mm.default](a, lowerings[torch.ops.aten.permute.default](b, [1, 0]))
+def matmul(a: Any, b: Any, dtype: torch.dtype) -> Any:
+    """Return ``a · bᵀ`` of two matrices in ``dtype``, theirs or float32, by the library of a GPU."""
+    b = lowerings[torch.ops.aten.permute.default](b, [1, 0])
+    if dtype == a.get_dtype():
+        return lowerings[torch.ops.aten.mm.default](a, b)
+    return lowerings[torch.ops.aten.mm.dtype](a, b, dtype)
 
 
 def emits_cpp_wrapper() -> bool:

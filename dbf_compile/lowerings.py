@@ -180,10 +180,9 @@ def _many_tokens(
         z = inductor.cast(x, torch.float32)
     if in_scale is not None:
         z = inductor.multiply(z, inductor.cast(in_scale, torch.float32))
-    # A wide result keeps its float32 sums.
-    if result == narrow and count == 1 and not fused:
+    if count == 1 and not fused:
         dense = _dense_signs(signs, out_scale, K, narrow)
-        y = inductor.matmul(inductor.view(inductor.cast(z, narrow), [M, K]), dense)
+        y = inductor.matmul(inductor.view(inductor.cast(z, narrow), [M, K]), dense, result)
         return inductor.view(y, [*leading, N]), None
     terms = []
     for _ in range(count - 1):

@@ -138,9 +138,12 @@ def _worst_of_plain(program: Program, folder: Path) -> float:
     x = torch.randn(PLAIN_TOKENS, model.SIZE[1], generator=generator).bfloat16()
     found = _load(program, folder)(None, [model.interleaved, x, model.in_rows])
     truth = x.double() @ unpack_signs(model.in_rows, model.SIZE[1], torch.float64).T
+    assert [y.dtype for y in found] == [torch.bfloat16, torch.float32, torch.bfloat16]
     errors = [(y.double() - truth).norm() / truth.norm() for y in found]
-    # One rounding of the result.
-    return max((error / _ROUNDING).nan_to_num(nan=math.inf).item() for error in errors)
+    # One rounding of a narrow result; else float32 sums of as many terms as there are columns.
+    sums = model.SIZE[1] * torch.finfo(torch.float32).eps / 16
+    allowed = (_ROUNDING, sums, _ROUNDING)
+    return max((e / one).nan_to_num(nan=math.inf).item() for e, one in zip(errors, allowed, strict=True))
 
 
 def _worst_of_overwritten(program: Program, folder: Path) -> float:
@@ -217,7 +220,7 @@ def _load(program: Program, folder: Path) -> Any:
             bfloat16=torch.bfloat16,
             float16=torch.float16,
         ),
-        extern_kernels=SimpleNamespace(mm=_matmul, bmm=_matmul),
+        extern_kernels=SimpleNamespace(mm=_matmul, mm_dtype=_matmul, bmm=_matmul),
         assert_size_stride=nothing,
         assert_alignment=nothing,
         copy_if_misaligned=lambda tensor: tensor,
@@ -229,7 +232,10 @@ def _load(program: Program, folder: Path) -> Any:
     return namespace["call"]
 
 
-def _matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+def _matmul(
+    a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, out_dtype: torch.dtype | None = None
+) -> None:
+    assert out_dtype in (None, out.dtype)
     out.copy_(a.float() @ b.float())  # as on a device: sums of float32
 
 

@@ -57,7 +57,7 @@ class Deep(torch.nn.Module):
 
 
 class Plain(torch.nn.Module):
-    """A product of many tokens without scales, and one with words row after row."""
+    """Products of many tokens without scales: one rounded, one whose sums stay wide, one with words row after row."""
 
     SIZE = (48, 600)
 
@@ -67,9 +67,10 @@ class Plain(torch.nn.Module):
         self.register_buffer("interleaved", interleave(words))
         self.register_buffer("in_rows", words)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        many = torch.ops.dbf.sign_matmul(x, self.interleaved, dtype=x.dtype, interleaved=True)
-        return many, torch.ops.dbf.sign_matmul(x, self.in_rows, dtype=x.dtype)
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        rounded = torch.ops.dbf.sign_matmul(x, self.interleaved, dtype=x.dtype, interleaved=True)
+        wide = torch.ops.dbf.sign_matmul(x, self.interleaved, interleaved=True)
+        return rounded, wide, torch.ops.dbf.sign_matmul(x, self.in_rows, dtype=x.dtype)
 
 
 class Overwritten(torch.nn.Module):
