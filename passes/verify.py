@@ -22,8 +22,8 @@ def verify(graph: Graph, source: WeightSource) -> int:
         0: nothing is rewritten.
 
     Raises:
-        GraphInvariantError: a node reads one that comes later, has no example value, multiplies by signs of the wrong
-            size or dtype, or writes to signs.
+        GraphInvariantError: a node reads one that comes later, has no example value, multiplies by signs of a wrong or
+            symbolic size or of another dtype, or writes to signs.
     """
     try:
         graph.lint()
@@ -54,11 +54,15 @@ def _check_product(node: Node) -> None:
     x, signs = (example_value(item) for item in node.args[:2])  # type: ignore[arg-type]
     output = example_value(node)
     cols, rows = x.shape[-1], signs.shape[0]
+    if not (isinstance(cols, int) and isinstance(rows, int)):
+        raise GraphInvariantError(
+            f"{node.format_node()}: x {tuple(x.shape)}, signs {tuple(signs.shape)}: a symbolic number of features",
+            "x [..., K] and signs of N rows with fixed N and K; other dimensions of x may be symbolic",
+            "leave these dimensions out of mark_dynamic, or compile with dynamic=False",
+        )
     legal = (
         signs.dtype == torch.int32
         and signs.dim() == 2
-        and isinstance(rows, int)
-        and isinstance(cols, int)
         and signs.shape[1] == words_per_row(cols)
         and isinstance(output, Tensor)
         and output.shape[-1] == rows
@@ -67,6 +71,6 @@ def _check_product(node: Node) -> None:
         raise GraphInvariantError(
             f"{node.format_node()}: x {tuple(x.shape)}, signs {signs.dtype} {tuple(signs.shape)}, "
             f"output {tuple(output.shape)}",
-            "x [..., K], signs int32 [N, ceil(K / 32)] with fixed N and K, output [..., N]",
+            "x [..., K], signs int32 [N, ceil(K / 32)], output [..., N]",
             _REPORT,
         )
