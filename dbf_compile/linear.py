@@ -41,6 +41,7 @@ class DoubleBinaryLinear(nn.Module):
 
     def __init__(self, factors: DoubleBinaryFactors, bias: Tensor | None = None) -> None:
         super().__init__()
+        self._shares_with: tuple[DoubleBinaryLinear, ...] = ()  # in a tuple it is no child
         self.interleaved = interleaved_on(factors.scale_in.device)
         for name, tensor in factors.tensors().items():
             signs = self.interleaved and name in SIGN_NAMES
@@ -57,7 +58,10 @@ class DoubleBinaryLinear(nn.Module):
         """Take the first stage of ``owner``, in place; this layer's ``state_dict`` leaves it to the owner's."""
         for name in FIRST_STAGE:
             self.register_buffer(name, getattr(owner, name), persistent=False)
-        self.interleaved = owner.interleaved
+        if self.interleaved != owner.interleaved:
+            self.signs_out = _once(interleave if owner.interleaved else deinterleave, self.signs_out)
+            self.interleaved = owner.interleaved
+        self._shares_with = (owner,)
 
     @property
     def in_features(self) -> int:
@@ -128,7 +132,11 @@ class DoubleBinaryLinear(nn.Module):
             if self.interleaved and key in state_dict and state_dict[key].dim() == 2:
                 state_dict[key] = interleave(state_dict[key])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._follow_device()  # with assign=True the device is that of what was loaded
+        # With assign=True tensors are other ones than before, maybe on another device. Models load layers in their order,
+        # the owner of a first stage first.
+        for owner in self._shares_with:
+            self.share_first_stage_(owner)
+        self._follow_device()
 
     def extra_repr(self) -> str:
         """Return the sizes for ``print(model)``."""

@@ -220,6 +220,19 @@ def test_words_that_are_assigned_to_a_meta_layer_are_put_in_order() -> None:
     assert torch.equal(again(x), layer(x))
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_first_stage_that_is_assigned_reaches_all_layers_that_share_it(device: str) -> None:
+    parts, others = (random_factors(33, 37, 50, seed=seed).split([20, 30]) for seed in (0, 1))
+    wanted, model = (nn.Sequential(*map(DoubleBinaryLinear, every)) for every in (others, parts))
+    for one, other in (wanted, model):
+        other.share_first_stage_(one)
+    model = copy.deepcopy(model).to(device)
+    model.load_state_dict(wanted.state_dict(), assign=True)
+    for layer, expected in zip(model, wanted, strict=True):
+        assert torch.equal(layer(x_for(33)), expected(x_for(33)))
+    assert model[0].signs_in is model[1].signs_in
+
+
 def test_other_orders_of_the_words_are_followed_when_a_layer_changes_its_device() -> None:
     # There is no second device to compute on; what moves a layer is told here that there is.
     factors = random_factors(33, 37, 50)
