@@ -40,12 +40,12 @@ ON_OPERATOR = [case for case in CASES if case not in ON_TRITON]
 
 @pytest.fixture(scope="module")
 def programs() -> dict[str, Program]:
-    return generate_all()
+    return generate_all("layers")
 
 
 @pytest.fixture(scope="module")
 def errors(programs: dict[str, Program]) -> dict[str, float]:
-    return run_all(programs)
+    return run_all("layers", programs)
 
 
 def launches(program: Program) -> list[str]:

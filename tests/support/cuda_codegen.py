@@ -21,6 +21,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from support.architectures import batches, random_factored_model, settings_of
 from support.cuda_models import CACHED_TOKENS, Block, Deep, Overwritten, Plain, Siblings, llama
 from support.pretended_cuda import pretend_cuda
 from support.strategies import random_factors
@@ -61,6 +62,13 @@ SIBLING_TOKENS = (1, 6, 64)
 DEEP_TOKENS = (1, 3)
 PLAIN_TOKENS = 200
 LLAMA_TOKENS = (1, 20, 160)
+# Of tokens: the kernels for few and for many; all kinds but those with experts, whose graphs break, and
+# Mistral, which is a Llama here.
+ARCHITECTURE_TOKENS = {
+    **dict.fromkeys(("llama", "qwen3", "gemma3", "phi", "phi3", "gpt2", "opt"), 6),
+    **dict.fromkeys(("bert", "vit", "whisper"), 24),
+}
+NO_FOLDING = {"joint_graph_constant_folding": False}  # which would make constants on the device
 COMBINED = {"combo_kernels": True}  # Inductor's own, for kernels that have nothing to do with each other
 
 
@@ -79,9 +87,9 @@ class Program:
     cubins: dict[str, str]
 
 
-def generate_all() -> dict[str, Program]:
-    """Compile all cases in a process of their own."""
-    found = run_program(Path(__file__), given="")
+def generate_all(what: str) -> dict[str, Program]:
+    """Compile all "layers" or all "architectures" in a process of their own."""
+    found = run_program(Path(__file__), given=what)
     return {name: Program(**fields) for name, fields in found.items()}
 
 
@@ -108,8 +116,13 @@ def run_program(path: Path, given: str, **environment: str) -> Any:
 
 
 def main() -> None:
-    """Print the programs of all cases as JSON."""
+    """Print the programs of what standard input names as JSON."""
     pretend_cuda()
+    programs = {"layers": _layers, "architectures": _architectures}[sys.stdin.read()]()
+    print(json.dumps({name: asdict(program) for name, program in programs.items()}))
+
+
+def _layers() -> dict[str, Program]:
     programs = {str(case): _generate_layer(case) for case in CASES}
     programs |= {f"siblings of {M}": _generate(Siblings(), M, 256, torch.bfloat16) for M in SIBLING_TOKENS}
     programs |= {f"deep of {M}": _generate(Deep(True), M, 2100, torch.bfloat16) for M in DEEP_TOKENS}
@@ -122,7 +135,27 @@ def main() -> None:
         programs |= {f"llama of {M}": _generate_llama("dbf", M) for M in LLAMA_TOKENS}
         programs["combined llama"] = _generate_llama("dbf", 1, COMBINED)
         programs["dense llama"] = _generate_llama("inductor", 1)
-    print(json.dumps({name: asdict(program) for name, program in programs.items()}))
+    return programs
+
+
+def _architectures() -> dict[str, Program]:
+    return {name: _generate_architecture(name, M) for name, M in ARCHITECTURE_TOKENS.items()}
+
+
+def _generate_architecture(name: str, M: int) -> Program:
+    """Compile what a model does with M tokens, or its picture or sound."""
+    model = random_factored_model(name)
+    with _on_pretended_device(model, torch.bfloat16):
+        given = {
+            key: torch.empty(
+                value.shape, dtype=torch.bfloat16 if value.is_floating_point() else value.dtype, device="cuda"
+            )
+            for key, value in next(batches(name, M)).items()
+        }
+        step = torch.compile(
+            model, backend="dbf", options={"inductor": NO_FOLDING}, fullgraph=True, dynamic=False
+        )
+        return _program(lambda _: step(**given, **settings_of(name)), None)
 
 
 def _generate_layer(case: Case) -> Program:
@@ -136,8 +169,7 @@ def _generate_llama(backend: str, M: int, settings: dict[str, Any] | None = None
     from transformers import StaticCache
 
     model = llama(factored=backend == "dbf")
-    # Folding would make constants on the device.
-    inductor = {**(settings or {}), "joint_graph_constant_folding": False}
+    inductor = {**(settings or {}), **NO_FOLDING}
     options = {"inductor": inductor} if backend == "dbf" else inductor
     step = torch.compile(model, backend=backend, options=options, fullgraph=True, dynamic=False)
     with _on_pretended_device(model, torch.bfloat16):
@@ -177,15 +209,20 @@ def _on_pretended_device(model: torch.nn.Module, dtype: torch.dtype) -> Iterator
 
     torch.compiler.reset()
     moved: dict[int, torch.Tensor] = {}  # what layers share, they go on sharing
+
+    def there(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if id(tensor) not in moved:
+            made = torch.empty(tensor.shape, dtype=dtype, device="cuda")
+            is_parameter = isinstance(tensor, Parameter)
+            moved[id(tensor)] = Parameter(made, requires_grad=False) if is_parameter else made
+        return moved[id(tensor)]
+
     with FakeTensorMode(shape_env=ShapeEnv()), torch.no_grad():
         for module in model.modules():
             for name, tensor in [*module.named_buffers(recurse=False)]:
-                if id(tensor) not in moved:
-                    moved[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
-                setattr(module, name, moved[id(tensor)])
+                setattr(module, name, there(tensor, tensor.dtype))
             for name, tensor in [*module.named_parameters(recurse=False)]:
-                made = torch.empty(tensor.shape, dtype=dtype, device="cuda")
-                setattr(module, name, Parameter(made, requires_grad=False))
+                setattr(module, name, there(tensor, dtype))
         yield
 
 

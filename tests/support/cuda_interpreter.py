@@ -23,7 +23,10 @@ from typing import Any
 
 import torch
 import triton
+from support import interpreted_libdevice
+from support.architectures import batches, random_factored_model, settings_of
 from support.cuda_codegen import (
+    ARCHITECTURE_TOKENS,
     CASES,
     DEEP_TOKENS,
     LLAMA_TOKENS,
@@ -44,9 +47,9 @@ from dbf_compile.signs import deinterleave, unpack_signs
 _ROUNDING = torch.finfo(torch.bfloat16).eps / 2
 
 
-def run_all(programs: dict[str, Program]) -> dict[str, float]:
-    """Run all programs; return by case the largest error in units of what rounding explains."""
-    given = json.dumps({name: asdict(program) for name, program in programs.items()})
+def run_all(what: str, programs: dict[str, Program]) -> dict[str, float]:
+    """Run all programs of "layers" or of "architectures"; return by case the largest error in units of what rounding explains."""
+    given = json.dumps([what, {name: asdict(program) for name, program in programs.items()}])
     found: dict[str, float] = run_program(Path(__file__), given, TRITON_INTERPRET="1")
     return found
 
@@ -55,7 +58,12 @@ def main() -> None:
     """Print the errors of the programs on standard input as JSON."""
     compute_bfloat16_as_devices_do()
     reduce_whole_slices()
-    programs = {name: Program(**fields) for name, fields in json.load(sys.stdin).items()}
+    what, given = json.load(sys.stdin)
+    programs = {name: Program(**fields) for name, fields in given.items()}
+    print(json.dumps({"layers": _run_layers, "architectures": _run_architectures}[what](programs)))
+
+
+def _run_layers(programs: dict[str, Program]) -> dict[str, float]:
     with TemporaryDirectory() as folder:
         worst = {str(case): _worst(case, programs[str(case)], Path(folder, str(case))) for case in CASES}
         for M in SIBLING_TOKENS:
@@ -72,7 +80,15 @@ def main() -> None:
                 name = f"llama of {M}"
                 worst[name] = _worst_of_llama(M, programs[name], Path(folder, name))
             worst["combined llama"] = _worst_of_llama(1, programs["combined llama"], Path(folder, "combined"))
-    print(json.dumps(worst))
+    return worst
+
+
+def _run_architectures(programs: dict[str, Program]) -> dict[str, float]:
+    with TemporaryDirectory() as folder:
+        return {
+            name: _worst_of_architecture(name, M, programs[name], Path(folder, name))
+            for name, M in ARCHITECTURE_TOKENS.items()
+        }
 
 
 def _worst(case: Case, program: Program, folder: Path) -> float:
@@ -163,17 +179,46 @@ def _worst_of_overwritten(program: Program, folder: Path) -> float:
 def _worst_of_llama(M: int, program: Program, folder: Path) -> float:
     """Compare logits, and the cache that they leave, with those of the eager model."""
     tokens = torch.randint(0, 320, (1, 4 + M), generator=torch.Generator().manual_seed(0))
-    given: list[torch.Tensor] = []  # what Dynamo passes to a backend, in its order
-
-    def remember(graph: Any, inputs: list[torch.Tensor]) -> Any:
-        given.extend(tensor.clone() for tensor in inputs)
-        return graph.forward
-
     model = llama(factored=True).bfloat16()
     exact, eager = _read(copy.deepcopy(model).float(), tokens), _read(model, tokens)
-    _read(model, tokens, remember)
-    (logits,) = (y for y in _load(program, folder)(None, list(given)) if y.shape == eager[0].shape)
-    found = [logits, *(tensor for tensor in given if tensor.dim() == 4)]
+    given = _Given()
+    _read(model, tokens, given)
+    (logits,) = (y for y in _load(program, folder)(None, list(given.inputs)) if y.shape == eager[0].shape)
+    found = [logits, *(tensor for tensor in given.inputs if tensor.dim() == 4)]
+    return _worst_ratio(M, found, eager, exact)
+
+
+def _worst_of_architecture(name: str, M: int, program: Program, folder: Path) -> float:
+    """Compare logits with those of the eager model."""
+    model = random_factored_model(name).bfloat16()
+    exact_model = copy.deepcopy(model).float()
+    batch = next(batches(name, M))
+    narrow = {key: value.bfloat16() if value.is_floating_point() else value for key, value in batch.items()}
+    wide = {key: value.float() if value.is_floating_point() else value for key, value in narrow.items()}
+    settings, given = settings_of(name), _Given()
+    torch.compiler.reset()
+    with torch.no_grad():
+        exact, eager = exact_model(**wide, **settings).logits, model(**narrow, **settings).logits
+        torch.compile(model, backend=given, fullgraph=True, dynamic=False)(**narrow, **settings)
+    found = [y for y in _load(program, folder)(None, list(given.inputs)) if y.shape == eager.shape]
+    return _worst_ratio(M, found[:1], [eager], [exact])
+
+
+class _Given:
+    """A backend that computes as ever, and remembers what Dynamo passes to it, in its order."""
+
+    def __init__(self) -> None:
+        self.inputs: list[torch.Tensor] = []
+
+    def __call__(self, graph: Any, inputs: list[torch.Tensor]) -> Any:
+        self.inputs += [tensor.clone() for tensor in inputs]
+        return graph.forward
+
+
+def _worst_ratio(
+    M: int, found: list[torch.Tensor], eager: list[torch.Tensor], exact: list[torch.Tensor]
+) -> float:
+    """Return how far the results of a model are from the exact ones, in units of what its eager bfloat16 form explains."""
     # Rounded as often as in the eager model, give or take a fifth by chance; tensor cores get rounded operands, too, in each
     # of the two stages: three times where the eager model rounds once.
     allowed = 1.2 if M <= 16 else math.sqrt(3)
@@ -210,21 +255,20 @@ def _load(program: Program, folder: Path) -> Any:
     namespace: dict[str, Any] = {
         name: SimpleNamespace(run=_launcher(name, text, folder)) for name, text in program.kernels.items()
     }
-    empty = lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype).fill_(math.nan)  # noqa: E731
     nothing = lambda *_: None  # noqa: E731
     namespace.update(
         torch=SimpleNamespace(
             cuda=SimpleNamespace(_DeviceGuard=lambda _: contextlib.nullcontext(), set_device=nothing),
             ops=torch.ops,
-            **{str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float64)},
-            bfloat16=torch.bfloat16,
-            float16=torch.float16,
+            **{name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
         ),
-        extern_kernels=SimpleNamespace(mm=_matmul, mm_dtype=_matmul, bmm=_matmul),
-        assert_size_stride=nothing,
+        extern_kernels=SimpleNamespace(
+            mm=_matmul, mm_dtype=_matmul, bmm=_matmul, addmm=_addmm, convolution=_convolution
+        ),
+        assert_size_stride=torch._C._dynamo.guards.assert_size_stride,
         assert_alignment=nothing,
         copy_if_misaligned=lambda tensor: tensor,
-        empty_strided_cuda=empty,
+        empty_strided_cuda=_poisoned,
         get_raw_stream=nothing,
         reinterpret_tensor=lambda tensor, size, stride, offset=0: tensor.as_strided(size, stride, offset),
     )
@@ -232,11 +276,26 @@ def _load(program: Program, folder: Path) -> Any:
     return namespace["call"]
 
 
+def _poisoned(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    # An index that nobody wrote must still be one.
+    return torch.empty_strided(size, stride, dtype=dtype).fill_(math.nan if dtype.is_floating_point else 1)
+
+
 def _matmul(
     a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, out_dtype: torch.dtype | None = None
 ) -> None:
     assert out_dtype in (None, out.dtype)
     out.copy_(a.float() @ b.float())  # as on a device: sums of float32
+
+
+def _addmm(
+    bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, alpha: float, beta: float, out: torch.Tensor
+) -> None:
+    out.copy_(alpha * (a.float() @ b.float()) + beta * bias.float())
+
+
+def _convolution(x: torch.Tensor, weight: torch.Tensor, bias: None, **settings: Any) -> torch.Tensor:
+    return torch.ops.aten.convolution(x.float(), weight.float(), bias, **settings).to(x.dtype).contiguous()
 
 
 def _launcher(name: str, source: str, folder: Path) -> Any:
@@ -265,13 +324,13 @@ def _launcher(name: str, source: str, folder: Path) -> Any:
             or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call))
         )
     ]
-    file = folder / f"{name}.py"
+    file = folder / f"{len(list(folder.iterdir()))}.py"  # the kernel's name may be too long for a file
     file.write_text(ast.unparse(module))
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
-    loaded.libdevice = triton.language.math  # machine code of which the interpreter knows nothing
+    loaded.libdevice = interpreted_libdevice
     interpreted = getattr(loaded, kernel.name)
     if name.startswith("triton_tem"):
         return lambda *given, stream: interpreted[given[-3:]](*given[:-3])

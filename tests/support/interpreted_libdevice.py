@@ -1,0 +1,28 @@
+"""What Inductor's kernels call of NVIDIA's library of machine code, of which Triton's interpreter knows nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def isnan(x):  # type: ignore[no-untyped-def]
+    return x != x
+
+
+@triton.jit
+def isinf(x):  # type: ignore[no-untyped-def]
+    return (x == float("inf")) | (x == float("-inf"))
+
+
+@triton.jit
+def tanh(x):  # type: ignore[no-untyped-def]
+    return 1 - 2 / (1 + tl.exp(2 * x))
+
+
+def __getattr__(name: str) -> Any:
+    # Looked up when it is called: while a kernel runs, the interpreter has its own functions in that place.
+    return getattr(triton.language.math, name)
