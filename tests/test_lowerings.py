@@ -16,6 +16,7 @@ from support.cuda_codegen import (
     DEEP_TOKENS,
     LLAMA_TOKENS,
     SIBLING_TOKENS,
+    TUNED,
     Case,
     Program,
     generate_all,
@@ -212,6 +213,26 @@ def test_parts_are_forgotten_where_somebody_writes_to_their_sum(
     first, *_, second = [name for name in launches(program) if "_tem_" in name]
     assert (constant(program, first, "PARTS"), constant(program, second, "TERMS")) == (3, 1)
     assert errors["overwritten"] <= 1
+
+
+@pytest.mark.parametrize("name", [*map(str, TUNED), "deep of 1"])
+def test_what_tuning_chooses_is_generated_and_computes_the_same(
+    name: str, programs: dict[str, Program], errors: dict[str, float]
+) -> None:
+    tuned, known = programs[f"tuned {name}"], programs[name]
+    ours = [[one for one in launches(program) if "_tem_" in one] for program in (tuned, known)]
+    assert len(ours[0]) == len(ours[1]) >= 2
+    settings = [
+        [
+            re.findall(
+                r"(BLOCK_\w) : tl.constexpr = (\d+)|(num_(?:warps|stages))=(\d+)", program.kernels[one]
+            )
+            for one in every
+        ]
+        for program, every in zip((tuned, known), ours, strict=True)
+    ]
+    assert all(other != default for other, default in zip(*settings, strict=True))
+    assert errors[f"tuned {name}"] <= 1
 
 
 def test_several_tokens_sums_are_whole(programs: dict[str, Program]) -> None:

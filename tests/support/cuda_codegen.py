@@ -57,6 +57,7 @@ CASES = (
 )
 
 
+TUNED = (Case(256, 192, 320, M=1, dtype="bfloat16"), Case(256, 192, 320, M=40), Case(67, 33, 129, M=200))
 BLOCK_TOKENS = (1, 64)
 SIBLING_TOKENS = (1, 6, 64)
 DEEP_TOKENS = (1, 3)
@@ -69,6 +70,7 @@ ARCHITECTURE_TOKENS = {
     **dict.fromkeys(("bert", "vit", "whisper"), 24),
 }
 NO_FOLDING = {"joint_graph_constant_folding": False}  # which would make constants on the device
+TUNING = {"max_autotune": True, "compile_threads": 1}  # other processes know of no device
 COMBINED = {"combo_kernels": True}  # Inductor's own, for kernels that have nothing to do with each other
 
 
@@ -129,6 +131,9 @@ def _layers() -> dict[str, Program]:
     programs["chain"] = _generate(Deep(False), 1, 2100, torch.bfloat16)
     programs["plain"] = _generate(Plain(), PLAIN_TOKENS, Plain.SIZE[1], torch.bfloat16)
     programs["overwritten"] = _generate(Overwritten(), 1, 2100, torch.float32)
+    with _tuning():
+        programs |= {f"tuned {case}": _generate_layer(case, TUNING) for case in TUNED}
+        programs["tuned deep of 1"] = _generate(Deep(True), 1, 2100, torch.bfloat16, inductor=TUNING)
     programs |= {f"block of {M}": _generate(Block(), M, 256, torch.bfloat16) for M in BLOCK_TOKENS}
     programs["apart"] = _generate(Siblings(apart=True), 1, 256, torch.bfloat16, inductor=COMBINED)
     if find_spec("transformers"):
@@ -158,10 +163,10 @@ def _generate_architecture(name: str, M: int) -> Program:
         return _program(lambda _: step(**given, **settings_of(name)), None)
 
 
-def _generate_layer(case: Case) -> Program:
+def _generate_layer(case: Case, inductor: dict[str, Any] | None = None) -> Program:
     dtype = getattr(torch, case.dtype)
     layer = DoubleBinaryLinear(random_factors(case.K, case.R, case.N), torch.zeros(case.N, dtype=dtype))
-    return _generate(layer, case.M, case.K, dtype, case.dynamic)
+    return _generate(layer, case.M, case.K, dtype, case.dynamic, inductor)
 
 
 def _generate_llama(backend: str, M: int, settings: dict[str, Any] | None = None) -> Program:
@@ -223,6 +228,25 @@ def _on_pretended_device(model: torch.nn.Module, dtype: torch.dtype) -> Iterator
                 setattr(module, name, there(tensor, tensor.dtype))
             for name, tensor in [*module.named_parameters(recurse=False)]:
                 setattr(module, name, there(tensor, dtype))
+        yield
+
+
+@contextmanager
+def _tuning() -> Iterator[None]:
+    """Let Inductor tune with times that are made up: of settings of our kernels the last is the fastest, and fusion pays."""
+    from torch._inductor.scheduler import Scheduler
+    from torch._inductor.select_algorithm import AlgorithmSelectorCache
+
+    def times(_: Any, name: str, *given: Any, **__: Any) -> dict[Any, float]:
+        choices = next(item for item in given if isinstance(item, list) and hasattr(item[0], "output_node"))
+        ordered = reversed(choices) if name.startswith("dbf") else choices
+        return {choice: 1.0 + place for place, choice in enumerate(ordered)}
+
+    with (
+        mock.patch.object(AlgorithmSelectorCache, "do_autotuning", times),
+        mock.patch.object(Scheduler, "benchmark_fused_nodes", lambda *_, **__: (0.5, "")),
+        mock.patch.object(Scheduler, "benchmark_codegened_module", lambda *_, **__: (0.5, "")),
+    ):
         yield
 
 

@@ -32,6 +32,7 @@ from support.cuda_codegen import (
     LLAMA_TOKENS,
     PLAIN_TOKENS,
     SIBLING_TOKENS,
+    TUNED,
     Case,
     Program,
     run_program,
@@ -66,6 +67,10 @@ def main() -> None:
 def _run_layers(programs: dict[str, Program]) -> dict[str, float]:
     with TemporaryDirectory() as folder:
         worst = {str(case): _worst(case, programs[str(case)], Path(folder, str(case))) for case in CASES}
+        for case in TUNED:
+            name = f"tuned {case}"
+            worst[name] = _worst(case, programs[name], Path(folder, name))
+        worst["tuned deep of 1"] = _worst_of_deep(1, programs["tuned deep of 1"], Path(folder, "tuned deep"))
         for M in SIBLING_TOKENS:
             name = f"siblings of {M}"
             worst[name] = _worst_of_siblings(M, programs[name], Path(folder, name))

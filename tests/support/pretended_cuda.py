@@ -94,6 +94,7 @@ def pretend_cuda() -> None:
         set_rng_state=None,
     )
     answer(torch.cuda.random, current_device=0)
+    answer(torch._C, _cuda_getCurrentRawStream=0)
     with TemporaryDirectory() as folder:
         torch.ops.load_library(build(Path(__file__).with_name("cuda_guard.cpp"), Path(folder)))
     answer(torch.accelerator, is_available=False, current_device_index=0)
