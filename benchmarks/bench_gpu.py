@@ -1,7 +1,8 @@
 """One NVIDIA GPU: the kernels checked on fresh data, then timed against their peers, then whole models.
 
     python benchmarks/bench_gpu.py                       all of it, within 8 minutes
-    python benchmarks/bench_gpu.py --parts check layers --shapes 4096x4096
+    python benchmarks/bench_gpu.py --parts check layers --shapes 28672x4096     other layers, as models fuse them
+    python benchmarks/bench_gpu.py --parts models --models qwen3-8b
     python benchmarks/bench_gpu.py --dry-run             small sizes on the CPU, no times
 
 Checks compare with float64 on the same device; memory for results is full of NaN before. Layers are timed inside CUDA
@@ -44,26 +45,35 @@ from dbf_compile.factors import mid_features_for
 from dbf_compile.kernels.sign_matmul.reference import DECODE_TOKENS, sign_matmul
 from dbf_compile.signs import interleave, pack_signs, words_per_row
 
-# out_features x in_features
-SHAPES = {
-    "4096x4096": "Llama-2-7B o",
-    "12288x4096": "Llama-2-7B qkv",
-    "22016x4096": "Llama-2-7B gate and up",
-    "4096x11008": "Llama-2-7B down",
-    "6144x4096": "Llama-3-8B and Qwen3-8B qkv",
-    "28672x4096": "Llama-3-8B gate and up",
-    "24576x4096": "Qwen3-8B gate and up",
-    "6144x2560": "Qwen3-4B qkv",
-    "19456x2560": "Qwen3-4B gate and up",
-    "4096x1024": "Qwen3-0.6B qkv",
-    "6144x1024": "Qwen3-0.6B gate and up",
-}
 DEFAULT_SHAPES = ("4096x4096", "12288x4096", "22016x4096")
 TOKENS = (1, 4, 16, 512, 2048)
 BITS = (1.0, 2.0)
+_QWEN3 = SIZES["qwen3-0.6b"]
+_LLAMA2 = {**SIZES["llama-2-7b, 4 layers"], "num_hidden_layers": 32}
 MODELS = {
-    "llama-2-7b": {**SIZES["llama-2-7b, 4 layers"], "num_hidden_layers": 32},
-    "qwen3-0.6b": SIZES["qwen3-0.6b"],
+    "llama-2-7b": _LLAMA2,
+    "llama-3-8b": {
+        **_LLAMA2,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "qwen3-0.6b": _QWEN3,
+    "qwen3-4b": {
+        **_QWEN3,
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+    },
+    "qwen3-8b": {
+        **_QWEN3,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "tie_word_embeddings": False,
+    },
 }
 SMALL_SHAPE, SMALL_TOKENS, SMALL_MODEL = (
     "96x64",
@@ -88,7 +98,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--shapes", nargs="+", default=list(DEFAULT_SHAPES), choices=SHAPES)
+    parser.add_argument("--shapes", nargs="+", default=list(DEFAULT_SHAPES), choices=shapes())
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--models", nargs="+", default=["llama-2-7b"], choices=MODELS)
     parser.add_argument("--variants", nargs="+", default=list(DEFAULT_VARIANTS), choices=VARIANTS)
@@ -119,6 +129,24 @@ def main() -> None:
             rows.append(time_model(model, variant, arguments.new))
             report("gpu_decode", rows)
         print_table(rows)
+
+
+def shapes() -> dict[str, list[str]]:
+    """Return the layers of all models, those that read the same input as one: out_features x in_features to whose they are."""
+    found: dict[str, list[str]] = {}
+    for model, sizes in MODELS.items():
+        hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
+        heads, shared = sizes["num_attention_heads"], sizes["num_key_value_heads"]
+        head = sizes.get("head_dim", hidden // heads)
+        groups = {
+            "qkv": ((heads + 2 * shared) * head, hidden),
+            "o": (hidden, heads * head),
+            "gate and up": (2 * inner, hidden),
+            "down": (hidden, inner),
+        }
+        for group, (N, K) in groups.items():
+            found.setdefault(f"{N}x{K}", []).append(f"{model} {group}")
+    return found
 
 
 # --- correctness ----------------------------------------------------------------------------------------------------
@@ -293,6 +321,7 @@ def time_layer(
         rows.append(
             {
                 "shape": shape,
+                "layers": ", ".join(shapes().get(shape, [])),
                 "tokens": tokens,
                 "contender": name,
                 "median_us": round(median, 2),
