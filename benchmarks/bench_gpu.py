@@ -18,15 +18,13 @@ import argparse
 import functools
 import itertools
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from decode_cpu import MODELS as SIZES
-from decode_cpu import factored_layers, meta_model, random_factors
+from gpu_models import DEFAULT_VARIANTS, MODELS, VARIANTS, random_device_factors, shapes, time_model
 from gpu_timing import (
     DEVICE,
     DRY_RUN,
@@ -35,12 +33,11 @@ from gpu_timing import (
     interleaved_graphs,
     leave_out,
     report,
-    synchronize,
 )
 from torch import Tensor, nn
 
 import dbf_compile.ops
-from dbf_compile import DoubleBinaryLinear, inductor
+from dbf_compile import DoubleBinaryLinear
 from dbf_compile.factors import mid_features_for
 from dbf_compile.kernels.sign_matmul.reference import DECODE_TOKENS, sign_matmul
 from dbf_compile.signs import interleave, pack_signs, words_per_row
@@ -48,48 +45,7 @@ from dbf_compile.signs import interleave, pack_signs, words_per_row
 DEFAULT_SHAPES = ("4096x4096", "12288x4096", "22016x4096")
 TOKENS = (1, 4, 16, 512, 2048)
 BITS = (1.0, 2.0)
-_QWEN3 = SIZES["qwen3-0.6b"]
-_LLAMA2 = {**SIZES["llama-2-7b, 4 layers"], "num_hidden_layers": 32}
-MODELS = {
-    "llama-2-7b": _LLAMA2,
-    "llama-3-8b": {
-        **_LLAMA2,
-        "intermediate_size": 14336,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-    "qwen3-0.6b": _QWEN3,
-    "qwen3-4b": {
-        **_QWEN3,
-        "hidden_size": 2560,
-        "intermediate_size": 9728,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-    },
-    "qwen3-8b": {
-        **_QWEN3,
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "tie_word_embeddings": False,
-    },
-}
-SMALL_SHAPE, SMALL_TOKENS, SMALL_MODEL = (
-    "96x64",
-    (1, 40),
-    {
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 96,
-    },
-)
-DEFAULT_VARIANTS = ("bf16 inductor", "dbf 1 bit", "dbf 1.5 bit", "dbf 2 bit")
-# With Inductor's experimental combo_kernels: what has nothing to do with each other shares a launch.
-VARIANTS = (*DEFAULT_VARIANTS, "dbf 1 bit, combined", "dbf 2 bit, combined", "bf16 inductor, combined")
+SMALL_SHAPE, SMALL_TOKENS = "96x64", (1, 40)
 PARTS = ("check", "layers", "models")
 
 
@@ -131,24 +87,6 @@ def main() -> None:
         print_table(rows)
 
 
-def shapes() -> dict[str, list[str]]:
-    """Return the layers of all models, those that read the same input as one: out_features x in_features to whose they are."""
-    found: dict[str, list[str]] = {}
-    for model, sizes in MODELS.items():
-        hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
-        heads, shared = sizes["num_attention_heads"], sizes["num_key_value_heads"]
-        head = sizes.get("head_dim", hidden // heads)
-        groups = {
-            "qkv": ((heads + 2 * shared) * head, hidden),
-            "o": (hidden, heads * head),
-            "gate and up": (2 * inner, hidden),
-            "down": (hidden, inner),
-        }
-        for group, (N, K) in groups.items():
-            found.setdefault(f"{N}x{K}", []).append(f"{model} {group}")
-    return found
-
-
 # --- correctness ----------------------------------------------------------------------------------------------------
 
 
@@ -184,10 +122,7 @@ def check(large: list[tuple[int, int]]) -> None:
                     )
                 count += 1
     for M in (1, 5, 40, 200):
-        with torch.device(DEVICE):
-            pair = [
-                random_factors(nn.Linear(*size, device="meta"), 2.0) for size in ((3000, 2100), (2100, 96))
-            ]
+        pair = (random_device_factors(2100, 3000, 2.0), random_device_factors(96, 2100, 2.0))
         # The first layer's sums stay in parts, which the second one's input adds up.
         layers = nn.Sequential(DoubleBinaryLinear(pair[0]), nn.ReLU(), DoubleBinaryLinear(pair[1]))
         x = torch.randn(M, 3000, device=DEVICE, dtype=torch.bfloat16)
@@ -247,11 +182,6 @@ def compiled_layer() -> Callable[..., Tensor]:
     """Return a factored layer as a compiled model has it, signs interleaved; weights are arguments: many share a program."""
     layer = lambda x, *factors: dbf_compile.ops.double_binary_linear(x, *factors, None, x.dtype, True)  # noqa: E731
     return torch.compile(layer, backend="dbf", fullgraph=True, dynamic=False)
-
-
-def random_device_factors(N: int, K: int, bits: float) -> dbf_compile.DoubleBinaryFactors:
-    with torch.device(DEVICE):
-        return random_factors(nn.Linear(K, N, device="meta"), bits)
 
 
 def _int4(N: int, K: int, enough: Callable[[int], int]) -> Iterator[Contender]:
@@ -332,96 +262,6 @@ def time_layer(
             }
         )
     return rows
-
-
-# --- whole models ---------------------------------------------------------------------------------------------------
-
-
-def time_model(name: str, variant: str, new: int) -> dict:
-    """Decode with a model of random weights and time the tokens."""
-    from transformers import StaticCache
-
-    torch.compiler.reset()
-    if not DRY_RUN:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    model = random_model(SMALL_MODEL if DRY_RUN else MODELS[name], variant)
-    weights = torch.cuda.memory_allocated()
-    step = torch.compile(model, fullgraph=True, dynamic=False, **compile_settings(variant))
-    prompt, repeats = 128, 5
-    cache = StaticCache(config=model.config, max_cache_len=prompt + 4 + repeats * new)
-    tokens = torch.randint(0, model.config.vocab_size, (1, prompt), device=DEVICE)
-    places = [torch.full((1, 1), place, device=DEVICE) for place in range(prompt + 4 + repeats * new)]
-    with torch.inference_mode():
-        positions = torch.cat(places[:prompt], dim=1)
-        logits = model(tokens, past_key_values=cache, position_ids=positions, logits_to_keep=1).logits
-        token = logits[:, -1:].argmax(-1)
-
-        def decode(token: Tensor, first: int, count: int) -> Tensor:
-            for place in places[first : first + count]:
-                logits = step(token, past_key_values=cache, position_ids=place).logits
-                token = logits[:, -1:].argmax(-1)
-            synchronize()
-            return token
-
-        start = time.perf_counter()
-        token = decode(token, prompt, 4)  # compiles, records the graph
-        compile_seconds = time.perf_counter() - start
-        times = []
-        for index in range(repeats):
-            start = time.perf_counter()
-            token = decode(token, prompt + 4 + index * new, new)
-            times.append((time.perf_counter() - start) / new)
-    row = {
-        "model": name,
-        "variant": variant,
-        "tokens_per_s": round(1 / statistics.median(times), 1),
-        "weights_mb": round(weights / 1e6),
-        "peak_mb": round(torch.cuda.max_memory_allocated() / 1e6),
-        "compile_s": round(compile_seconds, 1),
-        "new": new,
-    }
-    print(row, flush=True)
-    return row
-
-
-def compile_settings(variant: str) -> dict:
-    """Return the backend and its options; ``torch.compile`` takes either a mode or options."""
-    combined = {"combo_kernels": variant.endswith(", combined")}
-    if variant.startswith("dbf"):
-        return {"backend": "dbf", "options": {"mode": "reduce-overhead", "inductor": combined}}
-    return {"options": {**inductor.mode_settings("reduce-overhead"), **combined}}
-
-
-def random_model(sizes: dict, variant: str) -> nn.Module:
-    """Return a Llama of random weights on the device, its layers factored as the variant says, embeddings and head dense."""
-    model = meta_model(sizes)
-    # Layers that read the same input are factored as one, and share their first stage.
-    together: dict[str, list[str]] = {}
-    for name in factored_layers(model, variant):
-        parent, _, child = name.rpartition(".")
-        group = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "mlp", "up_proj": "mlp"}
-        together.setdefault(f"{parent}.{group.get(child, child)}", []).append(name)
-    for names in together.values():
-        layers = [model.get_submodule(name) for name in names]
-        rows = [layer.out_features for layer in layers]
-        stacked = random_device_factors(sum(rows), layers[0].in_features, float(variant.split()[1]))
-        for name, factors in zip(names, stacked.split(rows), strict=True):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, DoubleBinaryLinear(factors))
-    for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None and parameter.is_meta:
-                values = torch.empty(parameter.shape, dtype=parameter.dtype, device=DEVICE).normal_(std=0.02)
-                module._parameters[name] = nn.Parameter(values, requires_grad=False)
-    model.tie_weights()
-    rotary = model.model.rotary_emb
-    with torch.device(DEVICE):
-        model.model.rotary_emb = type(rotary)(model.config)
-    return model.eval().requires_grad_(False)
-
-
-# --- tables ---------------------------------------------------------------------------------------------------------
 
 
 def print_table(rows: list[dict]) -> None:
