@@ -15,6 +15,7 @@ from dbf_compile import DoubleBinaryFactors, DoubleBinaryLinear, inductor
 
 _QWEN3 = SIZES["qwen3-0.6b"]
 _LLAMA2 = {**SIZES["llama-2-7b, 4 layers"], "num_hidden_layers": 32}
+# Llamas of these sizes: Qwen3 would also norm queries and keys.
 MODELS = {
     "llama-2-7b": _LLAMA2,
     "llama-3-8b": {

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from support.models import MLP, OPTIONS, error_of, factored, randn
 from torch import nn
+from torch._inductor import compile_fx
 from torch._inductor.utils import run_and_get_code
 
 import dbf_compile
@@ -313,6 +314,24 @@ def test_modes_and_inductor_settings_are_taken():
     torch.compiler.reset()
     run = torch.compile(factored(model), backend="dbf", mode="reduce-overhead")
     assert error_of(run(x), eager) < TOLERANCE
+
+
+@pytest.mark.parametrize("convert", [False, True], ids=["dense", "converted"])
+def test_of_a_models_inputs_only_the_activations_may_move(convert, monkeypatch):
+    """What Inductor takes for an input that may be another tensor every time is copied at each replay of a CUDA graph."""
+    moving = []
+    compile_inner = compile_fx.fx_codegen_and_compile
+
+    def watched(gm, inputs, *args, **settings):
+        static = settings["static_input_idxs"]
+        moving.append([tuple(x.shape) for index, x in enumerate(inputs) if index not in static])
+        return compile_inner(gm, inputs, *args, **settings)
+
+    monkeypatch.setattr(compile_fx, "fx_codegen_and_compile", watched)
+    model = factored(MLP()) if convert else MLP()
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        compiled(model)(randn(5, 67))
+    assert moving == [[(5, 67)]]
 
 
 def test_a_model_without_parameters_compiles():

@@ -109,6 +109,17 @@ def test_double_precision_and_dynamic_batches_go_to_the_operator(
     assert not program.cubins
 
 
+def test_programs_are_recorded_as_cuda_graphs_that_copy_nothing_but_what_they_are_given(
+    programs: dict[str, Program],
+) -> None:
+    """No host in between; weights, and a cache that is written to, stay where they are."""
+    obstacles = {name: program.obstacle for name, program in programs.items() if program.obstacle}
+    assert obstacles == {"overwritten": "index_put"}  # the model's own
+    # The tokens of a Llama, and their positions.
+    copied = {name: len(program.copied) for name, program in programs.items()}
+    assert copied == {name: 2 if "llama" in name else 1 for name in programs}
+
+
 @pytest.mark.parametrize("M", BLOCK_TOKENS)
 def test_norm_activation_and_residual_cost_no_launch_beside_the_norm(
     M: int, programs: dict[str, Program]

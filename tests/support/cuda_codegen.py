@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -82,11 +82,15 @@ class Program:
         call: the Python method that launches, ``call(self, args)``.
         kernels: sources of the Triton kernels by name.
         cubins: machine code, in hexadecimal, of those that read signs.
+        copied: shapes of the tensors that a replay of its CUDA graph would copy first, as they may be others every time.
+        obstacle: why Inductor would not record a CUDA graph; "" if it would.
     """
 
     call: str
     kernels: dict[str, str]
     cubins: dict[str, str]
+    copied: list[str]
+    obstacle: str
 
 
 def generate_all(what: str) -> dict[str, Program]:
@@ -251,7 +255,7 @@ def _tuning() -> Iterator[None]:
 
 
 def _program(compiled: Any, x: torch.Tensor) -> Program:
-    source = _source_of(compiled, x)
+    source, copied, obstacle = _lowered(compiled, x)
     found = re.findall(r"(\w+) = async_compile\.triton\('(\w+)', '''\n(.*?)'''", source, re.S)
     return Program(
         call=textwrap.dedent(re.search(r"    def call\(.*?\n        return [^\n]*\n", source, re.S)[0]),
@@ -259,6 +263,8 @@ def _program(compiled: Any, x: torch.Tensor) -> Program:
         cubins={
             name: _cubin(symbol, text).hex() for name, symbol, text in found if name.startswith("triton_tem")
         },
+        copied=copied,
+        obstacle=obstacle,
     )
 
 
@@ -266,24 +272,43 @@ class _CapturedError(Exception):
     pass
 
 
-def _source_of(compiled: Any, x: torch.Tensor) -> str:
-    """Return the program that Inductor writes for ``compiled(x)``, and stop it there."""
+def _lowered(compiled: Any, x: torch.Tensor) -> tuple[str, list[str], str]:
+    """Return the program that Inductor writes for ``compiled(x)``, what Program says of CUDA graphs, and stop it there."""
+    from torch._guards import TracingContext
     from torch._inductor.graph import GraphLowering
 
-    sources: list[str] = []
+    found: list[tuple[str, list[str], str]] = []
 
     def stop(graph: Any) -> None:
-        sources.append(graph.codegen()[0].value)
+        static = TracingContext.get().fw_metadata.static_input_indices
+        inputs = [graph.graph_inputs[name] for name in graph.graph_input_names]
+        others = [one for index, one in enumerate(inputs) if index not in static and hasattr(one, "get_size")]
+        source = graph.codegen()[0].value
+        found.append((source, [str(tuple(one.get_size())) for one in others], _obstacle(graph, static)))
         raise _CapturedError
 
     with mock.patch.object(GraphLowering, "compile_to_module", stop):
         try:
             compiled(x)
         except Exception:
-            if not sources:
+            if not found:
                 raise
-    (source,) = sources
-    return source
+    return found[0]
+
+
+def _obstacle(graph: Any, static: Sequence[int]) -> str:
+    from torch._inductor.cudagraph_utils import check_multiple_devices_or_any_cpu_nodes
+    from torch._inductor.utils import get_first_incompatible_cudagraph_node
+
+    written = [index for index in graph.mutated_input_idxs if index not in static]
+    if written:
+        return f"inputs {written} are written to, and may be other tensors every time"
+    devices = check_multiple_devices_or_any_cpu_nodes(dict(graph.device_node_mapping))
+    return (
+        graph.disable_cudagraphs_reason
+        or devices
+        or str(get_first_incompatible_cudagraph_node(graph.module) or "")
+    )
 
 
 def _cubin(name: str, source: str) -> bytes:
