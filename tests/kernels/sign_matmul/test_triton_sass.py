@@ -136,6 +136,20 @@ def test_signs_are_written_out_16_bytes_at_a_time(capability: int, scaled: bool)
     assert sum(one.name == "LDS" for one in code) <= numbers // 32
 
 
+DEFAULTS = [
+    *((decode_kernel, M, decode_blocks(M, N, K)[0]) for M in (1, 16) for N, K in ((64, 64), (22016, 6880))),
+    *((prefill_kernel, M, {**prefill_blocks(M, 4096, terms)[0], "TERMS": terms}) for M in (17, 512) for terms in (1, 3)),
+    (expand_kernel, 512, expand_blocks(4096)[0]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", sass.SHARED_MEMORY)
+def test_without_tuning_no_kernel_wants_more_shared_memory_than_there_is(target: int | str) -> None:
+    for kernel, M, settings in DEFAULTS:
+        wanted = sass.compile_kernel(kernel, target, "bf16", M, settings).metadata.shared
+        assert wanted <= sass.SHARED_MEMORY[target], (kernel, settings)
+
+
 @pytest.mark.parametrize(("kernel", "matrix"), [(decode_kernel, False), (prefill_kernel, True)])
 def test_compiles_for_an_mi300(kernel: object, matrix: bool) -> None:
     settings = {**prefill_blocks(64, 4096)[0], "TERMS": 1} if matrix else decode_blocks(1, 4096, 4096)[0]
