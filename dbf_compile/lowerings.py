@@ -182,7 +182,8 @@ def _many_tokens(
         z = inductor.multiply(z, inductor.cast(in_scale, torch.float32))
     if count == 1 and not fused:
         dense = _dense_signs(signs, out_scale, K, narrow)
-        y = inductor.matmul(inductor.view(inductor.cast(z, narrow), [M, K]), dense, result)
+        sums = narrow if result == narrow else torch.float32
+        y = inductor.matmul(inductor.view(inductor.cast(z, narrow), [M, K]), dense, sums)
         return inductor.view(y, [*leading, N]), None
     terms = []
     for _ in range(count - 1):

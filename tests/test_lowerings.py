@@ -93,8 +93,9 @@ def test_signs_without_scales_are_written_out_and_words_row_after_row_are_for_th
     programs: dict[str, Program], errors: dict[str, float]
 ) -> None:
     program = programs["plain"]
-    assert ["expand_tile" in source for source in program.kernels.values()] == [True]
-    assert program.call.count("extern_kernels.mm(") == program.call.count("extern_kernels.mm_dtype(") == 1
+    assert sum("expand_tile" in source for source in program.kernels.values()) == 1
+    assert program.call.count("extern_kernels.mm(") == 1
+    assert program.call.count("extern_kernels.mm_dtype(") == 2  # float32 sums
     assert program.call.count("torch.ops.dbf.sign_matmul.default(") == 1
     assert errors["plain"] <= 1
 

@@ -57,7 +57,7 @@ class Deep(torch.nn.Module):
 
 
 class Plain(torch.nn.Module):
-    """Products of many tokens without scales: one rounded, one whose sums stay wide, one with words row after row."""
+    """Products of many tokens without scales: to the dtype of x, to float32, to another of 16 bits; of words row after row."""
 
     SIZE = (48, 600)
 
@@ -67,10 +67,12 @@ class Plain(torch.nn.Module):
         self.register_buffer("interleaved", interleave(words))
         self.register_buffer("in_rows", words)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        rounded = torch.ops.dbf.sign_matmul(x, self.interleaved, dtype=x.dtype, interleaved=True)
-        wide = torch.ops.dbf.sign_matmul(x, self.interleaved, interleaved=True)
-        return rounded, wide, torch.ops.dbf.sign_matmul(x, self.in_rows, dtype=x.dtype)
+    DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        product = torch.ops.dbf.sign_matmul
+        found = [product(x, self.interleaved, dtype=dtype, interleaved=True) for dtype in self.DTYPES]
+        return [*found, product(x, self.in_rows, dtype=x.dtype)]
 
 
 class Overwritten(torch.nn.Module):
