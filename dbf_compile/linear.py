@@ -38,10 +38,10 @@ class DoubleBinaryLinear(nn.Module):
     scale_in: Tensor
     scale_mid: Tensor
     scale_out: Tensor
+    _shares_with: tuple[DoubleBinaryLinear, ...] = ()  # whose first stage this is; in a tuple it is no child
 
     def __init__(self, factors: DoubleBinaryFactors, bias: Tensor | None = None) -> None:
         super().__init__()
-        self._shares_with: tuple[DoubleBinaryLinear, ...] = ()  # in a tuple it is no child
         self.interleaved = interleaved_on(factors.scale_in.device)
         for name, tensor in factors.tensors().items():
             signs = self.interleaved and name in SIGN_NAMES
@@ -55,7 +55,11 @@ class DoubleBinaryLinear(nn.Module):
             self.bias = nn.Parameter(bias, requires_grad=bias.requires_grad)
 
     def share_first_stage_(self, owner: DoubleBinaryLinear) -> None:
-        """Take the first stage of ``owner``, in place; this layer's ``state_dict`` leaves it to the owner's."""
+        """Take the first stage of ``owner``, in place; this layer's ``state_dict`` leaves it to the owner's.
+
+        ``load_state_dict(assign=True)`` of a model that holds both hands the owner's new tensors on, if the owner comes
+        first in the model, and both layers are of one device and dtype.
+        """
         for name in FIRST_STAGE:
             self.register_buffer(name, getattr(owner, name), persistent=False)
         if self.interleaved != owner.interleaved:
@@ -132,10 +136,11 @@ class DoubleBinaryLinear(nn.Module):
             if self.interleaved and key in state_dict and state_dict[key].dim() == 2:
                 state_dict[key] = interleave(state_dict[key])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        # With assign=True tensors are other ones than before, maybe on another device. Models load layers in their order,
-        # the owner of a first stage first.
+        # With assign=True tensors are other ones than before, maybe on another device.
         for owner in self._shares_with:
-            self.share_first_stage_(owner)
+            theirs, own = owner.scale_in, self.scale_out
+            if (theirs.device, theirs.dtype) == (own.device, own.dtype):
+                self.share_first_stage_(owner)
         self._follow_device()
 
     def extra_repr(self) -> str:

@@ -233,6 +233,20 @@ def test_a_first_stage_that_is_assigned_reaches_all_layers_that_share_it(device:
     assert model[0].signs_in is model[1].signs_in
 
 
+@pytest.mark.parametrize("move", [lambda layer: layer.to("meta"), lambda layer: layer.double()])
+def test_a_layer_keeps_its_first_stage_where_the_owner_went_elsewhere(
+    move: Callable[[nn.Module], nn.Module],
+) -> None:
+    one, other = model = nn.Sequential(*map(DoubleBinaryLinear, random_factors(33, 37, 50).split([20, 30])))
+    other.share_first_stage_(one)
+    y, kept = other(x_for(33)), other.scale_in
+    move(one)
+    other.load_state_dict(other.state_dict())
+    assert other.scale_in is kept
+    assert torch.equal(other(x_for(33)), y)
+    assert len(list(model.modules())) == 3
+
+
 def test_other_orders_of_the_words_are_followed_when_a_layer_changes_its_device() -> None:
     # There is no second device to compute on; what moves a layer is told here that there is.
     factors = random_factors(33, 37, 50)
