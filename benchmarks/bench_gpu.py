@@ -17,14 +17,12 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
-from gpu_models import DEFAULT_VARIANTS, MODELS, VARIANTS, random_device_factors, shapes, time_model
 from gpu_timing import (
     DEVICE,
     DRY_RUN,
@@ -34,6 +32,11 @@ from gpu_timing import (
     leave_out,
     report,
 )
+
+# isort: split
+import torch
+import torch.nn.functional as F
+from gpu_models import DEFAULT_VARIANTS, MODELS, VARIANTS, random_device_factors, shapes, time_model
 from torch import Tensor, nn
 
 import dbf_compile.ops
@@ -61,6 +64,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="turns of each contender")
     parser.add_argument("--new", type=int, default=32, help="tokens that a model decodes at a time")
     parser.add_argument("--dry-run", action="store_true", help="small sizes on the CPU, no times")
+    parser.add_argument("--table", default="", help="ending of the names of the tables that are written")
     arguments = parser.parse_args()
     if DRY_RUN:
         arguments.shapes, arguments.tokens, arguments.rounds = [SMALL_SHAPE], SMALL_TOKENS, 1
@@ -69,21 +73,15 @@ def main() -> None:
     if "check" in arguments.parts:
         check([] if DRY_RUN else [(4096, 4096)])
     if "layers" in arguments.parts:
-        bandwidth = copy_bandwidth()
-        print(f"copying memory: {bandwidth:.0f} GB/s")
-        rows = []
-        for shape in arguments.shapes:
-            N, K = map(int, shape.split("x"))
-            present = list(contenders(N, K))
-            for tokens in arguments.tokens:
-                rows += time_layer(shape, present, tokens, arguments.rounds, bandwidth)
-            report("gpu_layer", rows)  # what was measured stays, whatever comes
-        print_table(rows)
+        time_layers(arguments)
     if "models" in arguments.parts:
         rows = []
         for model, variant in itertools.product(arguments.models, arguments.variants):
-            rows.append(time_model(model, variant, arguments.new))
-            report("gpu_decode", rows)
+            try:
+                rows.append(time_model(model, variant, arguments.new))
+            except Exception as error:
+                leave_out(f"{model}, {variant}", error)
+            report(f"gpu_decode{arguments.table}", rows)
         print_table(rows)
 
 
@@ -225,6 +223,19 @@ def _gemlite(N: int, K: int, enough: Callable[[int], int]) -> Iterator[Contender
     yield Contender("GemLite 1-bit pair", size, lambda x, i: pairs[i][1](pairs[i][0](x.half())), len(pairs))
 
 
+def time_layers(arguments: argparse.Namespace) -> None:
+    bandwidth = copy_bandwidth()
+    print(f"copying memory: {bandwidth:.0f} GB/s")
+    rows = []
+    for shape in arguments.shapes:
+        N, K = map(int, shape.split("x"))
+        present = list(contenders(N, K))
+        for tokens in arguments.tokens:
+            rows += time_layer(shape, present, tokens, arguments.rounds, bandwidth)
+        report(f"gpu_layer{arguments.table}", rows)  # what was measured stays, whatever comes
+    print_table(rows)
+
+
 def time_layer(
     shape: str, present: list[Contender], tokens: int, rounds: int, bandwidth: float
 ) -> list[dict]:
@@ -257,7 +268,7 @@ def time_layer(
                 "median_us": round(median, 2),
                 "gb_per_s": round(rate),
                 "of_copy_bandwidth": round(rate / bandwidth, 3),
-                "times_cublas_bf16": round(medians["cuBLAS bfloat16"] / median, 2),
+                "times_cublas_bf16": round(medians.get("cuBLAS bfloat16", math.nan) / median, 2),
                 "rounds": rounds,
             }
         )

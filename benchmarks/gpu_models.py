@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 
@@ -54,21 +55,26 @@ DEFAULT_VARIANTS = ("bf16 inductor", "dbf 1 bit", "dbf 1.5 bit", "dbf 2 bit")
 VARIANTS = (*DEFAULT_VARIANTS, "dbf 1 bit, combined", "dbf 2 bit, combined", "bf16 inductor, combined")
 
 
+def layers(model: str) -> dict[str, tuple[int, int]]:
+    """Return rows and columns of a block's layers, those that read the same input as one."""
+    sizes = MODELS[model]
+    hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
+    heads, shared = sizes["num_attention_heads"], sizes["num_key_value_heads"]
+    head = sizes.get("head_dim", hidden // heads)
+    return {
+        "qkv": ((heads + 2 * shared) * head, hidden),
+        "o": (hidden, heads * head),
+        "gate and up": (2 * inner, hidden),
+        "down": (hidden, inner),
+    }
+
+
 def shapes() -> dict[str, list[str]]:
-    """Return the layers of all models, those that read the same input as one: out_features x in_features to whose they are."""
+    """Return the layers of all models: rows x columns to whose they are."""
     found: dict[str, list[str]] = {}
-    for model, sizes in MODELS.items():
-        hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
-        heads, shared = sizes["num_attention_heads"], sizes["num_key_value_heads"]
-        head = sizes.get("head_dim", hidden // heads)
-        groups = {
-            "qkv": ((heads + 2 * shared) * head, hidden),
-            "o": (hidden, heads * head),
-            "gate and up": (2 * inner, hidden),
-            "down": (hidden, inner),
-        }
-        for group, (N, K) in groups.items():
-            found.setdefault(f"{N}x{K}", []).append(f"{model} {group}")
+    for model in MODELS:
+        for layer, (N, K) in layers(model).items():
+            found.setdefault(f"{N}x{K}", []).append(f"{model} {layer}")
     return found
 
 
@@ -83,11 +89,13 @@ def time_model(name: str, variant: str, new: int) -> dict:
     from transformers import StaticCache
 
     torch.compiler.reset()
+    gc.collect()  # the model before, which has cycles
     if not DRY_RUN:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     model = random_model(SMALL_MODEL if DRY_RUN else MODELS[name], variant)
-    weights = torch.cuda.memory_allocated()
+    weights = torch.cuda.memory_allocated() - before
     step = torch.compile(model, fullgraph=True, dynamic=False, **compile_settings(variant))
     prompt, repeats = 128, 5
     cache = StaticCache(config=model.config, max_cache_len=prompt + 4 + repeats * new)
@@ -118,7 +126,7 @@ def time_model(name: str, variant: str, new: int) -> dict:
         "variant": variant,
         "tokens_per_s": round(1 / statistics.median(times), 1),
         "weights_mb": round(weights / 1e6),
-        "peak_mb": round(torch.cuda.max_memory_allocated() / 1e6),
+        "peak_mb": round((torch.cuda.max_memory_allocated() - before) / 1e6),
         "compile_s": round(compile_seconds, 1),
         "new": new,
     }

@@ -1,7 +1,8 @@
 """Timing on one NVIDIA GPU, for bench_gpu, tune_gpu and one_launch: CUDA graphs that take turns, and what the device is.
 
-With ``--dry-run`` these programs do all that they do on the CPU, on small sizes, Triton's kernels in its interpreter:
-a device is not there to find out that a line of them is wrong. Times mean nothing then and are not written.
+With ``--dry-run`` these programs do all that they do on the CPU, on small sizes, kernels that they launch themselves in
+Triton's interpreter: a device is not there to find out that a line of them is wrong. Times mean nothing then and are not
+written, and what would be left out on a device is an error.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ def report(name: str, rows: list[dict]) -> None:
     if DRY_RUN:
         print(f"dry run: {len(rows)} rows of {name} not written", flush=True)
         return
+    if not rows:
+        raise SystemExit(f"nothing was measured for {name}")
     common = {"gpu": gpu(), "gpu_versions": versions()}
     print(f"written to {write_results(name, [{**row, **common} for row in rows])}", flush=True)
 
@@ -65,6 +68,8 @@ def interleaved_graphs(
 
 def leave_out(name: str, error: Exception) -> None:
     """Say that a contender is not measured, and why."""
+    if DRY_RUN:
+        raise error
     print(f"{name} left out: {type(error).__name__}: {str(error).partition(chr(10))[0]}", flush=True)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import datetime
-import functools
 import os
 import platform
 import statistics
@@ -78,12 +77,13 @@ def versions() -> str:
     return f"dbf_compile {dbf_compile.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
-@functools.cache
 def commit() -> str:
-    """Return the commit of the tree, with a + if there are changes on top; results that are written are none."""
-    command = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    """Return the commit of the tree, with a + if there are changes on top of other files than results."""
+    git = lambda *command: subprocess.run(  # noqa: E731
+        ("git", "-C", str(RESULTS.parents[1]), *command), capture_output=True, text=True, check=False
+    ).stdout.strip()
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changes else "")
 
 
 def write_results(name: str, rows: list[dict]) -> Path:

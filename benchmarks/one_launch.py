@@ -30,6 +30,7 @@ from gpu_timing import DEVICE, DRY_RUN, announce, milliseconds, report
 import torch
 import triton
 import triton.language as tl
+from gpu_models import layers
 from torch import Tensor
 
 from dbf_compile.factors import mid_features_for
@@ -37,7 +38,6 @@ from dbf_compile.kernels.sign_matmul.triton_common import first_words
 from dbf_compile.kernels.sign_matmul.triton_decode import load_words, look_up, sums_of_four
 from dbf_compile.signs import deinterleave, unpack_signs, words_per_row
 
-LAYERS = ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008))  # of Llama-2-7B, fused, N x K
 SMALL_LAYERS = ((208, 1100), (96, 64))
 BLOCK_N, BLOCK_W, WARPS = 32, 32, 8
 WAYS = ("two launches", "early", "all early", "one launch")
@@ -166,7 +166,7 @@ def main() -> None:
     arguments = parser.parse_args()
     announce()
     rows = []
-    for N, K in SMALL_LAYERS if DRY_RUN else LAYERS:
+    for N, K in SMALL_LAYERS if DRY_RUN else layers("llama-2-7b").values():
         R = 80 if DRY_RUN else mid_features_for(2.0, K, N) // 32 * 32
         for way in ways():
             layer = Layer.random(N, K, R)

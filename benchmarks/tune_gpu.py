@@ -13,6 +13,7 @@ Beside them stands cuBLAS with a dense bfloat16 matrix of the same size. Setting
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -24,6 +25,7 @@ from gpu_timing import DEVICE, DRY_RUN, announce, interleaved_graphs, report, sy
 # isort: split
 import torch
 import torch.nn.functional as F
+from gpu_models import layers
 from torch import Tensor
 from triton.runtime import OutOfResources
 
@@ -43,7 +45,6 @@ from dbf_compile.kernels.sign_matmul.triton_prefill import (
 )
 from dbf_compile.signs import is_ragged, words_per_row
 
-LAYERS = ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008))  # of Llama-2-7B, fused, N x K
 SMALL_SHAPE, SMALL_TOKENS = "35x2100", (1, 3, 20)
 Job = tuple[int, int, int, dict[str, int]]
 
@@ -76,7 +77,7 @@ def shapes() -> list[tuple[int, int]]:
     """Return both stages of all layers at 1 and 2 bits."""
     found = []
     for bits in (1.0, 2.0):
-        for N, K in LAYERS:
+        for N, K in layers("llama-2-7b").values():
             R = mid_features_for(bits, K, N) // 32 * 32
             found += [(R, K), (N, R)]
     return found
@@ -158,7 +159,7 @@ def time_shape(size: tuple[int, int, int], every: list[dict[str, int]], argument
             "stages": settings.get("num_stages", ""),
             "default": settings in defaults,
             "median_us": round(medians[str(number)], 2),
-            "cublas_bf16_us": round(medians["cuBLAS"], 2),
+            "cublas_bf16_us": round(medians.get("cuBLAS", math.nan), 2),
         }
         for number, settings in enumerate(every)
         if str(number) in medians
