@@ -6,10 +6,13 @@ On the CPU every compiled test runs them.
 from __future__ import annotations
 
 import re
-import shutil
 
 import pytest
 from support import sass
+
+pytest.importorskip("triton")
+
+from support import cuda_codegen
 from support.cuda_codegen import (
     BLOCK_TOKENS,
     CASES,
@@ -24,13 +27,7 @@ from support.cuda_codegen import (
 from support.cuda_interpreter import run_all
 from support.cuda_models import LLAMA_BLOCKS
 
-pytest.importorskip("triton")
-pytestmark = [
-    pytest.mark.skipif(
-        sass.missing_tools() is not None, reason=f"cannot compile for NVIDIA: {sass.missing_tools()}"
-    ),
-    pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler"),
-]
+pytestmark = cuda_codegen.NEEDS
 
 ON_TRITON = [case for case in CASES if case.dtype != "float64" and not case.dynamic]
 FEW = [case for case in ON_TRITON if case.M <= 16]
@@ -89,13 +86,13 @@ def test_very_many_tokens_share_a_dense_matrix(case: Case, programs: dict[str, P
             assert {one.opcode for one in code if one.name == "STG"} == {"STG.E.128"}
 
 
-def test_signs_without_scales_are_written_out_and_words_row_after_row_are_for_the_operator(
+def test_results_of_all_dtypes_come_from_a_dense_matrix_and_words_row_after_row_are_for_the_operator(
     programs: dict[str, Program], errors: dict[str, float]
 ) -> None:
     program = programs["plain"]
-    assert sum("expand_tile" in source for source in program.kernels.values()) == 1
+    assert sum("expand_tile" in source for source in program.kernels.values()) == 2  # with and without scale
     assert program.call.count("extern_kernels.mm(") == 1
-    assert program.call.count("extern_kernels.mm_dtype(") == 2  # float32 sums
+    assert program.call.count("extern_kernels.mm_dtype(") == 4  # float32 sums
     assert program.call.count("torch.ops.dbf.sign_matmul.default(") == 1
     assert errors["plain"] <= 1
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
-from support.strategies import random_factors
+from support.strategies import random_factors_like
 
-from dbf_compile.factors import DoubleBinaryFactors
 from dbf_compile.linear import DoubleBinaryLinear, dense_linears, dense_weight, replace_everywhere
 
 V = 256
@@ -100,6 +98,10 @@ KINDS = {
 }
 
 
+# Of random queries and keys: else attention would look everywhere alike, and a wrong query would hardly be seen.
+SHARPER = 8.0
+
+
 def random_model(name: str) -> torch.nn.Module:
     """Return a dense model, random but always the same."""
     import transformers
@@ -111,19 +113,19 @@ def random_model(name: str) -> torch.nn.Module:
 
 @torch.no_grad()
 def random_factored_model(name: str) -> torch.nn.Module:
-    """Return a model whose layers but the head have random factors, with results as large as those of the dense ones.
+    """Return a model whose layers but the head have random factors.
 
     Middle dimensions are odd, or more than one program of the GPU's kernel adds up.
     """
     model = random_model(name)
-    layers = [one for one in dense_linears(model).values() if one is not model.get_output_embeddings()]
-    for index, layer in enumerate(layers):
-        weight = dense_weight(layer)
-        N, K = weight.shape
-        made = random_factors(K, (40, 1090, 33)[index % 3], N, seed=index).tensors()
-        size = DoubleBinaryFactors(**made).dense(torch.float32).std()
-        made["scale_out"] = (made["scale_out"] * (math.sqrt(3) * weight.std() / size)).half()
-        replace_everywhere(model, layer, DoubleBinaryLinear(DoubleBinaryFactors(**made), layer.bias))
+    layers = dense_linears(model)
+    layers = {key: one for key, one in layers.items() if one is not model.get_output_embeddings()}
+    for index, (key, layer) in enumerate(layers.items()):
+        factors = random_factors_like(dense_weight(layer), (40, 1090, 33)[index % 3], seed=index)
+        made = DoubleBinaryLinear(factors, layer.bias)
+        if key.endswith(("q_proj", "k_proj", "query", "key")):
+            made.scale_out *= SHARPER
+        replace_everywhere(model, layer, made)
     return model
 
 

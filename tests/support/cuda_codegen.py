@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -20,7 +21,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
+from support import sass
 from support.architectures import batches, random_factored_model, settings_of
 from support.cuda_models import CACHED_TOKENS, Block, Deep, Overwritten, Plain, Siblings, llama
 from support.pretended_cuda import pretend_cuda
@@ -57,6 +60,12 @@ CASES = (
 )
 
 
+NEEDS = [
+    pytest.mark.skipif(
+        sass.missing_tools() is not None, reason=f"cannot compile for NVIDIA: {sass.missing_tools()}"
+    ),
+    pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler"),
+]
 TUNED = (Case(256, 192, 320, M=1, dtype="bfloat16"), Case(256, 192, 320, M=40), Case(67, 33, 129, M=200))
 BLOCK_TOKENS = (1, 64)
 SIBLING_TOKENS = (1, 6, 64)

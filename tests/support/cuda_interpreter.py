@@ -157,13 +157,16 @@ def _worst_of_plain(program: Program, folder: Path) -> float:
     model = Plain()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(PLAIN_TOKENS, model.SIZE[1], generator=generator).bfloat16()
-    found = _load(program, folder)(None, [x, model.interleaved, model.in_rows])
+    found = _load(program, folder)(None, [model.scale, x, model.interleaved, model.in_rows])
+    assert [y.dtype for y in found] == [*model.DTYPES, torch.float32, torch.float32]
     truth = x.double() @ unpack_signs(model.in_rows, model.SIZE[1], torch.float64).T
-    assert [y.dtype for y in found] == [*model.DTYPES, torch.bfloat16]
-    # Float32 sums of as many terms as there are columns, and one rounding of the result.
+    truths = [*(truth * model.scale for _ in model.DTYPES), truth, truth]
+    # Float32 sums of as many terms as there are columns; scales rounded to the dtype of x; and the result to its own.
     sums = model.SIZE[1] * torch.finfo(torch.float32).eps / 16
+    roundings = [_ROUNDING + torch.finfo(dtype).eps / 2 for dtype in model.DTYPES] + [0.0, 0.0]
     errors = [
-        (y.double() - truth).norm() / truth.norm() / (sums + torch.finfo(y.dtype).eps / 2) for y in found
+        (y.double() - exact).norm() / exact.norm() / (sums + rounding)
+        for y, exact, rounding in zip(found, truths, roundings, strict=True)
     ]
     return max(error.nan_to_num(nan=math.inf).item() for error in errors)
 
@@ -206,8 +209,8 @@ def _worst_of_architecture(name: str, M: int, program: Program, folder: Path) ->
     with torch.no_grad():
         exact, eager = exact_model(**wide, **settings).logits, model(**narrow, **settings).logits
         torch.compile(model, backend=given, fullgraph=True, dynamic=False)(**narrow, **settings)
-    found = [y for y in _load(program, folder)(None, list(given.inputs)) if y.shape == eager.shape]
-    return _worst_ratio(M, found[:1], [eager], [exact])
+    (logits,) = (y for y in _load(program, folder)(None, list(given.inputs)) if y.shape == eager.shape)
+    return _worst_ratio(M, [logits], [eager], [exact])
 
 
 class _Given:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from support.strategies import random_factors, random_signs
+from support.architectures import SHARPER
+from support.strategies import random_factors, random_factors_like, random_signs
 
 from dbf_compile.linear import DoubleBinaryLinear
 from dbf_compile.signs import interleave, pack_signs
@@ -57,22 +58,26 @@ class Deep(torch.nn.Module):
 
 
 class Plain(torch.nn.Module):
-    """Products of many tokens without scales: to the dtype of x, to float32, to another of 16 bits; of words row after row."""
+    """Products of many tokens with rows scaled: to the dtype of x and others; one without scale; one of words row after row."""
 
     SIZE = (48, 600)
+    DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
 
     def __init__(self) -> None:
         super().__init__()
         words = pack_signs(random_signs(*self.SIZE, seed=0))
         self.register_buffer("interleaved", interleave(words))
         self.register_buffer("in_rows", words)
-
-    DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+        self.register_buffer("scale", torch.linspace(0.5, 2, self.SIZE[0]))
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         product = torch.ops.dbf.sign_matmul
-        found = [product(x, self.interleaved, dtype=dtype, interleaved=True) for dtype in self.DTYPES]
-        return [*found, product(x, self.in_rows, dtype=x.dtype)]
+        scaled = {"out_scale": self.scale, "interleaved": True}
+        return [
+            *(product(x, self.interleaved, dtype=dtype, **scaled) for dtype in self.DTYPES),
+            product(x, self.interleaved, interleaved=True),
+            product(x, self.in_rows),
+        ]
 
 
 class Overwritten(torch.nn.Module):
@@ -124,9 +129,20 @@ def llama(factored: bool) -> torch.nn.Module:
     )
     model = LlamaForCausalLM(config).eval()
     for block in model.model.layers if factored else []:
-        q_k_v, gate_up = _siblings(256, 1090, (256, 128, 128)), _siblings(256, 192, (512, 512))
-        block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj = q_k_v
-        block.mlp.gate_proj, block.mlp.up_proj = gate_up
-        block.self_attn.o_proj = DoubleBinaryLinear(random_factors(256, 1090, 256))
-        block.mlp.down_proj = DoubleBinaryLinear(random_factors(512, 192, 256))
+        attention, mlp = block.self_attn, block.mlp
+        attention.q_proj, attention.k_proj, attention.v_proj = _as_one(
+            1090, attention.q_proj, attention.k_proj, attention.v_proj
+        )
+        for layer in (attention.q_proj, attention.k_proj):
+            layer.scale_out *= SHARPER
+        (attention.o_proj,) = _as_one(1090, attention.o_proj)
+        mlp.gate_proj, mlp.up_proj = _as_one(192, mlp.gate_proj, mlp.up_proj)
+        (mlp.down_proj,) = _as_one(192, mlp.down_proj)
     return model
+
+
+def _as_one(mid_features: int, *dense: torch.nn.Linear) -> list[DoubleBinaryLinear]:
+    """Return random layers in the place of dense ones that read the same input, factored as one."""
+    weight = torch.cat([layer.weight.detach() for layer in dense])
+    rows = [layer.out_features for layer in dense]
+    return [DoubleBinaryLinear(part) for part in random_factors_like(weight, mid_features).split(rows)]

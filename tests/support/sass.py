@@ -15,15 +15,7 @@ from typing import Any
 
 TARGETS = (80, 86, 89, 90, 100, 120)
 # Bytes that one program may have, from the programming guides.
-SHARED_MEMORY = {
-    80: 163 << 10,
-    86: 99 << 10,
-    89: 99 << 10,
-    90: 227 << 10,
-    100: 227 << 10,
-    120: 99 << 10,
-    "gfx942": 64 << 10,
-}
+SHARED_MEMORY = {86: 99 << 10, 90: 227 << 10, "gfx942": 64 << 10}
 
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")

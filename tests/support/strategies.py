@@ -5,6 +5,9 @@ Contents come from a drawn seed, not entry by entry: sizes shrink to the smalles
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -48,6 +51,13 @@ def random_factors(
         random_scale(mid_features, seed + 3, dtype),
         random_scale(out_features, seed + 4, dtype),
     )
+
+
+def random_factors_like(weight: Tensor, mid_features: int, seed: int = 0) -> DoubleBinaryFactors:
+    """Return random factors in the place of a weight, whose products are somewhat larger than those of the weight."""
+    factors = random_factors(weight.shape[1], mid_features, weight.shape[0], seed)
+    scale = math.sqrt(3) * weight.float().std() / factors.dense(torch.float32).std()
+    return replace(factors, scale_out=(factors.scale_out * scale).half())
 
 
 def sign_matrices(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import os
 import re
+from collections.abc import Iterable, Iterator
 
 import pytest
 from support import sass
@@ -136,18 +137,36 @@ def test_signs_are_written_out_16_bytes_at_a_time(capability: int, scaled: bool)
     assert sum(one.name == "LDS" for one in code) <= numbers // 32
 
 
-DEFAULTS = [
-    *((decode_kernel, M, decode_blocks(M, N, K)[0]) for M in (1, 16) for N, K in ((64, 64), (22016, 6880))),
-    *((prefill_kernel, M, {**prefill_blocks(M, 4096, terms)[0], "TERMS": terms}) for M in (17, 512) for terms in (1, 3)),
-    (expand_kernel, 512, expand_blocks(4096)[0]),
-]  # fmt: skip
+SIZES = [64 * 2**power for power in range(10)]
 
 
-@pytest.mark.parametrize("target", sass.SHARED_MEMORY)
-def test_without_tuning_no_kernel_wants_more_shared_memory_than_there_is(target: int | str) -> None:
-    for kernel, M, settings in DEFAULTS:
+def distinct(every: Iterable[dict[str, int]]) -> list[dict[str, int]]:
+    return [dict(items) for items in dict.fromkeys(tuple(one.items()) for one in every)]
+
+
+def every_default(kernel: object) -> Iterator[tuple[int, dict[str, int]]]:
+    """Yield numbers of tokens and the settings that some sizes have without tuning."""
+    if kernel is expand_kernel:
+        yield from ((512, expand_blocks(K)[0]) for K in SIZES)
+    elif kernel is decode_kernel:
+        for M in (1, 4, 16):
+            settings = (decode_blocks(M, N, K, parts)[0] for N in SIZES for K in SIZES for parts in (1, 4))
+            yield from ((M, one) for one in distinct(settings))
+    else:
+        for terms in (1, 3):
+            settings = (prefill_blocks(M, N, terms)[0] for M in (17, *SIZES) for N in SIZES)
+            yield from ((512, {**one, "TERMS": terms}) for one in distinct(settings))
+
+
+# Without and with instructions for groups of warps, and AMD's; those that have the least.
+@pytest.mark.parametrize("target", [86, 90, "gfx942"])
+@pytest.mark.parametrize("kernel", [decode_kernel, prefill_kernel, expand_kernel])
+def test_without_tuning_no_kernel_wants_more_shared_memory_than_there_is(
+    kernel: object, target: int | str
+) -> None:
+    for M, settings in every_default(kernel):
         wanted = sass.compile_kernel(kernel, target, "bf16", M, settings).metadata.shared
-        assert wanted <= sass.SHARED_MEMORY[target], (kernel, settings)
+        assert wanted <= sass.SHARED_MEMORY[target], settings
 
 
 @pytest.mark.parametrize(("kernel", "matrix"), [(decode_kernel, False), (prefill_kernel, True)])
