@@ -99,7 +99,7 @@ KINDS = {
 
 
 # Of random queries and keys: else attention would look everywhere alike, and a wrong query would hardly be seen.
-SHARPER = 8.0
+SHARPER = 4.0
 
 
 def random_model(name: str) -> torch.nn.Module:
