@@ -12,6 +12,8 @@ from support import sass
 
 pytest.importorskip("triton")
 
+import triton
+
 from dbf_compile.kernels.sign_matmul import triton_prefill
 from dbf_compile.kernels.sign_matmul.triton_decode import decode_blocks, decode_kernel
 from dbf_compile.kernels.sign_matmul.triton_expand import expand_blocks, expand_kernel
@@ -26,7 +28,13 @@ pytestmark = [
     ),
 ]
 
+# An older one computes some sums of four with both signs.
+counted_with_newer_triton = pytest.mark.skipif(
+    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7), reason="counts are those of triton 3.9"
+)
 
+
+@counted_with_newer_triton
 @pytest.mark.parametrize(
     ("M", "dtype", "parts"),
     [(1, "fp32", 1), (1, "bf16", 1), (1, "fp16", 1), (16, "bf16", 1), (1, "fp32", 4)],
@@ -71,6 +79,7 @@ def test_every_thread_loads_the_words_that_it_looks_up(capability: int, tile: tu
     assert not names["SHFL"]
 
 
+@counted_with_newer_triton
 @pytest.mark.parametrize("capability", sass.TARGETS)
 def test_scales_are_met_once_for_each_activation_and_result(capability: int) -> None:
     settings = decode_blocks(1, 4096, 4096)[0]
