@@ -36,10 +36,10 @@ _POST_GRAD_HOOK = "post_grad_custom_post_pass"
 
 def copy_graph(gm: GraphModule) -> GraphModule:
     """Return a copy that may be rewritten; Dynamo goes on reading the nodes of its own graph after the backend."""
-    copy = GraphModule(gm, Graph())
+    graph, copied = Graph(), dict[Node, Node]()
+    graph.output(graph.graph_copy(gm.graph, copied))
+    copy = GraphModule(gm, graph)  # takes over the submodules that the graph names, as bodies of torch.cond
     copy.meta = dict(gm.meta)
-    copied: dict[Node, Node] = {}
-    copy.graph.output(copy.graph.graph_copy(gm.graph, copied))
     for old, new in copied.items():
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source

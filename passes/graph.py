@@ -6,6 +6,7 @@ fake tensor it stands for in ``meta["example_value"]``, as Dynamo leaves it; nod
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate, map_arg
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
@@ -26,6 +27,7 @@ PROVENANCE = ("nn_module_stack", "source_fn_stack", "stack_trace", "from_node", 
 
 
 OpOverload = type(torch.ops.aten.add.Tensor)
+OpOverloadPacket = type(torch.ops.aten.add)
 
 # The product with signs, as modules call it and as the passes emit it.
 SIGN_MATMUL = (torch.ops.dbf.sign_matmul, torch.ops.dbf.sign_matmul.default)
@@ -192,30 +194,60 @@ def mutated_by(node: Node) -> tuple[Node, ...]:
     """Return the nodes whose memory ``node`` may write to."""
     hit: list[Any] = []
     target = node.target
-    if isinstance(target, OpOverload):
-        for argument, given in zip(target._schema.arguments, node.args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                hit.append(given)
-        named = {argument.name: argument for argument in target._schema.arguments}
-        for key, given in node.kwargs.items():
-            info = named[key].alias_info if key in named else None
-            if info is not None and info.is_write:
-                hit.append(given)
+    if isinstance(target, (OpOverload, OpOverloadPacket)):
+        for schema in _schemas_of(target):
+            given = [*zip(schema.arguments, node.args, strict=False)]
+            given += [(one, node.kwargs[one.name]) for one in schema.arguments if one.name in node.kwargs]
+            hit += [value for one, value in given if one.alias_info is not None and one.alias_info.is_write]
+    elif getattr(target, "namespace", None) == "higher_order":
+        hit += node.all_input_nodes if any(map(_writes_to_inputs, _bodies_of(node))) else []
     elif node.op in ("call_method", "call_function") and node.args:
         name = _called_name(node)
         in_place = name.endswith("_") and not name.endswith("__")
         if (
             in_place
             or target is operator.setitem
-            or name in _IN_PLACE_OPERATORS
-            or node.kwargs.get("inplace")
+            or name.strip("_") in _IN_PLACE_OPERATORS
+            or _is_told_to_be_in_place(node)
         ):
             hit.append(node.args[0])
     if "out" in node.kwargs:
         hit.append(node.kwargs["out"])
     found: list[Node] = []
     map_arg(hit, found.append)
-    return tuple(found)
+    return tuple(dict.fromkeys(found))
+
+
+def _schemas_of(target: Any) -> list[Any]:
+    """Return the schema of an operator's overload, or of all overloads where Dynamo left the choice open."""
+    if isinstance(target, OpOverload):
+        return [target._schema]
+    return [getattr(target, name)._schema for name in target.overloads()]
+
+
+def _bodies_of(node: Node) -> list[GraphModule]:
+    """Return the graphs that a higher-order operator such as torch.cond is given."""
+    owner = node.graph.owning_module
+    named = [one for one in node.all_input_nodes if one.op == "get_attr" and owner is not None]
+    values = [operator.attrgetter(str(one.target))(owner) for one in named]
+    return [value for value in values if isinstance(value, GraphModule)]
+
+
+def _writes_to_inputs(body: GraphModule) -> bool:
+    given = {storage_of(one) for one in body.graph.nodes if one.op in ("placeholder", "get_attr")}
+    return not given.isdisjoint(mutated_storages(list(body.graph.nodes)))
+
+
+def _is_told_to_be_in_place(node: Node) -> bool:
+    """Return whether a function of torch.nn.functional is given ``inplace=True``, by name or position."""
+    if "inplace" in node.kwargs or not callable(node.target):
+        return bool(node.kwargs.get("inplace"))
+    try:
+        names = list(inspect.signature(node.target).parameters)
+    except (TypeError, ValueError):  # not written in Python
+        return False
+    position = names.index("inplace") if "inplace" in names else len(node.args)
+    return position < len(node.args) and bool(node.args[position])
 
 
 _IN_PLACE_OPERATORS = frozenset(
@@ -238,10 +270,16 @@ _IN_PLACE_OPERATORS = frozenset(
 
 
 def storage_of(node: Node) -> Hashable:
-    """Return a key of the memory that a tensor node lives in; views of one tensor have equal keys."""
+    """Return a key of the memory that a tensor node lives in; views of one tensor have equal keys.
+
+    What torch.vmap is working on does not tell its memory: all of that has one key, as any of it may be a view of another.
+    """
     value = node.meta.get("example_value", node.meta.get("val"))
     if isinstance(value, Tensor) and value.layout == torch.strided:
-        key: int = StorageWeakRef(value.untyped_storage()).cdata
+        try:
+            key: int = StorageWeakRef(value.untyped_storage()).cdata
+        except NotImplementedError:
+            return "within torch.vmap"
         return key
     return node
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.models import MLP, OPTIONS, error_of, factored, randn
+from support.strategies import random_factors
 from torch import nn
 from torch._inductor import compile_fx
 from torch._inductor.utils import run_and_get_code
@@ -14,6 +15,7 @@ import dbf_compile
 from dbf_compile import backend
 from dbf_compile.compression import jobs
 from dbf_compile.factors import DoubleBinaryFactors
+from dbf_compile.linear import DoubleBinaryLinear
 
 # float32 sums of at most 200 products, in the order of another kernel: 200 · 2^-24 is 1.2e-5 of the largest term.
 TOLERANCE = 2e-5
@@ -332,6 +334,62 @@ def test_of_a_models_inputs_only_the_activations_may_move(convert, monkeypatch):
     with torch._inductor.config.patch(fx_graph_cache=False):
         compiled(model)(randn(5, 67))
     assert moving == [[(5, 67)]]
+
+
+@torch.library.custom_op("dbf_test::increase", mutates_args=["x"])
+def increase(x: torch.Tensor) -> None:
+    x.add_(1)
+
+
+class Siblings(nn.Module):
+    """Two layers that were factored as one, and something that happens to their input in between."""
+
+    def __init__(self, between):
+        super().__init__()
+        parts = random_factors(67, 40, 50).split([20, 30])
+        self.first, self.second = map(DoubleBinaryLinear, parts)
+        self.between = between
+
+    def forward(self, x):
+        x = x * 1
+        first = self.first(x)
+        return first, self.between(x), self.second(x)
+
+
+def checkpointed(function):
+    return lambda x: torch.utils.checkpoint.checkpoint(function, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        pytest.param(lambda x: torch.ops.dbf_test.increase(x), id="an operator whose overload is open"),
+        pytest.param(lambda x: F.leaky_relu(x, 0.1, True), id="in place by position"),
+        pytest.param(lambda x: x.__iadd__(1), id="a method of Python"),
+        pytest.param(checkpointed(lambda x: x.add_(1) * 1), id="a subgraph that writes"),
+        pytest.param(checkpointed(lambda x: x + 1), id="a subgraph that reads"),
+        pytest.param(
+            lambda x: torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x * 2, (x,)), id="a condition"
+        ),
+        pytest.param(lambda x: torch.vmap(lambda row: row * 1 + row.sum())(x), id="vmap"),
+    ],
+)
+@torch.no_grad()
+def test_what_happens_between_layers_of_one_input_happens(between):
+    model, x = Siblings(between), randn(5, 67)
+    for found, wanted in zip(compiled(model)(x), model(x), strict=True):
+        assert found is wanted is None or error_of(found, wanted) < TOLERANCE
+
+
+@torch.no_grad()
+def test_layers_within_a_condition_and_under_vmap():
+    layer = DoubleBinaryLinear(random_factors(67, 40, 50))
+    for function in (
+        lambda x: torch.cond(x.sum() > 0, layer, lambda x: layer(x) * 2, (x,)),
+        torch.vmap(layer),
+    ):
+        x = randn(5, 67)
+        assert error_of(compiled(function)(x), function(x)) < TOLERANCE
 
 
 def test_a_model_without_parameters_compiles():
