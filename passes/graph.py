@@ -10,6 +10,7 @@ import inspect
 import operator
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -200,7 +201,8 @@ def mutated_by(node: Node) -> tuple[Node, ...]:
             given += [(one, node.kwargs[one.name]) for one in schema.arguments if one.name in node.kwargs]
             hit += [value for one, value in given if one.alias_info is not None and one.alias_info.is_write]
     elif getattr(target, "namespace", None) == "higher_order":
-        hit += node.all_input_nodes if any(map(_writes_to_inputs, _bodies_of(node))) else []
+        bodies = _bodies_of(node)  # none of a user's Triton kernel, which may write to all that it is given
+        hit += node.all_input_nodes if not bodies or any(map(_writes_to_inputs, bodies)) else []
     elif node.op in ("call_method", "call_function") and node.args:
         name = _called_name(node)
         in_place = name.endswith("_") and not name.endswith("__")
@@ -242,12 +244,17 @@ def _is_told_to_be_in_place(node: Node) -> bool:
     """Return whether a function of torch.nn.functional is given ``inplace=True``, by name or position."""
     if "inplace" in node.kwargs or not callable(node.target):
         return bool(node.kwargs.get("inplace"))
+    position = _place_of_inplace(node.target)
+    return position is not None and position < len(node.args) and bool(node.args[position])
+
+
+@cache
+def _place_of_inplace(function: Callable[..., Any]) -> int | None:
     try:
-        names = list(inspect.signature(node.target).parameters)
+        names = list(inspect.signature(function).parameters)
     except (TypeError, ValueError):  # not written in Python
-        return False
-    position = names.index("inplace") if "inplace" in names else len(node.args)
-    return position < len(node.args) and bool(node.args[position])
+        return None
+    return names.index("inplace") if "inplace" in names else None
 
 
 _IN_PLACE_OPERATORS = frozenset(

@@ -109,12 +109,8 @@ def test_weights_of_wants_matrices():
         ("__iadd__", (1,), {}, [0]),
         (F.relu, (True,), {}, [0]),
         (F.leaky_relu, (0.1, True), {}, [0]),
-        (
-            torch.ops.aten.mul_,
-            (2.0,),
-            {},
-            [0],
-        ),  # Dynamo leaves the choice of an overload open where the model does
+        # Dynamo leaves the choice of an overload open where the model does.
+        (torch.ops.aten.mul_, (2.0,), {}, [0]),
         ("add", (1,), {}, []),
         ("__add__", (1,), {}, []),
         (F.relu, (False,), {}, []),
@@ -137,6 +133,17 @@ def test_mutated_by_sees_out_arguments():
     hand, x, w = weight_graph()
     assert mutated_by(hand.graph.call_function(torch.neg, (x,), {"out": w})) == (w,)
     assert mutated_by(hand.graph.call_function(torch.ops.aten.neg.out, (x,), {"out": w})) == (w,)
+
+
+def test_an_operator_that_shows_no_body_may_write_to_all_that_it_is_given():
+    from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
+
+    # How Dynamo calls a Triton kernel of the user.
+    hand, x, w = weight_graph()
+    node = hand.graph.call_function(
+        triton_kernel_wrapper_mutation, (), {"kernel_idx": 0, "kwargs": {"in_ptr": w, "out_ptr": x}}
+    )
+    assert set(mutated_by(node)) == {x, w}
 
 
 def test_views_share_a_storage_key_and_other_tensors_do_not():
