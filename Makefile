@@ -29,7 +29,7 @@ bench-cpu: $(VENV)/.demo
 	$(VENV)/bin/python benchmarks/bench_cpu.py
 	$(VENV)/bin/python benchmarks/decode_cpu.py
 
-# On a machine with an NVIDIA GPU and a CUDA build of torch: checks, then timings, within 8 minutes.
+# On a machine with an NVIDIA GPU and a CUDA build of torch: checks, then timings; meant for 8 minutes, not timed yet.
 bench-gpu: $(VENV)/.demo
 	$(VENV)/bin/python benchmarks/bench_gpu.py
 

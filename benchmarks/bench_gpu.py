@@ -1,6 +1,6 @@
 """One NVIDIA GPU: the kernels checked on fresh data, then timed against their peers, then whole models.
 
-    python benchmarks/bench_gpu.py                       all of it, within 8 minutes
+    python benchmarks/bench_gpu.py                       all of it; meant for 8 minutes, not timed yet
     python benchmarks/bench_gpu.py --parts check layers --shapes 28672x4096     other layers, as models fuse them
     python benchmarks/bench_gpu.py --parts models --models qwen3-8b
     python benchmarks/bench_gpu.py --dry-run             small sizes on the CPU, no times
