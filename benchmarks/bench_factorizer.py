@@ -33,11 +33,11 @@ from official_admm import official
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from dbf_compile.compression.admm import FactorizerConfig, factorize, weighted_error
-from dbf_compile.compression.calibration import calibrate
-from dbf_compile.compression.importance import Importance
-from dbf_compile.compression.model import MIN_MID_FEATURES
-from dbf_compile.compression.projection import onebit
+from dbf_compile.calibration.calibrate import calibrate
+from dbf_compile.compression.layers import MIN_MID_FEATURES
+from dbf_compile.factorizer.factorize import FactorizerConfig, factorize, weighted_error
+from dbf_compile.factorizer.importance import Importance
+from dbf_compile.factorizer.projection import onebit
 from dbf_compile.factors import mid_features_for, stored_bits
 from dbf_compile.linear import dense_linears, dense_weight
 from dbf_compile.options import PRESETS

@@ -99,9 +99,9 @@ def work(model_name: str, backend: str) -> dict[str, float]:
     """Return the seconds of the first call of a freshly compiled model, and of the stages within it."""
     import torch
 
-    import dbf_compile.backend
-    from dbf_compile import inductor
-    from dbf_compile.compression.model import LayerFactorizer
+    import dbf_compile.compiler.backend
+    from dbf_compile.compiler import inductor
+    from dbf_compile.compression.layers import LayerFactorizer
     from dbf_compile.kernels.sign_matmul import cpu_kernel
 
     model, tokens = MAKE[model_name]()
@@ -119,7 +119,7 @@ def work(model_name: str, backend: str) -> dict[str, float]:
 
         setattr(owner, name, run)
 
-    timed("passes", dbf_compile.backend, "run_pipeline")
+    timed("passes", dbf_compile.compiler.backend, "run_pipeline")
     timed("factors", LayerFactorizer, "make")
     timed("kernel build", cpu_kernel, "build")
     options = {"iterations": 20, "progress": False}  # quality is not the question here

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dbf_compile
-from dbf_compile.compression.importance import Importance
-from dbf_compile.compression.model import LayerFactorizer
-from dbf_compile.compression.projection import onebit
+from dbf_compile.compression.layers import LayerFactorizer
 from dbf_compile.evaluation import compare
+from dbf_compile.factorizer.importance import Importance
+from dbf_compile.factorizer.projection import onebit
 from dbf_compile.linear import dense_linears, dense_weight
 
 PYTHON = Path(__file__).parents[1] / "out" / "python10m"

@@ -19,7 +19,7 @@ from sentences import CALIBRATION, EVALUATION
 from torch import Tensor, nn
 
 import dbf_compile
-from dbf_compile.compression.projection import onebit
+from dbf_compile.factorizer.projection import onebit
 from dbf_compile.linear import dense_linears, dense_weight
 
 LENGTH = 32  # tokens of a sentence, padding included

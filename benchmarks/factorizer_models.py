@@ -15,8 +15,8 @@ from sentences import CALIBRATION, EVALUATION
 from torch import Tensor, nn
 
 import dbf_compile
-from dbf_compile.compression.importance import Importance
-from dbf_compile.compression.model import LayerFactorizer
+from dbf_compile.compression.layers import LayerFactorizer
+from dbf_compile.factorizer.importance import Importance
 from dbf_compile.factors import stored_bits
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

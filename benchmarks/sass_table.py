@@ -18,7 +18,7 @@ from measure import write_results
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from support import sass
+from support.cuda import sass
 
 from dbf_compile.kernels.sign_matmul.triton_decode import decode_blocks, decode_kernel
 from dbf_compile.kernels.sign_matmul.triton_expand import expand_blocks, expand_kernel

@@ -8,20 +8,20 @@ from __future__ import annotations
 from functools import partial
 from importlib import import_module
 
+from dbf_compile.calibration.batches import token_batches
+from dbf_compile.calibration.calibrate import calibrate
 from dbf_compile.checkpoint import load, read_metadata, save
-from dbf_compile.compress import Compressed, compress
-from dbf_compile.compression.admm import FactorizerConfig, factorize, weighted_error
-from dbf_compile.compression.batches import token_batches
 from dbf_compile.compression.budgets import Allocation, allocate
-from dbf_compile.compression.calibration import calibrate
-from dbf_compile.compression.importance import Importance
-from dbf_compile.compression.model import convert_, factorize_model
+from dbf_compile.compression.layers import convert_, factorize_model
 from dbf_compile.errors import DBFError
+from dbf_compile.factorizer.factorize import FactorizerConfig, factorize, weighted_error
+from dbf_compile.factorizer.importance import Importance
 from dbf_compile.factors import DoubleBinaryFactors
 from dbf_compile.generation import generate
 from dbf_compile.integrations.on_import import when_imported
 from dbf_compile.linear import DoubleBinaryLinear
 from dbf_compile.options import CompileOptions, CompressionConfig, CompressOptions
+from dbf_compile.run.compress import Compressed, compress
 
 __version__ = "0.1.0"
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dbf_compile.errors import CheckpointError, FactorsError
 from dbf_compile.factors import FIRST_STAGE, SCALE_DTYPES, TENSOR_NAMES, DoubleBinaryFactors
-from dbf_compile.folders import appearing
+from dbf_compile.files import appearing
 from dbf_compile.signs import words_per_row
 
 FORMAT, VERSION = "dbf", "1"

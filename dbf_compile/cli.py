@@ -86,8 +86,8 @@ def compress(
     as_json: AsJson = False,
 ) -> None:
     """Compress a pretrained model into a folder that loads like any other. A run that was stopped goes on."""
-    from dbf_compile.compress import compress as run
-    from dbf_compile.compress import compress_in_processes
+    from dbf_compile.run.compress import compress as run
+    from dbf_compile.run.compress import compress_in_processes
 
     options: dict[str, Any] = {
         "bits": bits,
@@ -231,7 +231,7 @@ def bench(
 @app.command(epilog="Example:\n\n    dbf-compile inspect qwen-2bit")
 def inspect(model: Folder, as_json: AsJson = False) -> None:
     """Show what of a model is compressed: coverage, bits, and the error of every layer; checks the files as well."""
-    from dbf_compile.integrations.inspection import inspect_folder
+    from dbf_compile.inspection import inspect_folder
 
     found = inspect_folder(model)
 

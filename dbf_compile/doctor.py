@@ -13,7 +13,7 @@ from importlib import metadata
 
 import torch
 
-from dbf_compile.folders import cache_folder
+from dbf_compile.files import cache_folder
 from dbf_compile.kernels import cpp_build
 from dbf_compile.kernels.sign_matmul import cpu_kernel
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbf_compile.compression.batches import token_batches
-from dbf_compile.compression.calibration import call_model, moved
+from dbf_compile.calibration.batches import token_batches
+from dbf_compile.calibration.calibrate import call_model, moved
+from dbf_compile.calibration.losses import first_tensor, is_causal, token_ids
 from dbf_compile.compression.distillation import agreement, divergence, logits_of
-from dbf_compile.compression.losses import first_tensor, is_causal, token_ids
 from dbf_compile.errors import OptionError
 from dbf_compile.machine import chosen_device
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from dbf_compile.errors import BuildError
-from dbf_compile.folders import cache_folder
+from dbf_compile.files import cache_folder
 
 # -ffp-contract=off: a sum of look-ups must not turn into fused multiply-adds behind our back.
 # No -march: the kernels choose among instruction sets when they run.

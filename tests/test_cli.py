@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from support.pretrained import FAST, text_of, tiny_folder
+from support.models.pretrained import FAST, text_of, tiny_folder
 
 pytest.importorskip("transformers")
 pytest.importorskip("typer")

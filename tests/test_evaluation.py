@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from support.models import tiny_bert, tiny_llama
-from support.pretrained import WORDS, text_of, tiny_folder
+from support.models.pretrained import WORDS, text_of, tiny_folder
+from support.models.tiny import tiny_bert, tiny_llama
 
 from dbf_compile.errors import OptionError
 from dbf_compile.evaluation import compare, evaluate_folder

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbf_compile.compression.admm import FactorizerConfig, factorize, weighted_error
-from dbf_compile.compression.calibration import Moment
-from dbf_compile.compression.importance import Importance, diagonal_of
+from dbf_compile.calibration.calibrate import Moment
+from dbf_compile.calibration.streams import Streams
 from dbf_compile.compression.jobs import FactorJob
-from dbf_compile.compression.streams import Streams
 from dbf_compile.compression.training import TrainableDoubleBinary, sureness_of, train, trained_factors
+from dbf_compile.factorizer.factorize import FactorizerConfig, factorize, weighted_error
+from dbf_compile.factorizer.importance import Importance, diagonal_of
 from dbf_compile.factors import DoubleBinaryFactors
 from dbf_compile.linear import dense_linears, dense_weight, replace_everywhere, swap_
 

@@ -28,12 +28,12 @@ from typing import Any
 
 from torch import nn
 
-from dbf_compile.compression.admm import FactorizerConfig, weighted_error
 from dbf_compile.compression.cache import FactorCache
-from dbf_compile.compression.importance import Importance, WeightedWeight, diagonal_of, squared_norm
 from dbf_compile.compression.jobs import FactorJob, run_jobs
-from dbf_compile.compression.model import LayerFactorizer
+from dbf_compile.compression.layers import LayerFactorizer
 from dbf_compile.errors import ConversionError, OptionError
+from dbf_compile.factorizer.factorize import FactorizerConfig, weighted_error
+from dbf_compile.factorizer.importance import Importance, WeightedWeight, diagonal_of, squared_norm
 from dbf_compile.factors import mid_features_for, stored_bits
 from dbf_compile.options import MAX_BITS, MIN_BITS, CompressionConfig, parse
 from dbf_compile.signs import words_per_row

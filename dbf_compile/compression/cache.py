@@ -1,4 +1,4 @@
-"""The durable cache of factors: made once per content, found again by any process; and hashes of contents.
+"""The durable cache of factors: made once per content, found again by any process.
 
 A key covers everything the factors depend on: the bytes of the weight, its importance, the middle dimension,
 the factorizer's settings and its source. A hit can therefore never be stale.
@@ -8,22 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping
-from functools import cache
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dbf_compile import checkpoint
-from dbf_compile.compression import admm, projection, refine, turns
-from dbf_compile.compression import importance as importance_module
-from dbf_compile.compression.admm import FactorizerConfig
-from dbf_compile.compression.importance import Importance
 from dbf_compile.errors import CheckpointError
+from dbf_compile.factorizer.factorize import FactorizerConfig
+from dbf_compile.factorizer.importance import Importance
 from dbf_compile.factors import DoubleBinaryFactors
-from dbf_compile.folders import cache_folder
+from dbf_compile.files import cache_folder
+from dbf_compile.hashes import source_hash, tensor_hash
 
 _log = logging.getLogger(__name__)
 _LAYER = "layer"
@@ -64,7 +59,7 @@ def content_key(
     weight: Tensor, mid_features: int, importance: Importance | None, config: FactorizerConfig
 ) -> str:
     """Return the key of the factors of ``weight``: a hash of all they depend on."""
-    digest = hashlib.sha256(_source_hash())
+    digest = hashlib.sha256(source_hash("dbf_compile.factorizer").encode())
     digest.update(f"{mid_features} {config!r}".encode())
     digest.update(tensor_hash(weight))
     digest.update(importance_hash(importance))
@@ -78,61 +73,4 @@ def importance_hash(importance: Importance | None) -> bytes:
     digest = hashlib.sha256()
     for tensor in (importance.input_second_moment, importance.output_grad_second_moment):
         digest.update(b"none" if tensor is None else tensor_hash(tensor))
-    return digest.digest()
-
-
-def tensor_hash(tensor: Tensor) -> bytes:
-    """Return a hash of dtype, shape and content; device and strides do not count."""
-    content = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{content.dtype} {tuple(content.shape)}".encode())
-    digest.update(content.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.digest()
-
-
-def batches_hash(batches: Iterable[Any]) -> str:
-    """Return a hash of batches: tensors, and sequences and mappings of them."""
-    digest = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if isinstance(value, Tensor):
-            digest.update(tensor_hash(value))
-        elif isinstance(value, Mapping):
-            for key in sorted(value):
-                digest.update(str(key).encode())
-                add(value[key])
-        elif isinstance(value, (tuple, list)):
-            for item in value:
-                add(item)
-        else:
-            digest.update(repr(value).encode())
-
-    for batch in batches:
-        add(batch)
-    return digest.hexdigest()
-
-
-def model_hash(model: nn.Module) -> str:
-    """Return a hash of a model's configuration and of all its tensors by name."""
-    digest = hashlib.sha256(repr(getattr(model, "config", None)).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode() + tensor_hash(tensor))
-    return digest.hexdigest()
-
-
-@cache
-def program_hash() -> str:
-    """Return a hash of the source of all that decides on what ``compress`` makes of a model."""
-    digest = hashlib.sha256()
-    folder = Path(__file__).parent
-    for path in [*sorted(folder.glob("*.py")), folder.parent / "run.py", folder.parent / "experts.py"]:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-@cache
-def _source_hash() -> bytes:
-    digest = hashlib.sha256()
-    for module in (admm, importance_module, projection, refine, turns):
-        assert module.__file__ is not None
-        digest.update(Path(module.__file__).read_bytes())
     return digest.digest()

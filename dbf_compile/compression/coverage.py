@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from dbf_compile.compression.model import MIN_MID_FEATURES
+from dbf_compile.compression.layers import MIN_MID_FEATURES
 from dbf_compile.factors import mid_features_for
 from dbf_compile.linear import dense_linears, dense_weight
 from dbf_compile.options import CompressionConfig

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbf_compile.compression.calibration import call_model
-from dbf_compile.compression.losses import attention_mask
+from dbf_compile.calibration.calibrate import call_model
+from dbf_compile.calibration.losses import attention_mask
 from dbf_compile.compression.training import TrainableScales, train, trained_factors
 from dbf_compile.factors import DoubleBinaryFactors, move_factors
 from dbf_compile.linear import DoubleBinaryLinear, replace_everywhere

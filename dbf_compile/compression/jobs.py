@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dbf_compile.compression.admm import FactorizerConfig, factorize_batch
 from dbf_compile.compression.cache import FactorCache, content_key
-from dbf_compile.compression.importance import Importance
 from dbf_compile.errors import DBFError
+from dbf_compile.factorizer.factorize import FactorizerConfig, factorize_batch
+from dbf_compile.factorizer.importance import Importance
 from dbf_compile.factors import DoubleBinaryFactors
 
 

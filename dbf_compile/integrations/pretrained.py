@@ -24,7 +24,7 @@ from transformers.models.auto import modeling_auto
 from dbf_compile.checkpoint import write_tensors
 from dbf_compile.errors import CheckpointError, ConversionError
 from dbf_compile.factors import FIRST_STAGE, TENSOR_NAMES, DoubleBinaryFactors
-from dbf_compile.folders import write_text
+from dbf_compile.files import write_text
 from dbf_compile.integrations.transformers import DBFConfig, Layers
 from dbf_compile.linear import GUARD, dense_weight
 from dbf_compile.signs import words_per_row

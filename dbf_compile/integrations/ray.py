@@ -7,7 +7,7 @@ from typing import Any
 
 import ray
 
-from dbf_compile.compress import Compressed, compress
+from dbf_compile.run.compress import Compressed, compress
 
 
 def compress_on_ray(
@@ -20,7 +20,7 @@ def compress_on_ray(
         output: the folder to write, on a file system that every machine sees.
         tasks: how many workers.
         cpus, gpus: what each takes of the cluster.
-        **options: further arguments of :func:`~dbf_compile.compress.compress`.
+        **options: further arguments of :func:`~dbf_compile.run.compress.compress`.
 
     Returns:
         What ``compress`` returns.

@@ -26,8 +26,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dbf_compile.errors import CheckpointError, ConversionError, FactorsError
-from dbf_compile.experts import unfuse_
 from dbf_compile.factors import FIRST_STAGE, TENSOR_NAMES, DoubleBinaryFactors
+from dbf_compile.integrations.experts import unfuse_
 from dbf_compile.linear import GUARD, DoubleBinaryLinear, dense_linears, dense_weight, replace_everywhere
 from dbf_compile.signs import words_per_row
 

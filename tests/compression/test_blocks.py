@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.models import tiny_llama
+from support.models.tiny import tiny_llama
 
-from dbf_compile.compression.admm import FactorizerConfig
+from dbf_compile.calibration.calibrate import calibrate
+from dbf_compile.calibration.streams import record
 from dbf_compile.compression.blocks import BlockRecipe, compress_block, factored_copy
-from dbf_compile.compression.calibration import calibrate
-from dbf_compile.compression.model import LayerFactorizer
-from dbf_compile.compression.streams import record
+from dbf_compile.compression.layers import LayerFactorizer
+from dbf_compile.factorizer.factorize import FactorizerConfig
 from dbf_compile.linear import DoubleBinaryLinear
 from dbf_compile.options import CompressionConfig
 

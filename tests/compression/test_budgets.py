@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dbf_compile.compression.budgets import ErrorCurve, allocate, measure_curves, spread
-from dbf_compile.compression.importance import Importance
-from dbf_compile.compression.model import factorize_model
+from dbf_compile.compression.layers import factorize_model
 from dbf_compile.errors import ConversionError, OptionError
+from dbf_compile.factorizer.importance import Importance
 from dbf_compile.factors import mid_features_for, stored_bits
 from dbf_compile.options import CompressionConfig
 

@@ -1,10 +1,10 @@
 """Coverage counts every weight once and says why it is not factored."""
 
 import pytest
-from support.models import tiny_gpt2, tiny_llama
+from support.models.tiny import tiny_gpt2, tiny_llama
 
 from dbf_compile.compression.coverage import coverage
-from dbf_compile.compression.model import LayerFactorizer
+from dbf_compile.compression.layers import LayerFactorizer
 from dbf_compile.options import CompressionConfig
 
 pytest.importorskip("transformers")

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support.models import factored, tiny_llama
+from support.models.tiny import factored, tiny_llama
 
 from dbf_compile.compression.distillation import agreement, distill, divergence
 from dbf_compile.linear import DoubleBinaryLinear, swap_

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from dbf_compile.compression.admm import FactorizerConfig, weighted_error
 from dbf_compile.compression.cache import FactorCache
-from dbf_compile.compression.importance import Importance
 from dbf_compile.compression.jobs import FactorJob, _batches, run_jobs
 from dbf_compile.errors import WeightError
+from dbf_compile.factorizer.factorize import FactorizerConfig, weighted_error
+from dbf_compile.factorizer.importance import Importance
 
 QUICK = FactorizerConfig(iterations=5)
 

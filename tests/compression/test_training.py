@@ -4,11 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.models import randn
+from support.models.tiny import randn
 from support.strategies import random_factors
 
-from dbf_compile.compression.admm import FactorizerConfig, factorize
-from dbf_compile.compression.importance import Importance
 from dbf_compile.compression.training import (
     TrainableDoubleBinary,
     TrainableScales,
@@ -16,6 +14,8 @@ from dbf_compile.compression.training import (
     train,
     trained_factors,
 )
+from dbf_compile.factorizer.factorize import FactorizerConfig, factorize
+from dbf_compile.factorizer.importance import Importance
 from dbf_compile.factors import DoubleBinaryFactors
 from dbf_compile.signs import pack_signs, unpack_signs
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from support.architectures import KINDS, batches, random_model
-from support.models import error_of
+from support.models.architectures import KINDS, batches, random_model
+from support.models.tiny import error_of
 
 import dbf_compile
 from dbf_compile.linear import DoubleBinaryLinear

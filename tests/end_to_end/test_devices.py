@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.pretrained import FAST, text_of, tiny_folder
+from support.models.pretrained import FAST, text_of, tiny_folder
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
@@ -22,7 +22,7 @@ RUN = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from support.pretended_device import load
+from support.device.pretended import load
 device = load(Path(sys.argv[2]))
 """
 # Without taking the interpreter down: once in a hundred times autograd's thread for the device still wants it then, and
@@ -75,7 +75,7 @@ print(json.dumps([str(layer.weight.grad.device), refused, float((layer(there).cp
 def test_at_most_one_block_is_away_from_home(on_device):
     away, moments = on_device("""
 import torch
-from support.models import tiny_llama
+from support.models.tiny import tiny_llama
 from dbf_compile import calibrate
 model = tiny_llama(3).requires_grad_(False)
 blocks = list(model.model.layers)

@@ -1,7 +1,7 @@
 """torch.export of converted models."""
 
 import torch
-from support.models import MLP, error_of, factored, randn
+from support.models.tiny import MLP, error_of, factored, randn
 
 
 def test_a_converted_model_exports_with_a_dynamic_batch(tmp_path):

@@ -5,9 +5,9 @@ import pytest
 pytest.importorskip("triton")
 pytest.importorskip("transformers")
 
-from support.architectures import KINDS
-from support.cuda_codegen import ARCHITECTURE_TOKENS, NEEDS, generate_all
-from support.cuda_interpreter import run_all
+from support.cuda.codegen import ARCHITECTURE_TOKENS, NEEDS, generate_all
+from support.cuda.interpreter import run_all
+from support.models.architectures import KINDS
 
 pytestmark = NEEDS
 

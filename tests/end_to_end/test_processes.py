@@ -15,7 +15,7 @@ SCRIPT = """
 import json, sys
 import torch
 from torch._dynamo.utils import counters
-from support.models import MLP, OPTIONS, randn
+from support.models.tiny import MLP, OPTIONS, randn
 
 made = []
 def watch(*args, **kwargs):
@@ -27,7 +27,7 @@ watch()
 scale = float(sys.argv[1]) if len(sys.argv) > 1 else 1.0
 model, x = MLP(), randn(5, 67)
 model.up.weight.mul_(scale)
-before = "dbf_compile.backend" in sys.modules
+before = "dbf_compile.compiler.backend" in sys.modules
 y = torch.compile(model, backend="dbf", options=OPTIONS)(x)
 hits = {name: counters[part][name] for part, name in (
     ("inductor", "fxgraph_cache_hit"), ("inductor", "fxgraph_cache_miss"), ("aot_autograd", "autograd_cache_hit"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.models import error_of
+from support.models.tiny import error_of
 
 import dbf_compile
 

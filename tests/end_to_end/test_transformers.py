@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from support.models import OPTIONS, error_of, factored, tiny_bert, tiny_gpt2, tiny_llama
+from support.models.tiny import OPTIONS, error_of, factored, tiny_bert, tiny_gpt2, tiny_llama
 from torch._dynamo.utils import counters
 
 transformers = pytest.importorskip("transformers")
@@ -31,7 +31,7 @@ def first_output(model, tokens):
 @pytest.fixture
 def graphs(monkeypatch):
     """Record the graphs that the backend is given."""
-    from dbf_compile import backend
+    from dbf_compile.compiler import backend
 
     seen = []
     original = backend.inductor.compile_graph
@@ -46,7 +46,7 @@ def test_a_dense_model_compiles_into_one_graph(name, caplog, graphs):
     model, tokens = MODELS[name](), ids(2, 9)
     eager = factored(model)
     counters.clear()
-    with torch.no_grad(), caplog.at_level(logging.INFO, logger="dbf_compile.backend"):
+    with torch.no_grad(), caplog.at_level(logging.INFO, logger="dbf_compile.compiler.backend"):
         y = first_output(torch.compile(model, backend="dbf", fullgraph=True, options=OPTIONS), tokens)
         assert error_of(y, first_output(eager, tokens)) < TOLERANCE
         assert error_of(y, first_output(model, tokens)) > 1e-3  # factored indeed

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.models import factored, tiny_llama
+from support.models.tiny import factored, tiny_llama
 
 peft = pytest.importorskip("peft")
 

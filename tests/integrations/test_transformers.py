@@ -10,8 +10,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from support.models import error_of, tiny_gpt2
-from support.pretrained import FAST, tiny_folder, weights_of
+from support.models.pretrained import FAST, tiny_folder, weights_of
+from support.models.tiny import error_of, tiny_gpt2
 
 transformers = pytest.importorskip("transformers")
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from support.graphs import HandGraph, targets
 from support.strategies import seeds, sizes
 
-from dbf_compile import inductor
+from dbf_compile.compiler import inductor
 from dbf_compile.passes.find_linears import find_linears
 from dbf_compile.passes.graph import example_value, is_linear, weights_of
 from dbf_compile.testing import assert_close

@@ -13,7 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._pytree import tree_map_only
 
-from dbf_compile import inductor
+from dbf_compile.compiler import inductor
 from dbf_compile.factors import DoubleBinaryFactors
 from dbf_compile.passes.graph import FactorNodes, Weight
 

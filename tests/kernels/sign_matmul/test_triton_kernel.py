@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.triton_interpreter_cases import CASES, Case, run_all
+from support.cuda.triton_cases import CASES, Case, run_all
 
 pytest.importorskip("triton")
 

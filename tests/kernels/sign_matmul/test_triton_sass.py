@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 import pytest
-from support import sass
+from support.cuda import sass
 
 pytest.importorskip("triton")
 
@@ -197,7 +197,7 @@ def test_signs_are_written_out_for_an_mi300() -> None:
 
 @pytest.mark.parametrize("capability", (80, 90))
 def test_a_kernel_that_multiplies_is_seen(capability: int) -> None:
-    from support.multiplying_kernel import multiplying_kernel
+    from support.cuda.multiplying_kernel import multiplying_kernel
 
     blocks = {"BLOCK_M": 1, "BLOCK_N": 1, "BLOCK_W": 4}
     machine_code = sass.compile_kernel(multiplying_kernel, capability, "bf16", 64, blocks).asm["cubin"]

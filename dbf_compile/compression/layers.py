@@ -1,0 +1,262 @@
+"""From the dense linear layers of a model to factors.
+
+Layers that read one input (q/k/v, gate/up) are stacked and factored as one weight: they share the first stage,
+which costs one product instead of several, and a taller matrix loses less at equal bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from dbf_compile import checkpoint
+from dbf_compile.compression.cache import FactorCache, importance_hash
+from dbf_compile.compression.jobs import FactorJob, joined, run_jobs
+from dbf_compile.errors import ConversionError
+from dbf_compile.factorizer.factorize import FactorizerConfig
+from dbf_compile.factorizer.importance import Importance
+from dbf_compile.factors import DoubleBinaryFactors, mid_features_for
+from dbf_compile.linear import dense_linears, dense_weight, swap_
+from dbf_compile.options import PRESETS, CompressionConfig, parse
+
+# Below this the 16-bit scales take most of the bits and the product approximates nothing.
+MIN_MID_FEATURES = 8
+
+# Names of layers of one parent that read the same input, in the architectures of transformers.
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)
+
+
+class LayerFactorizer:
+    """Knows which layers are factored, which of them together, and how.
+
+    Args:
+        config: bits, overrides, skips and settings of the factorizer.
+        importance: layer name to second moments, as made by ``calibrate``.
+        ready: path of a checkpoint; the layers in it are not factored again.
+        mid_features: R by names as of ``joined``, as in ``Allocation``; None to give all layers their bits.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+    """
+
+    def __init__(
+        self,
+        config: CompressionConfig,
+        importance: Mapping[str, Importance] | None = None,
+        ready: str | Path | None = None,
+        mid_features: Mapping[str, int] | None = None,
+    ) -> None:
+        self._mid_features = mid_features
+        self._config, self._importance = config, importance or {}
+        self._ready_identity = None if ready is None else _file_identity(Path(ready))
+        self._ready = {} if self._ready_identity is None else _load(*self._ready_identity)
+        iterations = PRESETS[config.preset] if config.iterations is None else config.iterations
+        self._settings = FactorizerConfig(iterations=iterations, seed=config.seed)
+
+    def group(self, name: str, weight: Tensor) -> Hashable | None:
+        """Return None if a layer stays dense; layers with equal keys and one input may be factored as one.
+
+        Args:
+            name: of the layer.
+            weight: [N, K]; only its shape, dtype and device count.
+        """
+        if name in self._ready:
+            return ("ready", id(self._ready[name].signs_in))
+        config = self._config
+        out_features, in_features = weight.shape
+        bits = config.bits_for(name)
+        if not weight.is_floating_point() or weight.device.type == "meta" or config.skips(name):
+            return None
+        if mid_features_for(bits, in_features, out_features) < MIN_MID_FEATURES:
+            return None
+        if not config.merge_shared_inputs:
+            return ("alone", name)
+        return ("made", in_features, bits, weight.dtype, weight.device)
+
+    def is_ready(self, names: Sequence[str]) -> bool:
+        """Return whether the factors of these layers were made before, from weights nobody here has seen."""
+        return any(name in self._ready for name in names)
+
+    def identity(self, names: Sequence[str]) -> str:
+        """Return a hash of all that decides on the factors of these layers, except their weights."""
+        source = (
+            self._ready_identity
+            if self.is_ready(names)
+            else (self._config.bits_for(names[0]), self._settings)
+        )
+        digest = hashlib.sha256(repr((names, source)).encode())
+        for name in names:
+            digest.update(importance_hash(self._importance.get(name)))
+        return digest.hexdigest()
+
+    def make(self, stacks: Sequence[tuple[Sequence[str], Sequence[Tensor]]]) -> list[DoubleBinaryFactors]:
+        """Return the factors of every stack of layers, on the device of its weights.
+
+        Args:
+            stacks: names of layers and their dense weights [N_i, K].
+
+        Raises:
+            WeightError: a weight cannot be factored.
+            ConversionError: ready factors do not fit a weight.
+        """
+        jobs = [self.job(names, weights) for names, weights in stacks if not self.is_ready(names)]
+        config = self._config
+        made = iter(run_jobs(jobs, self._settings, FactorCache(config.cache_dir), config.progress))
+        return [self._take(*stack) if self.is_ready(stack[0]) else next(made) for stack in stacks]
+
+    def job(self, names: Sequence[str], weights: Sequence[Tensor]) -> FactorJob:
+        """Return the job of factoring these layers as one weight.
+
+        Raises:
+            ConversionError: an allocation was given that knows nothing of them.
+        """
+        rows = [weight.shape[0] for weight in weights]
+        known = [self._importance.get(name) for name in names]
+        if all(item is None for item in known):
+            combined = None
+        else:
+            combined = Importance.stack([item or Importance() for item in known], rows)
+        if self._mid_features is None:
+            mid_features = mid_features_for(self._config.bits_for(names[0]), weights[0].shape[1], sum(rows))
+        elif (found := self._mid_features.get(joined(names))) is not None:
+            mid_features = found
+        else:
+            raise ConversionError(
+                f"an allocation without {joined(names)!r}",
+                f"one that has {', '.join(self._mid_features)}",
+                "allocate for this model with the same skip and merge_shared_inputs",
+            )
+        return FactorJob(tuple(names), tuple(weights), combined, mid_features)
+
+    def jobs(self, model: nn.Module) -> list[FactorJob]:
+        """Return the jobs of all that is factored in a model."""
+        return [self.job(names, weights) for names, weights in stacks_of(model, self)]
+
+    def _take(self, names: Sequence[str], weights: Sequence[Tensor]) -> DoubleBinaryFactors:
+        for name, weight in zip(names, weights, strict=True):
+            ready = self._ready[name]
+            if (ready.out_features, ready.in_features) != tuple(weight.shape):
+                raise ConversionError(
+                    f"factors of shape {(ready.out_features, ready.in_features)} for {name!r}",
+                    f"{tuple(weight.shape)}, the shape of its weight",
+                    "check that the checkpoint belongs to this model",
+                )
+        return DoubleBinaryFactors.stack([self._ready[name] for name in names]).to(weights[0].device)
+
+
+def _file_identity(path: Path) -> tuple[Path, int, int]:
+    """Return what tells one content of a file from another without reading it."""
+    try:
+        found = path.stat()
+    except OSError:
+        return (path, 0, 0)  # let the checkpoint's loader say what is wrong
+    return (path, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=2)  # a model is compiled several times: prefill, decode, new shapes
+def _load(path: Path, mtime_ns: int, size: int) -> dict[str, DoubleBinaryFactors]:
+    return checkpoint.load(path)
+
+
+def factorize_model(
+    model: nn.Module,
+    config: CompressionConfig,
+    importance: Mapping[str, Importance] | None = None,
+    allocation: Mapping[str, int] | None = None,
+) -> dict[str, DoubleBinaryFactors]:
+    """Factor the dense linear layers of a model.
+
+    Args:
+        model: any module; its weights are read, not changed.
+        config: bits, overrides, skips and settings of the factorizer.
+        importance: layer name to second moments, as made by ``calibrate``.
+        allocation: ``mid_features`` of an ``Allocation`` for this model, in place of the bits of ``config``.
+
+    Returns:
+        Layer name to factors; layers factored together share the tensors of their first stage.
+    """
+    factorizer = LayerFactorizer(config, importance, mid_features=allocation)
+    stacks = stacks_of(model, factorizer)
+    made: dict[str, DoubleBinaryFactors] = {}
+    for (names, weights), factors in zip(stacks, factorizer.make(stacks), strict=True):
+        made.update(zip(names, factors.split([weight.shape[0] for weight in weights]), strict=True))
+    return {name: made[name] for name in dense_linears(model) if name in made}
+
+
+def stacks_of(model: nn.Module, factorizer: LayerFactorizer) -> list[tuple[list[str], list[Tensor]]]:
+    """Return the layers of a model that are factored, those together that share their first stage.
+
+    Returns:
+        Names of layers and their dense weights [N_i, K], for every stack.
+    """
+    layers: dict[str, Tensor] = {}
+    groups: dict[Hashable, list[str]] = {}
+    for name, module in dense_linears(model).items():
+        weight = dense_weight(module).detach()
+        key = factorizer.group(name, weight)
+        if key is None or _has_other_readers(model, module):
+            continue
+        layers[name] = weight
+        parent, _, child = name.rpartition(".")
+        family = next((family for family in SIBLINGS if child in family), None)
+        groups.setdefault((parent, family, key) if family else name, []).append(name)
+    return [(names, [layers[name] for name in names]) for names in groups.values()]
+
+
+def convert_(
+    model: nn.Module,
+    factors: Mapping[str, DoubleBinaryFactors] | None = None,
+    *,
+    importance: Mapping[str, Importance] | None = None,
+    allocation: Mapping[str, int] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Turn the dense linear layers of a model into ``DoubleBinaryLinear``, in place.
+
+    Args:
+        model: any module with ``nn.Linear`` or GPT-2's Conv1D layers.
+        factors: ready factors by layer name; None to make them now, from ``options``.
+        importance: layer name to second moments, as made by ``calibrate``.
+        allocation: ``mid_features`` of an ``Allocation`` for this model, in place of ``bits_per_weight``.
+        **options: fields of CompressionConfig: ``bits_per_weight``, ``overrides``, ``skip``, ``seed`` …
+
+    Returns:
+        ``model``; where ``model`` itself is a linear layer, the layer that takes its place.
+
+    Raises:
+        OptionError: an unknown or ill-typed option.
+        ConversionError: factors that do not fit the model, or nothing to convert.
+    """
+    config = parse(CompressionConfig, options)
+    made = factorize_model(model, config, importance, allocation) if factors is None else factors
+    if not made:
+        raise ConversionError(
+            f"{type(model).__name__} without a linear layer to factor",
+            "nn.Linear or Conv1D layers that are neither skipped nor too small",
+            f"check skip={list(config.skip)} and bits_per_weight={config.bits_per_weight}",
+        )
+    return swap_(model, made)
+
+
+def _has_other_readers(model: nn.Module, module: nn.Module) -> bool:
+    """Return whether an embedding or the like reads the same weight: the dense one would have to stay anyway."""
+    weight = module.weight
+    get_head = getattr(model, "get_output_embeddings", None)
+    if callable(get_head) and get_head() is module:
+        return True
+    return any(
+        parameter is weight and other is not module
+        for other in model.modules()
+        for parameter in other.parameters(recurse=False)
+    )

@@ -1,0 +1,1 @@
+"""From a weight to its double binary factors."""

@@ -1,0 +1,137 @@
+"""Sign-value projection, and OneBit: the nearest matrix of signs times a rank-one magnitude.
+
+    P(M) = sign(M) ⊙ (σ · u · vᵀ)       σ, u, v: the top singular triple of |M|;  sign(0) = +1
+
+Source: sign-value-independent decomposition, Xu et al., "OneBit" (arXiv 2402.11295), as used inside the ADMM
+of Boža and Macko, "Addition is almost all you need" (arXiv 2505.11076), with its 5 power iterations. Differs
+from the authors' notebook in the start of the power iteration: ones in place of a Gaussian. |M| is
+non-negative, so ones are never orthogonal to v, u and v stay non-negative on the way, and no random numbers
+are drawn inside the loop.
+
+Shape letters: K in_features, N out_features; M here is any matrix [P, Q].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dbf_compile.errors import WeightError
+from dbf_compile.factorizer.importance import Importance, WeightedWeight
+from dbf_compile.signs import pack_signs, unpack_signs
+
+POWER_ITERATIONS = 5
+_TINY = 1e-12  # the notebooks' floor on norms
+_HALF = torch.finfo(torch.float16)
+
+
+def rank_one(
+    magnitude: Tensor, power_iterations: int = POWER_ITERATIONS, start: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the rank-one matrix nearest to a non-negative one, for each of a batch.
+
+    ``magnitude [..., P, Q] ≈ rows [..., P] · columns [..., Q]ᵀ``
+
+    Args:
+        magnitude: float32 [..., P, Q], non-negative.
+        power_iterations: how often both sides are updated, 1 or more.
+        start: what ``columns`` starts from, non-negative [..., Q]; None for ones.
+
+    Returns:
+        ``rows`` = σ·u and ``columns`` = v of norm 1, both non-negative; zeros for a matrix of zeros.
+    """
+    columns = magnitude.new_ones(magnitude.shape[-1], 1) if start is None else start[..., None]
+    for _ in range(power_iterations):
+        rows = _unit(magnitude @ _unit(columns))
+        columns = magnitude.mT @ rows
+    size = torch.linalg.vector_norm(columns, dim=-2, keepdim=True)
+    return (size * rows)[..., 0], _unit(columns)[..., 0]
+
+
+def _unit(vector: Tensor) -> Tensor:
+    return torch.div(vector, torch.linalg.vector_norm(vector, dim=-2, keepdim=True).clamp_min(_TINY))
+
+
+def signs_of(matrix: Tensor) -> Tensor:
+    """Return the signs of ``matrix`` as +1 and -1 in its dtype, zeros of either sign as +1."""
+    return torch.where(matrix < 0, -1.0, 1.0).to(matrix.dtype)
+
+
+def half_scales(unit: float, *scales: Tensor) -> tuple[Tensor, ...]:
+    """Round scale vectors to float16 after giving all of them the same root mean square; their product keeps.
+
+    ``Π result_i = unit · Π scales_i`` up to rounding. float16 reaches from 6e-8 to 65504, so a common size
+    leaves each vector the most room on both sides.
+
+    Args:
+        unit: factor to be spread over the vectors.
+        *scales: float32 vectors.
+
+    Raises:
+        WeightError: the common size lies outside what float16 holds with its full precision.
+    """
+    sizes = [float(scale.square().mean().sqrt()) for scale in scales]
+    product = unit
+    for size in sizes:
+        product *= size
+    if product == 0.0 and 0.0 in (unit, *sizes):
+        return tuple(torch.zeros_like(scale, dtype=torch.float16) for scale in scales)
+    common = abs(product) ** (1 / len(scales))
+    largest = max(float(scale.abs().amax()) / size for scale, size in zip(scales, sizes, strict=True))
+    if not (common >= _HALF.tiny and common * largest <= _HALF.max):
+        raise WeightError(
+            f"a weight whose scales would be about {common:.1e}, up to {common * largest:.1e}",
+            f"scales between {_HALF.tiny:.0e} and {_HALF.max:.0e}, the range of float16",
+            "multiply the weight by a constant before factoring, and the layer's output by its inverse",
+        )
+    return tuple((scale * (common / size)).half() for scale, size in zip(scales, sizes, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class OneBitFactors:
+    """One sign per weight times a rank-one magnitude: ``W ≈ diag(scale_out) · signs · diag(scale_in)``.
+
+    Args:
+        signs: int32 words [N, ceil(K / 32)], layout of :mod:`dbf_compile.signs`.
+        scale_in: float16 [K].
+        scale_out: float16 [N].
+    """
+
+    signs: Tensor
+    scale_in: Tensor
+    scale_out: Tensor
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight the factors stand for, shape [N, K], computed in ``dtype``."""
+        signs = unpack_signs(self.signs, self.scale_in.numel(), dtype)
+        return self.scale_out.to(dtype)[:, None] * signs * self.scale_in.to(dtype)
+
+    def bits(self) -> int:
+        """Return the stored bits: all words, padding included, and both scales."""
+        return sum(8 * t.numel() * t.element_size() for t in (self.signs, self.scale_in, self.scale_out))
+
+    def bits_per_weight(self) -> float:
+        """Return ``bits() / (N · K)``."""
+        return self.bits() / (self.scale_in.numel() * self.scale_out.numel())
+
+
+@torch.no_grad()
+def onebit(weight: Tensor, importance: Importance | None = None) -> OneBitFactors:
+    """Factor a weight as OneBit does; the baseline at one bit per weight.
+
+    ``min ‖ diag(rows) · (W − signs ⊙ scale_out · scale_inᵀ) · diag(columns) ‖`` with the importance's weights
+
+    Args:
+        weight: floating point [N, K].
+        importance: second moments of the layer, or None.
+
+    Raises:
+        WeightError: as for ``factorize``.
+    """
+    with torch.autocast(weight.device.type, enabled=False):
+        given = WeightedWeight.of(weight, importance)
+        rows, columns = rank_one(given.matrix.abs())
+        scale_in, scale_out = half_scales(given.unit, columns / given.columns, rows / given.rows)
+        return OneBitFactors(pack_signs(signs_of(given.matrix)), scale_in, scale_out)

@@ -1,0 +1,89 @@
+"""What flows into blocks: recorded once, and enough to run each block on its own."""
+
+import pytest
+import torch
+from support.models.tiny import tiny_bert, tiny_gpt2, tiny_llama
+
+from dbf_compile.calibration.calibrate import blocks_of
+from dbf_compile.calibration.streams import record
+from dbf_compile.errors import ConversionError
+from dbf_compile.linear import dense_linears
+
+pytest.importorskip("transformers")
+
+
+def ids(count=2, length=9):
+    return [
+        torch.randint(1, 256, (1, length), generator=torch.Generator().manual_seed(n)) for n in range(count)
+    ]
+
+
+def last_hidden(model, tokens):
+    return model(tokens, output_hidden_states=True, use_cache=False).hidden_states
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_bert])
+@torch.no_grad()
+def test_blocks_run_one_by_one_give_what_the_model_gives(make):
+    model = make().eval()
+    blocks = list(blocks_of(model, dense_linears(model)).values())
+    assert len(blocks) == 2
+    streams = record(model, blocks, ids())
+    for batch, tokens in enumerate(ids()):
+        expected = model(tokens, output_hidden_states=True).hidden_states
+        hidden = streams.hidden[batch]
+        assert torch.equal(hidden, expected[0])
+        first = streams.run(blocks[0], 0, batch, hidden)
+        assert torch.allclose(first, expected[1], rtol=1e-5, atol=1e-6)
+        streams.run(blocks[1], 1, batch, first)
+    assert all(not module._forward_pre_hooks for module in model.modules())
+
+
+@torch.no_grad()
+def test_a_model_in_bfloat16_is_recorded_in_float32_and_masks_stay_shared():
+    model = tiny_llama().to(torch.bfloat16)
+    blocks = list(model.model.layers)
+    streams = record(model, blocks, [{"input_ids": ids()[0], "attention_mask": torch.ones(1, 9)}])
+    assert streams.hidden[0].dtype == torch.float32
+    first, second = streams.calls[0]
+    positions = first[1]["position_embeddings"]
+    assert positions[0].dtype == torch.float32 and positions[0] is second[1]["position_embeddings"][0]
+    streams.run(blocks[0].float(), 0, 0, streams.hidden[0])
+
+
+def test_a_setting_of_the_cache_comes_back():
+    model = tiny_llama()
+    assert model.config.use_cache
+    record(model, list(model.model.layers), ids())
+    assert model.config.use_cache
+
+
+class Twice(torch.nn.Module):
+    def __init__(self, times, positional=True):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([torch.nn.Linear(4, 4)])
+        self.times = times
+
+    def forward(self, x):
+        for _ in range(self.times):
+            x = self.blocks[0](x)
+        return x
+
+
+@torch.no_grad()
+def test_blocks_that_are_not_called_are_refused():
+    with pytest.raises(ConversionError, match=r"0 calls of 1 blocks.*independent"):
+        model = Twice(0)
+        record(model, list(model.blocks), [torch.randn(2, 4)])
+
+
+@torch.no_grad()
+def test_padding_does_not_count():
+    model = tiny_bert().eval()
+    mask = torch.tensor([[1] * 6 + [0] * 3])
+    streams = record(
+        model, list(model.encoder.layer), [{"input_ids": ids()[0], "attention_mask": mask}, ids()[1]]
+    )
+    values = torch.randn(1, 9, 64)
+    assert torch.equal(streams.counted(0, values), values[0, :6])
+    assert torch.equal(streams.counted(1, values), values[0])

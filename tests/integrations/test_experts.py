@@ -1,0 +1,101 @@
+"""Experts of a mixture as linear layers: the same function, no copy, and the stock kinds of transformers."""
+
+import pytest
+import torch
+from support.models.tiny import error_of
+from torch import nn
+
+from dbf_compile.integrations.experts import Experts, is_fused, unfuse_
+from dbf_compile.linear import dense_linears
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+}
+
+
+def mixtral():
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, num_local_experts=4))
+
+
+def qwen():
+    config = transformers.Qwen3MoeConfig(**SIZES, num_experts=4, moe_intermediate_size=48, head_dim=16)
+    return transformers.Qwen3MoeForCausalLM(config)
+
+
+def gpt_oss():  # biases, weights [K, N], gate and up in turns
+    return transformers.GptOssForCausalLM(
+        transformers.GptOssConfig(**SIZES, num_local_experts=4, head_dim=16)
+    )
+
+
+@pytest.fixture(params=[mixtral, qwen, gpt_oss])
+def model(request):
+    torch.manual_seed(0)
+    made = request.param().eval().requires_grad_(False)
+    for parameter in made.parameters():
+        parameter.copy_(torch.randn(parameter.shape) * 0.1)  # biases and sinks start at zero or nothing
+    return made
+
+
+TOKENS = torch.arange(1, 21)[None]
+
+
+def test_unfused_experts_compute_the_same_from_the_same_memory(model):
+    expected = model(TOKENS).logits
+    pointers = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    count = sum(p.numel() for p in model.parameters())
+    names = unfuse_(model)
+    assert len(names) == 2 and all(isinstance(model.get_submodule(name), Experts) for name in names)
+    # The same products, of the tokens of an expert at a time.
+    assert error_of(model(TOKENS).logits, expected) < 1e-5
+    assert {p.untyped_storage().data_ptr() for p in model.parameters()} == pointers
+    assert sum(p.numel() for p in model.parameters()) == count
+    assert unfuse_(model) == []
+
+
+def test_every_expert_is_two_linear_layers(model):
+    before = len(dense_linears(model))
+    unfuse_(model)
+    names = set(dense_linears(model))
+    assert len(names) - before == 2 * 4 * 2
+    assert "model.layers.1.mlp.experts.down_proj.3" in names
+
+
+def test_experts_that_no_token_goes_to_and_masked_places_are_left_out():
+    torch.manual_seed(0)
+    fused = mixtral().model.layers[0].mlp.experts.requires_grad_(False)
+    x, index = torch.randn(5, 64), torch.tensor([[1, 4], [1, 1], [4, 4], [1, 4], [4, 1]])
+    shares = torch.rand(5, 2)
+    expected = fused(x, index.clamp_max(3), shares * (index < 4))
+    unfused = Experts(fused)
+    called = []
+    for place, layer in enumerate(unfused.down_proj):
+        layer.register_forward_hook(lambda *_, place=place: called.append(place))
+    assert error_of(unfused(x, index, shares), expected) < 1e-5
+    assert called == [1]  # 4 is no expert here
+    assert torch.equal(unfused(x[:0], index[:0], shares[:0]), x[:0])
+
+
+def test_other_modules_are_no_experts():
+    assert not is_fused(nn.Linear(3, 3))
+    assert unfuse_(nn.Sequential(nn.Linear(3, 3))) == []
+
+
+def test_a_copy_is_whole(model):
+    import copy
+
+    unfuse_(model)
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(TOKENS).logits, model(TOKENS).logits)
+    first, second = (m.model.layers[0].mlp.experts for m in (model, copied))
+    assert first.fused is not second.fused

@@ -1,0 +1,337 @@
+"""Compiles layers for a CUDA device that is not there, and prints the program Inductor makes of them.
+
+Nothing is run: tensors are fake, and :mod:`support.cuda.pretended` answers what torch and Triton ask the driver; hence
+this file is a program, which :func:`generate_all` starts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from support.cuda import sass
+from support.cuda.models import CACHED_TOKENS, Block, Deep, Overwritten, Plain, Siblings, llama
+from support.cuda.pretended import pretend_cuda
+from support.models.architectures import batches, random_factored_model, settings_of
+from support.strategies import random_factors
+from torch.nn import Parameter
+
+from dbf_compile.linear import DoubleBinaryLinear
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer of R middle columns between K inputs and N outputs, called with M tokens."""
+
+    K: int
+    R: int
+    N: int
+    M: int
+    dtype: str = "bfloat16"
+    dynamic: bool = False
+
+    def __str__(self) -> str:
+        rows = f"{self.M}-dynamic" if self.dynamic else str(self.M)
+        return f"{rows}x{self.K}-{self.R}-{self.N}-{self.dtype}"
+
+
+CASES = (
+    *(Case(256, 192, 320, M, dtype) for M in (1, 6) for dtype in ("float32", "bfloat16", "float16")),
+    *(Case(256, 192, 320, 40, dtype) for dtype in ("float32", "bfloat16", "float16")),
+    *(Case(256, 192, 320, 200, dtype) for dtype in ("float32", "bfloat16", "float16")),
+    Case(67, 33, 129, M=200),
+    Case(256, 192, 320, M=6, dynamic=True),
+    Case(67, 33, 129, M=5),
+    Case(67, 33, 129, M=5, dtype="float64"),
+)
+
+
+NEEDS = [
+    pytest.mark.skipif(
+        sass.missing_tools() is not None, reason=f"cannot compile for NVIDIA: {sass.missing_tools()}"
+    ),
+    pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler"),
+]
+TUNED = (Case(256, 192, 320, M=1, dtype="bfloat16"), Case(256, 192, 320, M=40), Case(67, 33, 129, M=200))
+BLOCK_TOKENS = (1, 64)
+SIBLING_TOKENS = (1, 6, 64)
+DEEP_TOKENS = (1, 3)
+PLAIN_TOKENS = 200
+LLAMA_TOKENS = (1, 20, 160)
+# Of tokens: the kernels for few and for many; all kinds but those with experts, whose graphs break, and
+# Mistral, which is a Llama here.
+ARCHITECTURE_TOKENS = {
+    **dict.fromkeys(("llama", "qwen3", "gemma3", "phi", "phi3", "gpt2", "opt"), 6),
+    **dict.fromkeys(("bert", "vit", "whisper"), 24),
+}
+NO_FOLDING = {"joint_graph_constant_folding": False}  # which would make constants on the device
+TUNING = {"max_autotune": True, "compile_threads": 1}  # other processes know of no device
+COMBINED = {"combo_kernels": True}  # Inductor's own, for kernels that have nothing to do with each other
+
+
+@dataclass(frozen=True)
+class Program:
+    """What Inductor generated for one case.
+
+    Attributes:
+        call: the Python method that launches, ``call(self, args)``.
+        kernels: sources of the Triton kernels by name.
+        cubins: machine code, in hexadecimal, of those that read signs.
+        copied: shapes of the tensors that a replay of its CUDA graph would copy first, as they may be others every time.
+        obstacle: why Inductor would not record a CUDA graph; "" if it would.
+    """
+
+    call: str
+    kernels: dict[str, str]
+    cubins: dict[str, str]
+    copied: list[str]
+    obstacle: str
+
+
+def generate_all(what: str) -> dict[str, Program]:
+    """Compile all "layers" or all "architectures" in a process of their own."""
+    found = run_program(Path(__file__), given=what)
+    return {name: Program(**fields) for name, fields in found.items()}
+
+
+def run_program(path: Path, given: str, **environment: str) -> Any:
+    """Run a file of this folder as a program and return what its last line says in JSON.
+
+    Args:
+        path: the file.
+        given: its standard input.
+        environment: variables on top of this process's.
+    """
+    paths = {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(
+        [sys.executable, str(path)],
+        input=given,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **paths, **environment},
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Print the programs of what standard input names as JSON."""
+    pretend_cuda()
+    programs = {"layers": _layers, "architectures": _architectures}[sys.stdin.read()]()
+    print(json.dumps({name: asdict(program) for name, program in programs.items()}))
+
+
+def _layers() -> dict[str, Program]:
+    programs = {str(case): _generate_layer(case) for case in CASES}
+    programs |= {f"siblings of {M}": _generate(Siblings(), M, 256, torch.bfloat16) for M in SIBLING_TOKENS}
+    programs |= {f"deep of {M}": _generate(Deep(True), M, 2100, torch.bfloat16) for M in DEEP_TOKENS}
+    programs["chain"] = _generate(Deep(False), 1, 2100, torch.bfloat16)
+    programs["plain"] = _generate(Plain(), PLAIN_TOKENS, Plain.SIZE[1], torch.bfloat16)
+    programs["overwritten"] = _generate(Overwritten(), 1, 2100, torch.float32)
+    with _tuning():
+        programs |= {f"tuned {case}": _generate_layer(case, TUNING) for case in TUNED}
+        programs["tuned deep of 1"] = _generate(Deep(True), 1, 2100, torch.bfloat16, inductor=TUNING)
+    programs |= {f"block of {M}": _generate(Block(), M, 256, torch.bfloat16) for M in BLOCK_TOKENS}
+    programs["apart"] = _generate(Siblings(apart=True), 1, 256, torch.bfloat16, inductor=COMBINED)
+    if find_spec("transformers"):
+        programs |= {f"llama of {M}": _generate_llama("dbf", M) for M in LLAMA_TOKENS}
+        programs["combined llama"] = _generate_llama("dbf", 1, COMBINED)
+        programs["dense llama"] = _generate_llama("inductor", 1)
+    return programs
+
+
+def _architectures() -> dict[str, Program]:
+    return {name: _generate_architecture(name, M) for name, M in ARCHITECTURE_TOKENS.items()}
+
+
+def _generate_architecture(name: str, M: int) -> Program:
+    """Compile what a model does with M tokens, or its picture or sound."""
+    model = random_factored_model(name)
+    with _on_pretended_device(model, torch.bfloat16):
+        given = {
+            key: torch.empty(
+                value.shape, dtype=torch.bfloat16 if value.is_floating_point() else value.dtype, device="cuda"
+            )
+            for key, value in next(batches(name, M)).items()
+        }
+        step = torch.compile(
+            model, backend="dbf", options={"inductor": NO_FOLDING}, fullgraph=True, dynamic=False
+        )
+        return _program(lambda _: step(**given, **settings_of(name)), None)
+
+
+def _generate_layer(case: Case, inductor: dict[str, Any] | None = None) -> Program:
+    dtype = getattr(torch, case.dtype)
+    layer = DoubleBinaryLinear(random_factors(case.K, case.R, case.N), torch.zeros(case.N, dtype=dtype))
+    return _generate(layer, case.M, case.K, dtype, case.dynamic, inductor)
+
+
+def _generate_llama(backend: str, M: int, settings: dict[str, Any] | None = None) -> Program:
+    """Compile what a model does with M tokens and a static cache."""
+    from transformers import StaticCache
+
+    model = llama(factored=backend == "dbf")
+    inductor = {**(settings or {}), **NO_FOLDING}
+    options = {"inductor": inductor} if backend == "dbf" else inductor
+    step = torch.compile(model, backend=backend, options=options, fullgraph=True, dynamic=False)
+    with _on_pretended_device(model, torch.bfloat16):
+        tokens = torch.empty(1, M, dtype=torch.int64, device="cuda")
+        cache = StaticCache(config=model.config, max_cache_len=CACHED_TOKENS)
+        for layer in cache.layers:
+            for name, tensor in list(vars(layer).items()):
+                if isinstance(tensor, torch.Tensor):
+                    setattr(layer, name, torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda"))
+        heads, size = model.config.num_key_value_heads, model.config.head_dim
+        cache.early_initialization(1, heads, size, torch.bfloat16, tokens.device)
+        positions = torch.empty_like(tokens)
+        return _program(lambda ids: step(ids, past_key_values=cache, position_ids=positions), tokens)
+
+
+def _generate(
+    model: torch.nn.Module,
+    M: int,
+    K: int,
+    dtype: torch.dtype,
+    dynamic: bool = False,
+    inductor: dict[str, Any] | None = None,
+) -> Program:
+    with _on_pretended_device(model, dtype):
+        x = torch.empty(M, K, dtype=dtype, device="cuda")
+        if dynamic:
+            torch._dynamo.mark_dynamic(x, 0)
+        options = {"inductor": inductor or {}}
+        return _program(torch.compile(model, backend="dbf", options=options, fullgraph=True), x)
+
+
+@contextmanager
+def _on_pretended_device(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Move a model there, its parameters to ``dtype``, and have what follows happen there."""
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    torch.compiler.reset()
+    moved: dict[int, torch.Tensor] = {}  # what layers share, they go on sharing
+
+    def there(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if id(tensor) not in moved:
+            made = torch.empty(tensor.shape, dtype=dtype, device="cuda")
+            is_parameter = isinstance(tensor, Parameter)
+            moved[id(tensor)] = Parameter(made, requires_grad=False) if is_parameter else made
+        return moved[id(tensor)]
+
+    with FakeTensorMode(shape_env=ShapeEnv()), torch.no_grad():
+        for module in model.modules():
+            for name, tensor in [*module.named_buffers(recurse=False)]:
+                setattr(module, name, there(tensor, tensor.dtype))
+            for name, tensor in [*module.named_parameters(recurse=False)]:
+                setattr(module, name, there(tensor, dtype))
+        yield
+
+
+@contextmanager
+def _tuning() -> Iterator[None]:
+    """Let Inductor tune with times that are made up: of settings of our kernels the last is the fastest, and fusion pays."""
+    from torch._inductor.scheduler import Scheduler
+    from torch._inductor.select_algorithm import AlgorithmSelectorCache
+
+    def times(_: Any, name: str, *given: Any, **__: Any) -> dict[Any, float]:
+        choices = next(item for item in given if isinstance(item, list) and hasattr(item[0], "output_node"))
+        ordered = reversed(choices) if name.startswith("dbf") else choices
+        return {choice: 1.0 + place for place, choice in enumerate(ordered)}
+
+    with (
+        mock.patch.object(AlgorithmSelectorCache, "do_autotuning", times),
+        mock.patch.object(Scheduler, "benchmark_fused_nodes", lambda *_, **__: (0.5, "")),
+        mock.patch.object(Scheduler, "benchmark_codegened_module", lambda *_, **__: (0.5, "")),
+    ):
+        yield
+
+
+def _program(compiled: Any, x: torch.Tensor) -> Program:
+    source, copied, obstacle = _lowered(compiled, x)
+    found = re.findall(r"(\w+) = async_compile\.triton\('(\w+)', '''\n(.*?)'''", source, re.S)
+    return Program(
+        call=textwrap.dedent(re.search(r"    def call\(.*?\n        return [^\n]*\n", source, re.S)[0]),
+        kernels={name: text for name, _, text in found},
+        cubins={
+            name: _cubin(symbol, text).hex() for name, symbol, text in found if name.startswith("triton_tem")
+        },
+        copied=copied,
+        obstacle=obstacle,
+    )
+
+
+class _CapturedError(Exception):
+    pass
+
+
+def _lowered(compiled: Any, x: torch.Tensor) -> tuple[str, list[str], str]:
+    """Return the program that Inductor writes for ``compiled(x)``, what Program says of CUDA graphs, and stop it there."""
+    from torch._guards import TracingContext
+    from torch._inductor.graph import GraphLowering
+
+    found: list[tuple[str, list[str], str]] = []
+
+    def stop(graph: Any) -> None:
+        static = TracingContext.get().fw_metadata.static_input_indices
+        inputs = [graph.graph_inputs[name] for name in graph.graph_input_names]
+        others = [one for index, one in enumerate(inputs) if index not in static and hasattr(one, "get_size")]
+        source = graph.codegen()[0].value
+        found.append((source, [str(tuple(one.get_size())) for one in others], _obstacle(graph, static)))
+        raise _CapturedError
+
+    with mock.patch.object(GraphLowering, "compile_to_module", stop):
+        try:
+            compiled(x)
+        except Exception:
+            if not found:
+                raise
+    return found[0]
+
+
+def _obstacle(graph: Any, static: Sequence[int]) -> str:
+    from torch._inductor.cudagraph_utils import check_multiple_devices_or_any_cpu_nodes
+    from torch._inductor.utils import get_first_incompatible_cudagraph_node
+
+    written = [index for index in graph.mutated_input_idxs if index not in static]
+    if written:
+        return f"inputs {written} are written to, and may be other tensors every time"
+    devices = check_multiple_devices_or_any_cpu_nodes(dict(graph.device_node_mapping))
+    return (
+        graph.disable_cudagraphs_reason
+        or devices
+        or str(get_first_incompatible_cudagraph_node(graph.module) or "")
+    )
+
+
+def _cubin(name: str, source: str) -> bytes:
+    """Compile a kernel of a generated program as that program would."""
+    from torch._inductor.codecache import PyCodeCache
+
+    kernel = getattr(PyCodeCache.load(source), name)
+    with torch._inductor.config.patch(
+        use_static_cuda_launcher=False
+    ):  # which would let go of the machine code
+        kernel.precompile(warm_cache_only=True)
+    compiled = kernel.compile_results[0].kernel
+    return bytes(compiled.asm["cubin"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""A tiny random Llama as a folder of transformers, with a tokenizer and text; and how to compress it in a moment."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from support.models.tiny import tiny_llama
+from torch import nn
+
+# Few iterations and epochs: these tests are about what is kept and loaded, not about quality.
+FAST: dict[str, Any] = {
+    "bits": 4.0,
+    "iterations": 3,
+    "length": 16,
+    "windows": 8,
+    "holdout": 2,
+    "tune": 1,
+    "refine": 1,
+    "distill": 1,
+    "progress": False,
+}
+WORDS = ("add", "the", "signs", "of", "a", "matrix", "and", "scale", "what", "comes", "out", "twice")
+
+
+def tiny_tokenizer() -> Any:
+    """Return a tokenizer of bytes."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE({letter: place for place, letter in enumerate(alphabet)}, [])
+    )
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+def tiny_folder(path: Path, layers: int = 2, model: nn.Module | None = None) -> Path:
+    """Write a model with a tokenizer to a folder, and text beside it; return the folder."""
+    model = tiny_llama(layers) if model is None else model
+    model.save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    generator = torch.Generator().manual_seed(0)
+    places = torch.randint(len(WORDS), (400,), generator=generator).tolist()
+    text_of(path).write_text(" ".join(WORDS[place] for place in places))
+    return path
+
+
+def text_of(folder: Path) -> Path:
+    """Return the text that belongs to a folder."""
+    return folder.with_name(f"{folder.name}.txt")
+
+
+def weights_of(folder: Path) -> dict[str, bytes]:
+    """Return the content of all files that make up a model; reports hold times and are left out."""
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(folder.iterdir())
+        if path.suffix in (".safetensors", ".json") and path.name != "dbf_report.json"
+    }
