@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dbf_compile
+from dbf_compile.calibration.compare import compare
 from dbf_compile.compression.layers import LayerFactorizer
-from dbf_compile.evaluation import compare
 from dbf_compile.factorizer.importance import Importance
 from dbf_compile.factorizer.projection import onebit
 from dbf_compile.linear import dense_linears, dense_weight

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dbf_compile.factorizer.importance import Importance, WeightedWeight
+from dbf_compile.factorizer.importance import Importance
+from dbf_compile.factorizer.weighted import WeightedWeight
 
 ITERATIONS, INNER, RIDGE = 260, 3, 0.03
 

@@ -11,7 +11,8 @@ from importlib import import_module
 from dbf_compile.calibration.batches import token_batches
 from dbf_compile.calibration.calibrate import calibrate
 from dbf_compile.checkpoint import load, read_metadata, save
-from dbf_compile.compression.budgets import Allocation, allocate
+from dbf_compile.compression.budgets import Allocation
+from dbf_compile.compression.curves import allocate
 from dbf_compile.compression.layers import convert_, factorize_model
 from dbf_compile.errors import DBFError
 from dbf_compile.factorizer.factorize import FactorizerConfig, factorize, weighted_error

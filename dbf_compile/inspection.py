@@ -18,7 +18,7 @@ from dbf_compile.integrations.experts import unfuse_
 from dbf_compile.integrations.transformers import METHOD, DBFConfig, insert_layers_
 from dbf_compile.linear import DoubleBinaryLinear
 from dbf_compile.options import CompressionConfig, parse
-from dbf_compile.run.steps import report_of
+from dbf_compile.run.report import report_of
 
 _DAMAGED = "the folder is damaged: compress the model again, or copy it again"
 

@@ -8,8 +8,9 @@ import torch
 from support.models.pretrained import WORDS, text_of, tiny_folder
 from support.models.tiny import tiny_bert, tiny_llama
 
+from dbf_compile.calibration.compare import compare
 from dbf_compile.errors import OptionError
-from dbf_compile.evaluation import compare, evaluate_folder
+from dbf_compile.evaluation import evaluate_folder
 
 transformers = pytest.importorskip("transformers")
 

@@ -21,14 +21,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dbf_compile.calibration.batches import random_batches
-from dbf_compile.calibration.losses import Loss, attention_mask, loss_named
+from dbf_compile.calibration.losses import Loss, loss_named
+from dbf_compile.calibration.model_io import attention_mask, call_model, moved
+from dbf_compile.calibration.moments import Moment
+from dbf_compile.calibration.offload import _Run, block_by_block, blocks_of, without_cache
 from dbf_compile.errors import ConversionError, DBFError, OptionError
 from dbf_compile.factorizer.importance import Importance, diagonal_of
 from dbf_compile.linear import dense_linears
-from dbf_compile.machine import with_index
 from dbf_compile.options import DENSE_BY_DEFAULT
 
 FORMS = ("diagonal", "input", "kronecker")
@@ -136,79 +137,11 @@ def _is_whole(name: str, form: str, forms: Sequence[str]) -> bool:
 
 
 @dataclass
-class Moment:
-    """A running second moment: the sum of squares, or of outer products, in float64 and how many were summed."""
-
-    whole: bool = False
-    clip: float | None = None
-    total: Tensor | None = None
-    positions: int = 0
-    limit: float = 0.0
-
-    def add(self, values: Tensor, mask: Tensor | None = None) -> None:
-        """Take in values [..., features]; of positions that ``mask`` [...] leaves out nothing."""
-        rows = values.detach()
-        if mask is not None and rows.shape[:-1] == mask.shape:
-            rows = rows[mask.to(rows.device)]
-        rows = rows.reshape(-1, rows.shape[-1])
-        if self.clip is not None:
-            rows = self._clipped(rows)
-        # float64 throughout: squares of small float16 gradients vanish in less.
-        if self.whole:
-            exact = rows.double()
-            added = exact.mT @ exact
-        else:
-            added = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float64).square()
-        self.total = added if self.total is None else self.total + added.to(self.total.device)
-        self.positions += rows.shape[0]
-
-    def _clipped(self, rows: Tensor) -> Tensor:
-        """Scale long rows down to the largest quantile of norms that any batch had so far."""
-        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-        if norms.numel() == 0 or not bool(torch.isfinite(norms).all()):
-            return rows  # the importance made of it says which layer it is
-        assert self.clip is not None
-        place = min(norms.numel() - 1, int(self.clip * norms.numel()))
-        limit = float(norms.sort().values[place])
-        if limit > self.limit:
-            if self.total is not None and self.limit > 0:
-                # What was summed under a lower limit would have counted for more under this one.
-                self.total = self.total * (limit / self.limit) ** 2
-            self.limit = limit
-        shares: Tensor = self.limit / norms.clamp_min(self.limit or 1.0)
-        return rows * shares[:, None].to(rows.dtype)
-
-    def mean(self) -> Tensor | None:
-        """Return the moment of all positions in float64, or None where nothing was taken in.
-
-        What lies off the diagonal of a matrix is multiplied by n / (n + d), n positions and d features: it is noise to
-        about that share, and without the factor directions that n < d positions leave out would count nothing at all.
-        """
-        if self.total is None:
-            return None
-        mean = self.total / max(1, self.positions)
-        if self.whole:
-            diagonal = mean.diagonal().clone()
-            mean *= self.positions / (self.positions + len(diagonal))
-            mean.diagonal().copy_(diagonal)
-        return mean
-
-
-@dataclass
 class _Meter:
     """What was measured at one layer."""
 
     inputs: Moment
     output_grads: Moment
-
-
-@dataclass
-class _Run:
-    """What the hooks need to know of the batch that flows: its padding, and whether this is a second pass."""
-
-    anchor: Tensor | None
-    mask: Tensor | None = None
-    again: bool = False
 
 
 def _importances(meters: Mapping[str, _Meter]) -> dict[str, Importance]:
@@ -260,147 +193,6 @@ def _forward_hook(meter: _Meter, run: _Run) -> Callable[..., Tensor | None]:
         return anchored
 
     return hook
-
-
-@contextmanager
-def block_by_block(
-    model: nn.Module,
-    blocks: Sequence[nn.Module],
-    device: torch.device | str | None,
-    run: _Run | None = None,
-) -> Iterator[None]:
-    """Let each block visit ``device`` for its turn, forward and backward; the rest of the model stays there."""
-    if device is None:
-        yield
-        return
-    run = run or _Run(None)
-    device = with_index(device)
-    inside = {id(tensor) for block in blocks for tensor in _tensors(block)}
-    homes = [(tensor, tensor.data) for tensor in _tensors(model) if id(tensor) not in inside]
-    try:
-        for tensor, _ in homes:
-            tensor.data = tensor.data.to(device)
-        for block in blocks:
-            block.forward = _visiting(block, run, device)
-        yield
-    finally:
-        for block in blocks:
-            vars(block).pop("forward", None)
-        for tensor, data in homes:
-            tensor.data = data
-
-
-def _visiting(block: nn.Module, run: _Run, device: torch.device) -> Callable[..., Any]:
-    forward = block.forward
-
-    def visit(*args: Any, **kwargs: Any) -> Any:
-        calls = 0
-
-        def compute(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            run.again = calls > 1
-            try:
-                with _copied(block, device):
-                    return forward(*args, **kwargs)
-            finally:
-                run.again = False
-
-        if not torch.is_grad_enabled():
-            return compute(*args, **kwargs)
-        return checkpoint(compute, *args, use_reentrant=False, **kwargs)
-
-    return visit
-
-
-@contextmanager
-def _copied(block: nn.Module, device: torch.device) -> Iterator[None]:
-    """Let a block have constant copies on ``device`` of those of its tensors that are elsewhere.
-
-    Autograd may keep the copies for the backward pass; ``tensor.data = copy`` would pull them away from under it.
-    """
-    copies: dict[int, Tensor] = {}
-    homes: list[tuple[dict[str, Any], str, Tensor]] = []
-    try:
-        for module in block.modules():
-            every: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-            for tensors in every:
-                for name, tensor in tensors.items():
-                    if tensor is None or tensor.device == device:
-                        continue
-                    if id(tensor) not in copies:
-                        copies[id(tensor)] = tensor.detach().to(device)
-                    homes.append((tensors, name, tensor))
-                    tensors[name] = copies[id(tensor)]
-        yield
-    finally:
-        for tensors, name, tensor in homes:
-            tensors[name] = tensor
-
-
-def blocks_of(model: nn.Module, layers: Iterable[str]) -> dict[str, nn.Module]:
-    """Return a transformer's blocks by name: the members of the longest list of modules that holds one of ``layers``."""
-    names = list(layers)
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and any(layer.startswith(f"{name}.") for layer in names)
-    }
-    # A list inside of a block (the experts of one) is no list of blocks.
-    outermost = {
-        name: {f"{name}.{index}": block for index, block in enumerate(blocks)}
-        for name, blocks in lists.items()
-        if not any(name.startswith(f"{other}.") for other in lists if other != name)
-    }
-    return max(outermost.values(), key=len, default={})
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
-
-
-def moved(batch: Any, device: torch.device | str) -> Any:
-    """Return a batch with all its tensors on ``device``."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: moved(value, device) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return [moved(value, device) for value in batch]
-    return batch
-
-
-@contextmanager
-def without_cache(model: nn.Module) -> Iterator[None]:
-    """Let a model of transformers keep no keys and values: a block that computes twice would attend to both."""
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config(decoder=True)
-    cached = getattr(config, "use_cache", None)
-    if not cached:
-        yield
-        return
-    try:
-        config.use_cache = False
-        yield
-    finally:
-        config.use_cache = cached
-
-
-def call_model(model: nn.Module, batch: Any) -> Any:
-    """Call a model with a batch: a tensor, or the sequence or mapping of its arguments."""
-    if isinstance(batch, Tensor):
-        return model(batch)
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, (tuple, list)):
-        return model(*batch)
-    raise ConversionError(
-        f"a batch of type {type(batch).__name__}",
-        "a tensor, a sequence or a mapping",
-        "wrap it in one of these",
-    )
 
 
 def _scalar(loss: Any) -> Tensor:

@@ -16,12 +16,13 @@ output. Both treat a position that matters to the output as important, whatever 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dbf_compile.calibration.model_io import attention_mask, first_tensor, is_causal, token_ids
 from dbf_compile.errors import ConversionError, OptionError
 
 Loss = Callable[[Any, Any], Tensor]
@@ -69,13 +70,6 @@ class _Auto:
                 return next_token_loss(output, batch)
             return sampled_loss(output, batch, self._generator)
         return projected_output(output, batch, self._generator)
-
-
-def is_causal(model: nn.Module) -> bool:
-    """Return whether a model predicts every token from those before it alone."""
-    generates = getattr(model, "can_generate", None)
-    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return callable(generates) and bool(generates()) and not encoder_decoder
 
 
 def output_loss(output: Any, batch: Any) -> Tensor:
@@ -164,24 +158,6 @@ def projected_output(output: Any, batch: Any, generator: torch.Generator) -> Ten
     return (weights * found.float()).sum() / math.sqrt(found.numel())
 
 
-def token_ids(batch: Any) -> Tensor | None:
-    """Return the token ids of a batch: its ``input_ids``, or the batch itself or its first entry if integers."""
-    found = batch
-    if isinstance(batch, Mapping):
-        found = batch.get("input_ids")
-    elif isinstance(batch, (tuple, list)) and batch:
-        found = batch[0]
-    if isinstance(found, Tensor) and not found.is_floating_point():
-        return found
-    return None
-
-
-def attention_mask(batch: Any) -> Tensor | None:
-    """Return which positions of a batch are no padding, as bool [batch, tokens]; None where it does not say."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-
-
 def _logits(output: Any) -> Tensor:
     found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(found, Tensor) or found.dim() < 2:
@@ -191,16 +167,3 @@ def _logits(output: Any) -> Tensor:
             "use loss='output' for a model that predicts nothing",
         )
     return found
-
-
-def first_tensor(output: Any) -> Tensor | None:
-    """Return the first floating-point tensor of a model's output, ``last_hidden_state`` where there is one, or None."""
-    if isinstance(output, Tensor):
-        return output if output.is_floating_point() else None
-    hidden = getattr(output, "last_hidden_state", None)
-    if isinstance(hidden, Tensor):
-        return hidden
-    values = output.values() if isinstance(output, Mapping) else output
-    if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
-        return None
-    return next((found for value in values if (found := first_tensor(value)) is not None), None)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbf_compile.calibration.calibrate import call_model, without_cache
-from dbf_compile.calibration.losses import attention_mask
+from dbf_compile.calibration.model_io import attention_mask, call_model
+from dbf_compile.calibration.offload import without_cache
 from dbf_compile.errors import ConversionError
 
 _HIDDEN = "hidden_states"

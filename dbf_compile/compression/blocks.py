@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbf_compile.calibration.calibrate import Moment
+from dbf_compile.calibration.moments import Moment
 from dbf_compile.calibration.streams import Streams
 from dbf_compile.compression.jobs import FactorJob
 from dbf_compile.compression.training import TrainableDoubleBinary, sureness_of, train, trained_factors

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbf_compile.calibration.calibrate import call_model
-from dbf_compile.calibration.losses import attention_mask
+from dbf_compile.calibration.compare import divergence
+from dbf_compile.calibration.model_io import call_model, logits_of
 from dbf_compile.compression.training import TrainableScales, train, trained_factors
 from dbf_compile.factors import DoubleBinaryFactors, move_factors
 from dbf_compile.linear import DoubleBinaryLinear, replace_everywhere
@@ -77,31 +77,3 @@ def distill(
             replace_everywhere(compressed, student, layers[name])
         for model, mode in modes:
             model.train(mode)
-
-
-def divergence(wanted: Tensor, found: Tensor, batch: Any) -> Tensor:
-    """Return KL(wanted ‖ found) in nats of every position that is no padding, as a vector."""
-    log_wanted = torch.log_softmax(wanted.float(), -1)
-    log_found = torch.log_softmax(found.float(), -1)
-    lost = (log_wanted.exp() * (log_wanted - log_found)).sum(-1)
-    return _kept(lost, batch)
-
-
-def agreement(wanted: Tensor, found: Tensor, batch: Any) -> Tensor:
-    """Return whether both predict the same, at every position that is no padding, as a vector."""
-    return _kept(wanted.argmax(-1) == found.argmax(-1), batch)
-
-
-def _kept(values: Tensor, batch: Any) -> Tensor:
-    mask = attention_mask(batch)
-    return (
-        values[mask.to(values.device)]
-        if mask is not None and mask.shape == values.shape
-        else values.flatten()
-    )
-
-
-def logits_of(output: Any) -> Tensor:
-    """Return the logits of a model's output: ``output.logits``, or the output itself."""
-    found: Tensor = output if isinstance(output, Tensor) else output.logits
-    return found

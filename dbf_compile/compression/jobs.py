@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from dbf_compile.compression.cache import FactorCache, content_key
 from dbf_compile.errors import DBFError
 from dbf_compile.factorizer.factorize import FactorizerConfig, factorize_batch
 from dbf_compile.factorizer.importance import Importance
-from dbf_compile.factors import DoubleBinaryFactors
+from dbf_compile.factors import DoubleBinaryFactors, stored_bits
 
 
 def joined(names: Sequence[str]) -> str:
@@ -177,3 +177,36 @@ def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
             yield pool
     finally:
         torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One weight, or several factored as one, in the whole of a model.
+
+    Args:
+        job: what is factored.
+        block: number of the block it lies in, or None.
+        result: name of the result that holds its factors: its block's, or its own.
+    """
+
+    job: FactorJob
+    block: int | None
+    result: str
+
+    @staticmethod
+    def of(job: FactorJob, blocks: Iterable[str], mode: str) -> Part:
+        """Return the part of a job; ``mode`` is "block" where blocks are factored as a whole."""
+        for number, name in enumerate(blocks):
+            if all(each.startswith(f"{name}.") for each in job.names):
+                return Part(job, number, name if mode == "block" else job.names[0])
+        return Part(job, None, job.names[0])
+
+    @property
+    def alone(self) -> bool:
+        """Whether it has a result of its own."""
+        return self.result == self.job.names[0]
+
+    @property
+    def stored(self) -> int:
+        """The bits its factors are stored in."""
+        return stored_bits(self.job.in_features, self.job.mid_features, self.job.out_features)

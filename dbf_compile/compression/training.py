@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dbf_compile.factorizer.importance import Importance, WeightedWeight
+from dbf_compile.factorizer.importance import Importance
 from dbf_compile.factorizer.projection import half_scales, signs_of
 from dbf_compile.factorizer.refine import Product, flip_costs
+from dbf_compile.factorizer.weighted import WeightedWeight
 from dbf_compile.factors import DoubleBinaryFactors
 from dbf_compile.signs import pack_signs, unpack_signs
 

@@ -42,9 +42,9 @@ import torch
 from torch import Tensor
 
 from dbf_compile.errors import WeightError
-from dbf_compile.factorizer.importance import WeightedWeight, between
 from dbf_compile.factorizer.projection import rank_one, signs_of
 from dbf_compile.factorizer.refine import Product
+from dbf_compile.factorizer.weighted import WeightedWeight, between
 
 TINY = 1e-12  # the notebooks' floor on norms
 _POWER_ITERATIONS = 1  # a turn; it goes on from the magnitude of the last one

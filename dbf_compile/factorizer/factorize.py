@@ -32,9 +32,10 @@ from torch import Tensor
 
 from dbf_compile.errors import OptionError, WeightError
 from dbf_compile.factorizer.admm import TINY, Problem, alternate
-from dbf_compile.factorizer.importance import Importance, WeightedWeight, squared_norm
+from dbf_compile.factorizer.importance import Importance
 from dbf_compile.factorizer.projection import half_scales
 from dbf_compile.factorizer.refine import Product, refine, refit_scales, squared_error
+from dbf_compile.factorizer.weighted import WeightedWeight, squared_norm
 from dbf_compile.factors import DoubleBinaryFactors
 from dbf_compile.options import PRESETS
 from dbf_compile.signs import pack_signs

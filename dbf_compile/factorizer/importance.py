@@ -14,21 +14,16 @@ Shape letters: K in_features, N out_features.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dbf_compile.checkpoint import write_tensors
-from dbf_compile.errors import CheckpointError, OptionError, WeightError
+from dbf_compile.errors import OptionError, WeightError
 
 # The notebooks' floor: a feature that was never active still gets the scale that fits it best on its own.
 FLOOR = 1e-8
-_FORMAT = "dbf_importance"
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,66 +210,6 @@ class Importance:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class WeightedWeight:
-    """A weight as the factorizer sees it: ``W = unit · diag(1 / rows) · matrix · diag(1 / columns)``.
-
-    Args:
-        matrix: float32 [N, K], root mean square 1, or all zeros.
-        rows: weights of the rows, float32 [N], positive.
-        columns: weights of the columns, float32 [K], positive.
-        unit: what ``matrix`` was divided by; 0 for a weight of zeros.
-        row_metric: float32 [N, N] with ones on the diagonal, or None for the identity.
-        column_metric: the same for the columns, [K, K].
-    """
-
-    matrix: Tensor
-    rows: Tensor
-    columns: Tensor
-    unit: float
-    row_metric: Tensor | None = None
-    column_metric: Tensor | None = None
-
-    @property
-    def transposed(self) -> WeightedWeight:
-        """The transposed weight."""
-        return WeightedWeight(
-            self.matrix.T.contiguous(),
-            self.columns,
-            self.rows,
-            self.unit,
-            self.column_metric,
-            self.row_metric,
-        )
-
-    @staticmethod
-    def of(weight: Tensor, importance: Importance | None = None) -> WeightedWeight:
-        """Check a weight and bring it into the form that is factored.
-
-        Args:
-            weight: floating point [N, K], any device; not changed.
-            importance: second moments of the layer, or None.
-
-        Raises:
-            WeightError: not a non-empty floating-point matrix, NaN or infinite entries, an importance that
-            does
-                not fit.
-        """
-        _check_weight(weight)
-        importance = importance or Importance()
-        rows, columns = importance.feature_weights(weight.shape[0], weight.shape[1], weight.device)
-        metrics = importance.metrics(weight.device)
-        # Entries near the ends of float32 would overflow or vanish when squared: bring the largest to 1
-        # first.
-        exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-        peak = float(exact.abs().amax())
-        if peak == 0.0:
-            return WeightedWeight(exact.float(), rows, columns, 0.0, *metrics)
-        matrix = rows[:, None] * (exact / peak).float() * columns
-        size = float(matrix.square().mean().sqrt())
-        return WeightedWeight(matrix / size, rows, columns, peak * size, *metrics)
-
-
 def _feature_weights(name: str, moment: Tensor | None, length: int) -> Tensor:
     _check_length(name, moment, length)
     if moment is None or not bool(diagonal_of(moment).any()):
@@ -287,17 +222,6 @@ def _feature_weights(name: str, moment: Tensor | None, length: int) -> Tensor:
 def diagonal_of(moment: Tensor) -> Tensor:
     """Return the second moments of single features: a vector itself, of a matrix its diagonal."""
     return (moment.diagonal() if moment.dim() == 2 else moment).detach()
-
-
-def between(matrix: Tensor, row_metric: Tensor | None, column_metric: Tensor | None) -> Tensor:
-    """Return ``L · matrix · R``; None is the identity, at no cost. Leading dimensions are batches."""
-    left = matrix if row_metric is None else row_metric @ matrix
-    return left if column_metric is None else left @ column_metric
-
-
-def squared_norm(matrix: Tensor, row_metric: Tensor | None, column_metric: Tensor | None) -> float:
-    """Return ``tr(L · matrix · R · matrixᵀ)``, summed in float64."""
-    return float((between(matrix, row_metric, column_metric) * matrix).sum(dtype=torch.float64))
 
 
 def _metric(moment: Tensor | None, device: torch.device | str) -> Tensor | None:
@@ -350,71 +274,3 @@ def _check_moment(name: str, moment: object) -> None:
         )
     if moment.dim() == 2 and float((moment - moment.mT).abs().amax()) > 1e-3 * float(moment.abs().amax()):
         raise WeightError(f"{name} that is not symmetric", "a symmetric matrix", "pass E[x xᵀ]")
-
-
-def _check_weight(weight: object) -> None:
-    if (
-        not isinstance(weight, Tensor)
-        or not weight.is_floating_point()
-        or weight.dim() != 2
-        or weight.numel() == 0
-    ):
-        got = (
-            f"of dtype {weight.dtype} and shape {tuple(weight.shape)}"
-            if isinstance(weight, Tensor)
-            else f"of type {type(weight).__name__}"
-        )
-        raise WeightError(
-            f"a weight {got}", "a non-empty floating-point matrix [N, K]", "dequantize or reshape it first"
-        )
-    if not bool(torch.isfinite(weight).all()):
-        raise WeightError(
-            "a weight with NaN or infinite entries",
-            "finite entries",
-            "check the checkpoint it was loaded from",
-        )
-
-
-def save_importance(importance: Mapping[str, Importance], path: str | Path) -> None:
-    """Write what ``calibrate`` returned to a safetensors file, which appears whole or not at all.
-
-    Raises:
-        CheckpointError: the file cannot be written.
-    """
-    tensors = {
-        f"{name}.{kind}": moment.detach().to("cpu", copy=True).contiguous()
-        for name, item in importance.items()
-        for kind, moment in item.moments().items()
-        if moment is not None
-    }
-    write_tensors(tensors, {"format": _FORMAT, "layers": json.dumps(list(importance))}, Path(path))
-
-
-def load_importance(path: str | Path) -> dict[str, Importance]:
-    """Read a file written by :func:`save_importance`.
-
-    Raises:
-        CheckpointError: no such file, another kind of file, or a damaged one.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != _FORMAT:
-                raise CheckpointError(
-                    f"{path} of format {header.get('format')!r}",
-                    _FORMAT,
-                    "pass a file written by save_importance",
-                )
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-        return {
-            name: Importance(*(tensors.get(f"{name}.{kind}") for kind in Importance().moments()))
-            for name in json.loads(header["layers"])
-        }
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"{path} is no readable file of importances ({error})",
-            "a whole file written by save_importance",
-            "calibrate again",
-        ) from error

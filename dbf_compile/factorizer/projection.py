@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from dbf_compile.errors import WeightError
-from dbf_compile.factorizer.importance import Importance, WeightedWeight
+from dbf_compile.factorizer.importance import Importance
+from dbf_compile.factorizer.weighted import WeightedWeight
 from dbf_compile.signs import pack_signs, unpack_signs
 
 POWER_ITERATIONS = 5

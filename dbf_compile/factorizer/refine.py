@@ -2,7 +2,7 @@
 
     J = tr(L · E · R · Eᵀ)        E [P, Q] = target − diag(scale_out) · signs_out · diag(scale_mid) · signs_in · diag(scale_in)
 
-``target`` is the weighted matrix of :class:`~dbf_compile.factorizer.importance.WeightedWeight`, L [P, P] and
+``target`` is the weighted matrix of :class:`~dbf_compile.factorizer.weighted.WeightedWeight`, L [P, P] and
 R [Q, Q] its metrics; without them J is the squared Frobenius norm of E. Every step is exact in one block of
 unknowns with all others fixed, so J never rises.
 
@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dbf_compile.factorizer.importance import between, squared_norm
 from dbf_compile.factorizer.projection import signs_of
+from dbf_compile.factorizer.weighted import between, squared_norm
 
 # Added to the diagonal of normal equations, relative to its mean: components may be parallel.
 _JITTER = 1e-6

@@ -19,7 +19,8 @@ from torch import nn
 from dbf_compile.errors import DBFError
 from dbf_compile.machine import cores, default_workers
 from dbf_compile.options import CompressOptions, parse
-from dbf_compile.run.steps import Run, report_of
+from dbf_compile.run.report import report_of
+from dbf_compile.run.steps import Run
 
 
 @dataclass(frozen=True)

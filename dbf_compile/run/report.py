@@ -2,52 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from dbf_compile.compression.jobs import FactorJob
-from dbf_compile.factors import stored_bits
+from dbf_compile.compression.jobs import Part
 from dbf_compile.machine import cores
-
-
-@dataclass(frozen=True)
-class Part:
-    """One weight, or several factored as one, in the whole of a model.
-
-    Args:
-        job: what is factored.
-        block: number of the block it lies in, or None.
-        result: name of the result that holds its factors: its block's, or its own.
-    """
-
-    job: FactorJob
-    block: int | None
-    result: str
-
-    @staticmethod
-    def of(job: FactorJob, blocks: Iterable[str], mode: str) -> Part:
-        """Return the part of a job; ``mode`` is "block" where blocks are factored as a whole."""
-        for number, name in enumerate(blocks):
-            if all(each.startswith(f"{name}.") for each in job.names):
-                return Part(job, number, name if mode == "block" else job.names[0])
-        return Part(job, None, job.names[0])
-
-    @property
-    def alone(self) -> bool:
-        """Whether it has a result of its own."""
-        return self.result == self.job.names[0]
-
-    @property
-    def stored(self) -> int:
-        """The bits its factors are stored in."""
-        return stored_bits(self.job.in_features, self.job.mid_features, self.job.out_features)
 
 
 def outcome(
@@ -111,3 +78,15 @@ def _peak_memory() -> int:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    """Return the report of the compression that made a folder, or nothing where it has none that can be read."""
+    try:
+        found = json.loads((folder / _REPORT).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+_REPORT, _PAGE = "dbf_report.json", "dbf_report.html"

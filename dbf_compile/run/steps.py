@@ -32,19 +32,21 @@ from torch import nn
 from tqdm import tqdm
 
 from dbf_compile.calibration.batches import token_batches
-from dbf_compile.calibration.calibrate import block_by_block, blocks_of, calibrate, moved
-from dbf_compile.calibration.losses import is_causal, token_ids
+from dbf_compile.calibration.calibrate import calibrate
+from dbf_compile.calibration.compare import compare
+from dbf_compile.calibration.model_io import is_causal, moved, token_ids
+from dbf_compile.calibration.offload import block_by_block, blocks_of
+from dbf_compile.calibration.statistics import load_importance, save_importance
 from dbf_compile.calibration.streams import record
 from dbf_compile.compression.blocks import BlockRecipe, BlockResult, compress_block, factored_copy
-from dbf_compile.compression.budgets import allocate
 from dbf_compile.compression.coverage import coverage
+from dbf_compile.compression.curves import allocate
 from dbf_compile.compression.distillation import distill
-from dbf_compile.compression.jobs import FactorJob
+from dbf_compile.compression.jobs import FactorJob, Part
 from dbf_compile.compression.layers import LayerFactorizer
 from dbf_compile.errors import ConversionError, DBFError, OptionError
-from dbf_compile.evaluation import compare
 from dbf_compile.factorizer.factorize import FactorizerConfig, factorize, weighted_error
-from dbf_compile.factorizer.importance import Importance, load_importance, save_importance
+from dbf_compile.factorizer.importance import Importance
 from dbf_compile.factors import DoubleBinaryFactors, move_factors
 from dbf_compile.files import new_folder_mode, write_text
 from dbf_compile.hashes import batches_hash, model_hash, source_hash
@@ -53,10 +55,9 @@ from dbf_compile.linear import swap_
 from dbf_compile.machine import chosen_device
 from dbf_compile.options import PRESETS, CompressionConfig, CompressOptions
 from dbf_compile.run.page import write_report
-from dbf_compile.run.report import Part, outcome, surroundings
+from dbf_compile.run.report import _PAGE, _REPORT, outcome, report_of, surroundings
 from dbf_compile.run.work import RESUME, Made, Work
 
-_REPORT, _PAGE = "dbf_report.json", "dbf_report.html"
 _LEAST_SHARE = 0.5  # of the weights, below which a user should know
 # The packages that decide on what a run makes of a model.
 _PROGRAM = tuple(
@@ -453,15 +454,6 @@ def _check(given: Any, output: Path, config: CompressOptions, data: Any, batches
             "a model of transformers, its folder, or its name on the Hub",
             "use dbf_compile.convert_ for other modules",
         )
-
-
-def report_of(folder: Path) -> dict[str, Any]:
-    """Return the report of the compression that made a folder, or nothing where it has none that can be read."""
-    try:
-        found = json.loads((folder / _REPORT).read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _view_of(model: nn.Module) -> nn.Module:

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from dbf_compile.calibration.calibrate import Moment, calibrate
+from dbf_compile.calibration.calibrate import calibrate
 from dbf_compile.calibration.losses import loss_named, output_loss
+from dbf_compile.calibration.moments import Moment
 from dbf_compile.errors import ConversionError, OptionError, WeightError
 from dbf_compile.factorizer.factorize import FactorizerConfig, factorize
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.models.tiny import tiny_bert, tiny_gpt2, tiny_llama
 
-from dbf_compile.calibration.calibrate import blocks_of
+from dbf_compile.calibration.offload import blocks_of
 from dbf_compile.calibration.streams import record
 from dbf_compile.errors import ConversionError
 from dbf_compile.linear import dense_linears

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dbf_compile.compression.budgets import ErrorCurve, allocate, measure_curves, spread
+from dbf_compile.compression.budgets import ErrorCurve, spread
+from dbf_compile.compression.curves import allocate, measure_curves
 from dbf_compile.compression.layers import factorize_model
 from dbf_compile.errors import ConversionError, OptionError
 from dbf_compile.factorizer.importance import Importance

@@ -6,7 +6,8 @@ import pytest
 import torch
 from support.models.tiny import factored, tiny_llama
 
-from dbf_compile.compression.distillation import agreement, distill, divergence
+from dbf_compile.calibration.compare import agreement, divergence
+from dbf_compile.compression.distillation import distill
 from dbf_compile.linear import DoubleBinaryLinear, swap_
 
 pytest.importorskip("transformers")

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dbf_compile.errors import OptionError, WeightError
-from dbf_compile.factorizer.importance import FLOOR, Importance, WeightedWeight
+from dbf_compile.factorizer.importance import FLOOR, Importance
+from dbf_compile.factorizer.weighted import WeightedWeight
 
 MOMENTS = st.lists(st.floats(0, 2.0**100, width=32), min_size=1, max_size=40).map(torch.tensor)
 LENGTHS = st.integers(1, 40)
