@@ -11,7 +11,7 @@ from torch import nn
 
 from dbf_compile.calibration.batches import token_batches
 from dbf_compile.calibration.compare import compare
-from dbf_compile.calibration.model_io import moved
+from dbf_compile.calibration.model_io import to_device
 from dbf_compile.errors import OptionError
 from dbf_compile.machine import chosen_device
 
@@ -64,7 +64,7 @@ def evaluate_folder(
     where = chosen_device(device)
     loaded = pretrained.open_any(folder, trust_remote_code).to(where)
     if data is not None:
-        given = [moved(each, where) for each in token_batches(data, tokenizer, length=length, count=windows)]
+        given = [to_device(each, where) for each in token_batches(data, tokenizer, length=length, count=windows)]
         other = None
         if dense is not None:
             other = pretrained.open_any(pretrained.local_folder(dense), trust_remote_code).to(where)

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from dbf_compile.calibration.batches import random_batches
 from dbf_compile.calibration.losses import Loss, loss_named
-from dbf_compile.calibration.model_io import attention_mask, call_model, moved
+from dbf_compile.calibration.model_io import attention_mask, call_model, to_device
 from dbf_compile.calibration.moments import Moment
-from dbf_compile.calibration.offload import _Run, block_by_block, blocks_of, without_cache
+from dbf_compile.calibration.offload import _Run, blocks_of, offloaded, without_kv_cache
 from dbf_compile.errors import ConversionError, DBFError, OptionError
 from dbf_compile.factorizer.importance import Importance, diagonal_of
 from dbf_compile.linear import dense_linears
@@ -105,15 +105,15 @@ def calibrate(
     run = _Run(anchor)
     empty = True
     with (
-        without_cache(model),
+        without_kv_cache(model),
         _measuring(model, meters, run),
-        block_by_block(model, list(blocks_of(model, meters).values()), device, run),
+        offloaded(model, list(blocks_of(model, meters).values()), device, run),
         torch.set_grad_enabled(criterion is not None),
     ):
         for batch in batches:
             empty = False
             if device is not None:
-                batch = moved(batch, device)
+                batch = to_device(batch, device)
             run.mask = attention_mask(batch)
             output = call_model(model, batch)
             if criterion is not None and anchor is not None:

@@ -26,14 +26,14 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     )
 
 
-def moved(batch: Any, device: torch.device | str) -> Any:
+def to_device(batch: Any, device: torch.device | str) -> Any:
     """Return a batch with all its tensors on ``device``."""
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return {key: moved(value, device) for key, value in batch.items()}
+        return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return [moved(value, device) for value in batch]
+        return [to_device(value, device) for value in batch]
     return batch
 
 

@@ -15,7 +15,7 @@ from dbf_compile.machine import with_index
 
 
 @contextmanager
-def block_by_block(
+def offloaded(
     model: nn.Module,
     blocks: Sequence[nn.Module],
     device: torch.device | str | None,
@@ -96,7 +96,7 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 @contextmanager
-def without_cache(model: nn.Module) -> Iterator[None]:
+def without_kv_cache(model: nn.Module) -> Iterator[None]:
     """Let a model of transformers keep no keys and values: a block that computes twice would attend to both."""
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dbf_compile.calibration.model_io import attention_mask, call_model
-from dbf_compile.calibration.offload import without_cache
+from dbf_compile.calibration.offload import without_kv_cache
 from dbf_compile.errors import ConversionError
 
 _HIDDEN = "hidden_states"
@@ -99,7 +99,7 @@ def record(model: nn.Module, blocks: Sequence[nn.Module], batches: Iterable[Any]
 
     handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in blocks]
     try:
-        with without_cache(model):
+        with without_kv_cache(model):
             for batch in batches:
                 seen.clear()
                 copies.clear()

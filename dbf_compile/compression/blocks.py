@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from dbf_compile.calibration.moments import Moment
 from dbf_compile.calibration.streams import Streams
 from dbf_compile.compression.jobs import FactorJob
-from dbf_compile.compression.training import TrainableDoubleBinary, sureness_of, train, trained_factors
+from dbf_compile.compression.training import TrainableDoubleBinary, sign_confidence, train, trained_factors
 from dbf_compile.factorizer.factorize import FactorizerConfig, factorize, weighted_error
 from dbf_compile.factorizer.importance import Importance, diagonal_of
 from dbf_compile.factors import DoubleBinaryFactors
@@ -160,7 +160,7 @@ def compress_block(
         )
         factors = factorize(job.stacked, job.mid_features, importance, recipe.factorizer)
         result.errors[job.name] = weighted_error(job.stacked, factors, importance)
-        inner, outer = sureness_of(job.stacked, factors, importance)
+        inner, outer = sign_confidence(job.stacked, factors, importance)
         rows = [weight.shape[0] for weight in job.weights]
         owner = None
         for full, part, sure in zip(job.names, factors.split(rows), outer.split(rows), strict=True):

@@ -147,7 +147,7 @@ class Allocation:
         return "\n".join(lines)
 
 
-def spread(
+def allocate_bits(
     curves: Mapping[str, ErrorCurve],
     bits_per_weight: float,
     *,

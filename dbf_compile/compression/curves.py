@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from dbf_compile.compression.budgets import Allocation, ErrorCurve, spread
+from dbf_compile.compression.budgets import Allocation, ErrorCurve, allocate_bits
 from dbf_compile.compression.cache import FactorCache
 from dbf_compile.compression.jobs import FactorJob, run_jobs
 from dbf_compile.compression.layers import LayerFactorizer
@@ -31,13 +31,13 @@ def allocate(
     depth_prior: float = 0.0,
     **options: Any,
 ) -> Allocation:
-    """Measure the error curves of a model's weights and spread the bits over them.
+    """Measure the error curves of a model's weights and allocate the bits to them.
 
     Args:
         model: any module; its weights are read, not changed.
         importance: layer name to second moments, as made by ``calibrate`` with a loss. Where no gradient moments
             are known, relative errors of the layers' outputs count alike.
-        multiple, floor, ceiling: as for :func:`spread`.
+        multiple, floor, ceiling: as for :func:`allocate_bits`.
         depth_prior: p multiplies the weights of block z of 0 … 1 by exp(p (z − ½)): measured curves undervalue
             the last blocks of some large models, for which 0.6 was found.
         **options: fields of CompressionConfig; ``overrides`` fix the bits of the layers they name.
@@ -46,7 +46,7 @@ def allocate(
         The allocation, for ``factorize_model(..., allocation=...)`` and ``convert_(..., allocation=...)``.
 
     Raises:
-        OptionError: as for :func:`spread`.
+        OptionError: as for :func:`allocate_bits`.
         ConversionError: nothing to compress.
     """
     config = parse(CompressionConfig, options)
@@ -56,7 +56,7 @@ def allocate(
         for job in LayerFactorizer(config).jobs(model)
         if (bits := config.override_for(job.names[0])) is not None  # stacked layers have equal bits
     }
-    return spread(
+    return allocate_bits(
         curves, config.bits_per_weight, multiple=multiple, floor=floor, ceiling=ceiling, fixed=fixed
     )
 

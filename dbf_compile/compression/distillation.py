@@ -40,7 +40,7 @@ def distill(
         epochs: how often each is used.
         seed: of their order.
         progress: called after every step.
-        device: where what is trained is kept; None for where the layers are. Inputs get there by ``block_by_block``.
+        device: where what is trained is kept; None for where the layers are. Inputs get there by ``offloaded``.
 
     Returns:
         Factors by layer name, on the CPU.

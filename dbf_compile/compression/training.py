@@ -89,7 +89,7 @@ class TrainableDoubleBinary(Trainable):
 
     Args:
         factors, bias, owner: as for :class:`Trainable`.
-        sureness: of ``signs_in`` and ``signs_out``, as of :func:`sureness_of`.
+        confidence: of ``signs_in`` and ``signs_out``, as of :func:`sign_confidence`.
     """
 
     latent_in: nn.Parameter
@@ -97,13 +97,13 @@ class TrainableDoubleBinary(Trainable):
     def __init__(
         self,
         factors: DoubleBinaryFactors,
-        sureness: tuple[Tensor, Tensor],
+        confidence: tuple[Tensor, Tensor],
         bias: Tensor | None = None,
         owner: TrainableDoubleBinary | None = None,
     ) -> None:
         super().__init__(factors, bias, owner)
-        inner = unpack_signs(factors.signs_in, factors.in_features) * sureness[0]
-        outer = unpack_signs(factors.signs_out, factors.mid_features) * sureness[1]
+        inner = unpack_signs(factors.signs_in, factors.in_features) * confidence[0]
+        outer = unpack_signs(factors.signs_out, factors.mid_features) * confidence[1]
         self.latent_in = nn.Parameter(inner, requires_grad=False) if owner is None else owner.latent_in
         self.latent_out = nn.Parameter(outer, requires_grad=False)
 
@@ -144,7 +144,7 @@ class TrainableScales(Trainable):
 
 
 @torch.no_grad()
-def sureness_of(
+def sign_confidence(
     weight: Tensor, factors: DoubleBinaryFactors, importance: Importance | None
 ) -> tuple[Tensor, Tensor]:
     """Return how sure the signs of factors are: the cost of flipping each alone, means of rows (columns) at 1.

@@ -44,7 +44,7 @@ from torch import Tensor
 from dbf_compile.errors import WeightError
 from dbf_compile.factorizer.projection import rank_one, signs_of
 from dbf_compile.factorizer.refine import Product
-from dbf_compile.factorizer.weighted import WeightedWeight, between
+from dbf_compile.factorizer.weighted import WeightedWeight, apply_metrics
 
 TINY = 1e-12  # the notebooks' floor on norms
 _POWER_ITERATIONS = 1  # a turn; it goes on from the magnitude of the last one
@@ -119,7 +119,7 @@ class Problem(NamedTuple):
 
     def turns(self, matrix: Tensor) -> tuple[Turn, Turn]:
         """Return the turns of the left and of the right factor of ``matrix [B, P, Q]``."""
-        target = between(matrix, self.row_metric, self.column_metric).contiguous()
+        target = apply_metrics(matrix, self.row_metric, self.column_metric).contiguous()
         return (
             Turn(target.mT, self.column_metric, self.row_spectrum),
             Turn(target, self.row_metric, self.column_spectrum),
@@ -229,7 +229,7 @@ def alternate(
 
 def _solve(turn: Turn, basis: Tensor, wanted: Tensor, step: Step, out: Tensor) -> None:
     """Write to ``out`` the V that solves the normal equations with the right side ``wanted``; see the head."""
-    normal = between(basis, None, turn.basis_metric) @ basis.mT
+    normal = apply_metrics(basis, None, turn.basis_metric) @ basis.mT
     diagonal = normal.diagonal(dim1=-2, dim2=-1)
     ridge = step.ridge * diagonal.mean(-1)
     if turn.spectrum is None:

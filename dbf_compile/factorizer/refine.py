@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dbf_compile.factorizer.projection import signs_of
-from dbf_compile.factorizer.weighted import between, squared_norm
+from dbf_compile.factorizer.weighted import apply_metrics, squared_norm
 
 # Added to the diagonal of normal equations, relative to its mean: components may be parallel.
 _JITTER = 1e-6
@@ -123,10 +123,11 @@ def refit_scales(
     and the mirror image of the latter for ``scale_in``. Arguments as for :func:`refine`.
     """
     outer, inner = product.outer, product.inner
-    weighted = between(outer, row_metric, None)  # L F
-    projected = between(weighted.T @ target, None, column_metric)  # Fᵀ L W R
+    weighted = apply_metrics(outer, row_metric, None)  # L F
+    projected = apply_metrics(weighted.T @ target, None, column_metric)  # Fᵀ L W R
     mid = _fit(
-        (outer.T @ weighted) * (between(inner, None, column_metric) @ inner.T), (projected * inner).sum(1)
+        (outer.T @ weighted) * (apply_metrics(inner, None, column_metric) @ inner.T),
+        (projected * inner).sum(1),
     )
     product = product._replace(scale_mid=mid)
     product = product._replace(scale_out=_fit_side(target, product, row_metric, column_metric))
@@ -173,7 +174,7 @@ def flip_signs(target: Tensor, product: Product, column_metric: Tensor | None = 
 def _fields(target: Tensor, product: Product, column_metric: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return g [M, Q], g R, and (E R gᵀ) [P, M]; see the head."""
     rows = product.scale_mid[:, None] * product.inner
-    weighted = between(rows, None, column_metric)
+    weighted = apply_metrics(rows, None, column_metric)
     return rows, weighted, (target - product.dense()) @ weighted.T
 
 
@@ -181,12 +182,14 @@ def _fit_side(
     target: Tensor, product: Product, row_metric: Tensor | None, column_metric: Tensor | None
 ) -> Tensor:
     basis = (product.signs_out * product.scale_mid) @ product.inner
-    weighted = between(basis, None, column_metric)
+    weighted = apply_metrics(basis, None, column_metric)
     if row_metric is None:
         power = (weighted * basis).sum(1)
         # A row that the product cannot reach keeps its scale.
         return torch.where(power > 0, (weighted * target).sum(1) / power, product.scale_out)
-    return _fit(row_metric * (weighted @ basis.T), (between(target, row_metric, None) * weighted).sum(1))
+    return _fit(
+        row_metric * (weighted @ basis.T), (apply_metrics(target, row_metric, None) * weighted).sum(1)
+    )
 
 
 def _fit(normal: Tensor, wanted: Tensor) -> Tensor:

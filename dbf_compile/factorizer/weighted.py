@@ -71,7 +71,7 @@ class WeightedWeight:
         return WeightedWeight(matrix / size, rows, columns, peak * size, *metrics)
 
 
-def between(matrix: Tensor, row_metric: Tensor | None, column_metric: Tensor | None) -> Tensor:
+def apply_metrics(matrix: Tensor, row_metric: Tensor | None, column_metric: Tensor | None) -> Tensor:
     """Return ``L · matrix · R``; None is the identity, at no cost. Leading dimensions are batches."""
     left = matrix if row_metric is None else row_metric @ matrix
     return left if column_metric is None else left @ column_metric
@@ -79,7 +79,7 @@ def between(matrix: Tensor, row_metric: Tensor | None, column_metric: Tensor | N
 
 def squared_norm(matrix: Tensor, row_metric: Tensor | None, column_metric: Tensor | None) -> float:
     """Return ``tr(L · matrix · R · matrixᵀ)``, summed in float64."""
-    return float((between(matrix, row_metric, column_metric) * matrix).sum(dtype=torch.float64))
+    return float((apply_metrics(matrix, row_metric, column_metric) * matrix).sum(dtype=torch.float64))
 
 
 def _check_weight(weight: object) -> None:

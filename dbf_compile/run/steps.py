@@ -34,8 +34,8 @@ from tqdm import tqdm
 from dbf_compile.calibration.batches import token_batches
 from dbf_compile.calibration.calibrate import calibrate
 from dbf_compile.calibration.compare import compare
-from dbf_compile.calibration.model_io import is_causal, moved, token_ids
-from dbf_compile.calibration.offload import block_by_block, blocks_of
+from dbf_compile.calibration.model_io import is_causal, to_device, token_ids
+from dbf_compile.calibration.offload import blocks_of, offloaded
 from dbf_compile.calibration.statistics import load_importance, save_importance
 from dbf_compile.calibration.streams import record
 from dbf_compile.compression.blocks import BlockRecipe, BlockResult, compress_block, factored_copy
@@ -145,7 +145,7 @@ class Run:
         work = Work(output.with_name(output.name + ".work"), fingerprint, resume)
         unfuse_(model)
         where = chosen_device(device)
-        calibrating, judging = ([moved(batch, where) for batch in part] for part in (calibrating, judging))
+        calibrating, judging = ([to_device(batch, where) for batch in part] for part in (calibrating, judging))
         return Run(output, model, source, tokenizer, config, calibrating, judging, where, facts, work)
 
     def finish(self, workers: int) -> None:
@@ -263,7 +263,7 @@ class Run:
         with self.work.exclusive("blocks"):
             if all(self.work.has(part.result) for part in parts):
                 return
-            with block_by_block(self.model, list(blocks.values()), self.device):
+            with offloaded(self.model, list(blocks.values()), self.device):
                 streams = record(self.model, list(blocks.values()), self.batches)
             dense = compressed = streams.hidden
             with self._bar("blocks", sum(part.job.size for part in parts), "weight") as bar:
@@ -330,7 +330,7 @@ class Run:
         with ExitStack() as stack:
             for model in (self.model, student):
                 visitors = [model.get_submodule(name) for name in blocks]
-                stack.enter_context(block_by_block(model, visitors, self.device))
+                stack.enter_context(offloaded(model, visitors, self.device))
             yield
 
     def _all_factors(self, parts: Sequence[Part]) -> dict[str, DoubleBinaryFactors]:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dbf_compile.compression.budgets import ErrorCurve, spread
+from dbf_compile.compression.budgets import ErrorCurve, allocate_bits
 from dbf_compile.compression.curves import allocate, measure_curves
 from dbf_compile.compression.layers import factorize_model
 from dbf_compile.errors import ConversionError, OptionError
@@ -103,7 +103,7 @@ def test_bad_points_are_refused(points):
 @settings(deadline=None, max_examples=60)
 @given(curves(), st.floats(0.8, 3.5), st.sampled_from([1, 32, 64]))
 def test_the_budget_is_met_to_a_thousandth_and_never_exceeded(made, bits, multiple):
-    found = spread(made, bits, multiple=multiple)
+    found = allocate_bits(made, bits, multiple=multiple)
     assert 0.999 * bits <= found.true_bits_per_weight <= bits
     assert found.stored == sum(made[name].bits(size) for name, size in found.mid_features.items())
 
@@ -112,14 +112,14 @@ def test_the_budget_is_met_to_a_thousandth_and_never_exceeded(made, bits, multip
 @given(curves(), st.floats(1.0, 3.0))
 def test_it_is_never_predicted_worse_than_equal_bits_when_free(made, bits):
     # With multiples of 1 equal bits are one of the choices, up to the bits that whole words leave unused.
-    found = spread(made, bits, multiple=1, floor=0, ceiling=16)
+    found = allocate_bits(made, bits, multiple=1, floor=0, ceiling=16)
     assert found.predicted <= 1 + 2e-2
 
 
 @settings(deadline=None, max_examples=40)
 @given(curves(), st.floats(1.0, 3.0))
 def test_floors_and_ceilings_hold(made, bits):
-    found = spread(made, bits, floor=0.8 * bits, ceiling=1.5 * bits)
+    found = allocate_bits(made, bits, floor=0.8 * bits, ceiling=1.5 * bits)
     for row in found.rows():
         item = made[row["name"]]
         low = mid_features_for(0.8 * bits, item.in_features, item.out_features)
@@ -134,7 +134,7 @@ def test_the_greedy_choice_is_the_best_of_all_choices():
     costs = [{size: item.bits(size) for size in grid} for item in made.values()]
     for bits in (1.5, 2.0):
         budget = bits * sum(item.size for item in made.values())
-        found = spread(made, bits, floor=0.1, ceiling=8)
+        found = allocate_bits(made, bits, floor=0.1, ceiling=8)
         mine = sum(made[name].loss(size) for name, size in found.mid_features.items())
         best = min(
             losses[0][a] + losses[1][b] + losses[2][c]
@@ -147,7 +147,7 @@ def test_the_greedy_choice_is_the_best_of_all_choices():
 
 def test_weights_that_matter_more_get_more():
     made = {"little": curve(weight=1.0), "much": curve(weight=50.0)}
-    found = spread(made, 2.0)
+    found = allocate_bits(made, 2.0)
     assert found.mid_features["much"] > found.mid_features["little"]
     assert found.predicted < 1
     assert "bits per weight of 2.0" in str(found) and "much" in str(found)
@@ -155,20 +155,20 @@ def test_weights_that_matter_more_get_more():
 
 def test_equal_weights_share_equally_in_multiples():
     made = {f"layer{index}": curve() for index in range(8)}
-    sizes = sorted(spread(made, 2.0).mid_features.values())
+    sizes = sorted(allocate_bits(made, 2.0).mid_features.values())
     assert sizes[-1] - sizes[0] <= 64
 
 
 def test_most_sizes_are_multiples():
     made = {f"layer{index}": curve(512, 512, 1.0 + index) for index in range(40)}
-    found = spread(made, 2.0)
+    found = allocate_bits(made, 2.0)
     # The others give back what one multiple cost too much, each a little.
     assert sum(size % 32 != 0 for size in found.mid_features.values()) <= 10
 
 
 def test_overridden_weights_have_their_bits_and_the_others_make_up_for_them():
     made = {"a": curve(), "b": curve(), "c": curve()}
-    found = spread(made, 2.0, fixed={"a": 3.0})
+    found = allocate_bits(made, 2.0, fixed={"a": 3.0})
     assert found.mid_features["a"] == mid_features_for(3.0, 128, 256)
     assert found.reasons["a"] == "override"
     assert 1.9 <= found.true_bits_per_weight <= 2.0  # of three small weights
@@ -178,7 +178,7 @@ def test_overridden_weights_have_their_bits_and_the_others_make_up_for_them():
 def test_a_multiple_too_coarse_for_a_floor_is_no_reason_to_fail():
     # 128 x 128 at 1 bit holds 32 middle features: rounded up to 64, the floors alone would exceed the budget.
     made = {f"layer{index}": curve(128, 128) for index in range(8)}
-    assert spread(made, 1.0, multiple=64).true_bits_per_weight <= 1.0
+    assert allocate_bits(made, 1.0, multiple=64).true_bits_per_weight <= 1.0
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_a_multiple_too_coarse_for_a_floor_is_no_reason_to_fail():
 )
 def test_bad_budgets_are_refused(options, message):
     with pytest.raises(OptionError, match=message):
-        spread({"a": curve()}, **{"bits_per_weight": 2.0, **options})
+        allocate_bits({"a": curve()}, **{"bits_per_weight": 2.0, **options})
 
 
 # On a model

@@ -10,7 +10,7 @@ from support.strategies import random_factors
 from dbf_compile.compression.training import (
     TrainableDoubleBinary,
     TrainableScales,
-    sureness_of,
+    sign_confidence,
     train,
     trained_factors,
 )
@@ -102,13 +102,13 @@ def test_a_latent_gets_the_gradient_of_its_sign():
     seed=st.integers(0, 99),
     weighted=st.booleans(),
 )
-def test_sureness_is_what_flipping_a_sign_costs(N, K, R, seed, weighted):
+def test_confidence_is_what_flipping_a_sign_costs(N, K, R, seed, weighted):
     weight = randn(N, K, seed=seed)
     importance = (
         Importance(randn(K, seed=1).square() + 0.1, randn(N, seed=2).square() + 0.1) if weighted else None
     )
     factors = factorize(weight, R, importance, FactorizerConfig(iterations=20))
-    inner, outer = sureness_of(weight, factors, importance)
+    inner, outer = sign_confidence(weight, factors, importance)
     assert inner.shape == (R, K) and outer.shape == (N, R)
     rows, columns = (importance or Importance()).feature_weights(N, K)
 
@@ -168,8 +168,8 @@ def test_training_latents_flips_wrong_signs_that_are_unsure():
     signs = unpack_signs(factors.signs_out, 12)
     wrong = torch.rand(signs.shape, generator=torch.Generator().manual_seed(1)) < 0.1
     given = {**factors.tensors(), "signs_out": pack_signs(torch.where(wrong, -signs, signs))}
-    sureness = (torch.ones(12, 16), torch.where(wrong, 0.1, 1.0))
-    layer = TrainableDoubleBinary(DoubleBinaryFactors(**given), sureness)
+    confidence = (torch.ones(12, 16), torch.where(wrong, 0.1, 1.0))
+    layer = TrainableDoubleBinary(DoubleBinaryFactors(**given), confidence)
     before, after = fit(layer, factors.dense(), [(layer.latents, 0.005)])
     assert after < 0.1 * before
     assert ((layer.latent_out < 0) != (signs < 0)).sum() < 0.1 * wrong.sum()
