@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dbf_compile.compiler import inductor, lowerings
+from dbf_compile.compiler import dynamo, inductor, lowerings
 from dbf_compile.compression.layers import LayerFactorizer
 from dbf_compile.errors import ConversionError, TrainingError
 from dbf_compile.factors import SIGN_NAMES, DoubleBinaryFactors
@@ -59,9 +59,9 @@ def dbf(
     inductor.check_settings(patches)
     lowerings.register()
     factorizer = LayerFactorizer(settings, settings.importance, settings.checkpoint)
-    copy = inductor.copy_graph(gm)
+    copy = dynamo.copy_graph(gm)
     weights = _GraphWeights(copy, example_inputs, factorizer)
-    with inductor.symbolic_sizes():
+    with dynamo.symbolic_sizes():
         rewrites = run_pipeline(copy.graph, weights, settings.accuracy == "fast")
     _log.info("rewrites by pass: %s", rewrites)
     copy.recompile()
@@ -180,7 +180,7 @@ class _GraphWeights:
         self._positions = {
             node: position
             for position, (node, value) in enumerate(zip(placeholders, inputs, strict=True))
-            if inductor.is_static_input(node) and inductor.is_real(value)
+            if dynamo.is_static_input(node) and dynamo.is_real(value)
         }
         self._trained = {
             node
@@ -215,7 +215,7 @@ class _GraphWeights:
     def _add_inputs(self, index: int, made: _Made) -> FactorNodes:
         nodes: dict[str, Node] = {}
         for name, tensor in made.tensors.items():
-            node, fake = inductor.add_static_input(self._graph, f"dbf_{index}_{name}", tensor)
+            node, fake = dynamo.add_static_input(self._graph, f"dbf_{index}_{name}", tensor)
             nodes[name] = node
             self.fake_inputs.append(fake)
             self.extra.append((index, name))
@@ -263,7 +263,7 @@ class _CheckedCall:
 
 
 def _layer_name(node: Node) -> str:
-    return inductor.qualified_name(node).rpartition(".")[0]
+    return dynamo.qualified_name(node).rpartition(".")[0]
 
 
 def _wants_grad(node: Node) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dbf_compile.compiler import inductor
+from dbf_compile.compiler import ir
 from dbf_compile.kernels.sign_matmul import cpu_kernel
 from dbf_compile.kernels.sign_matmul.reference import DECODE_TOKENS, FUSED_TOKENS, accumulator_dtype
 from dbf_compile.signs import is_ragged
@@ -21,9 +21,9 @@ _PRODUCTS = (torch.ops.dbf.sign_matmul.default, torch.ops.dbf.sign_matmul_group.
 @cache
 def register() -> None:
     """Register all lowerings, once per process."""
-    inductor.register_lowering(torch.ops.dbf.sign_matmul.default, sign_matmul)
-    inductor.register_lowering(torch.ops.dbf.double_binary_linear.default, double_binary_linear)
-    inductor.register_lowering(torch.ops.dbf.sign_matmul_group.default, sign_matmul_group)
+    ir.register_lowering(torch.ops.dbf.sign_matmul.default, sign_matmul)
+    ir.register_lowering(torch.ops.dbf.double_binary_linear.default, double_binary_linear)
+    ir.register_lowering(torch.ops.dbf.sign_matmul_group.default, sign_matmul_group)
 
 
 def double_binary_linear(
@@ -42,7 +42,7 @@ def double_binary_linear(
     tensors = [scale_in, scale_mid, scale_out, *([] if bias is None else [bias])]
     result = dtype or accumulator_dtype(x.get_dtype())
     if _cpu_kernel_takes(x, result, tensors):
-        return inductor.lower_to_out_call(
+        return ir.lower_to_out_call(
             torch.ops.dbf_native.double_binary_linear.out,
             (x, signs_in, signs_out, *tensors),
             [*x.get_size()[:-1], signs_out.get_size()[0]],
@@ -76,7 +76,7 @@ def sign_matmul(
         vectors.pop()
     # Arguments are given by position: none may be missing in the middle.
     if None not in vectors and _cpu_kernel_takes(x, result, vectors):
-        return inductor.lower_to_out_call(
+        return ir.lower_to_out_call(
             torch.ops.dbf_native.sign_matmul.out,
             (x, signs, *vectors),
             [*x.get_size()[:-1], signs.get_size()[0]],
@@ -84,7 +84,7 @@ def sign_matmul(
             {"interleaved": interleaved, "fast": fast},
         )
     tokens = math.prod(x.get_size()[:-1])
-    few, fused = (inductor.known_at_most(tokens, limit) for limit in (DECODE_TOKENS, FUSED_TOKENS))
+    few, fused = (ir.known_at_most(tokens, limit) for limit in (DECODE_TOKENS, FUSED_TOKENS))
     on_gpu = x.get_device().type == "cuda" and wide == torch.float32 and interleaved
     if on_gpu and None not in (few, fused) and 0 not in (tokens, *signs.get_size()):
         if few:
@@ -92,7 +92,7 @@ def sign_matmul(
         y, out_scale = _many_tokens(x, signs, in_scale, out_scale, result, fast, bool(fused))
     else:
         # The operator looks at the number of tokens when it is called.
-        return inductor.lower_to_operator(
+        return ir.lower_to_operator(
             torch.ops.dbf.sign_matmul.default,
             *(x, signs, in_scale, out_scale, bias),
             dtype=dtype,
@@ -100,10 +100,10 @@ def sign_matmul(
             fast=fast,
         )
     if out_scale is not None:
-        y = inductor.multiply(y, inductor.cast(out_scale, wide))
+        y = ir.multiply(y, ir.cast(out_scale, wide))
     if bias is not None:
-        y = inductor.add(y, inductor.cast(bias, wide))
-    return inductor.cast(y, result)
+        y = ir.add(y, ir.cast(bias, wide))
+    return ir.cast(y, result)
 
 
 def sign_matmul_group(x: Any, signs: Sequence[Any], in_scale: Any = None, fast: bool = False) -> Any:
@@ -117,7 +117,7 @@ def _cpu_kernel_takes(x: Any, result: torch.dtype, vectors: Sequence[Any]) -> bo
         and all(
             dtype in cpu_kernel.DTYPES for dtype in (x.get_dtype(), result, *(v.get_dtype() for v in vectors))
         )
-        and not inductor.emits_cpp_wrapper()
+        and not ir.emits_cpp_wrapper()
         and cpu_kernel.available()
     )
 
@@ -131,19 +131,19 @@ def _few_tokens(
     M, rows = math.prod(leading), [int(one.get_size()[0]) for one in signs]
     N = sum(rows)
     # What the kernel before has left in parts, this one adds up.
-    terms, operand = inductor.parts_of(x) if in_scale is None else (1, None)
-    if in_scale is not None and inductor.can_fuse_after(x):
+    terms, operand = ir.parts_of(x) if in_scale is None else (1, None)
+    if in_scale is not None and ir.can_fuse_after(x):
         # Each value is scaled once, by the kernel that computes it, and not by every program that reads it.
-        x = inductor.multiply(inductor.cast(x, torch.float32), inductor.cast(in_scale, torch.float32))
+        x = ir.multiply(ir.cast(x, torch.float32), ir.cast(in_scale, torch.float32))
         in_scale = None
     if operand is None:
-        operand = inductor.view(x, [M, K])
+        operand = ir.view(x, [M, K])
     scale = [] if in_scale is None else [in_scale]
-    guess = inductor.size_guess(M)
+    guess = ir.size_guess(M)
     # Adding parts up is for the next kernel; where there is none, it is not worth one of its own.
-    adds_up = inductor.is_read_by_another_kernel(_PRODUCTS)
+    adds_up = ir.is_read_by_another_kernel(_PRODUCTS)
     parts = triton_decode.decode_parts(guess, N, int(K)) if adds_up else 1
-    y = inductor.lower_to_template(
+    y = ir.lower_to_template(
         _decode_template(),
         triton_decode.decode_blocks(guess, N, int(K), parts),
         {
@@ -153,16 +153,16 @@ def _few_tokens(
             "MATRICES": len(rows),
             **{f"FIRST{index}": sum(rows[:index]) for index in range(1, len(rows))},
         },
-        inductor.contiguous(operand, *signs, *scale),
+        ir.contiguous(operand, *signs, *scale),
         [parts * M, N],
         [M, N],
     )
     if out_scale is not None:
-        y = inductor.multiply(y, inductor.cast(out_scale, torch.float32))
-    y = inductor.sum_of_parts(y, parts, [*leading, N])
+        y = ir.multiply(y, ir.cast(out_scale, torch.float32))
+    y = ir.sum_of_parts(y, parts, [*leading, N])
     if bias is not None:
-        y = inductor.add(y, inductor.cast(bias, torch.float32))
-    return inductor.cast(y, result)
+        y = ir.add(y, ir.cast(bias, torch.float32))
+    return ir.cast(y, result)
 
 
 def _many_tokens(
@@ -177,30 +177,30 @@ def _many_tokens(
     count = triton_prefill.term_count(x.get_dtype(), result, fast)
     z = x
     if in_scale is not None or count > 1:
-        z = inductor.cast(x, torch.float32)
+        z = ir.cast(x, torch.float32)
     if in_scale is not None:
-        z = inductor.multiply(z, inductor.cast(in_scale, torch.float32))
+        z = ir.multiply(z, ir.cast(in_scale, torch.float32))
     if count == 1 and not fused:
         dense = _dense_signs(signs, out_scale, K, narrow)
         sums = narrow if result == narrow else torch.float32
-        y = inductor.matmul(inductor.view(inductor.cast(z, narrow), [M, K]), dense, sums)
-        return inductor.view(y, [*leading, N]), None
+        y = ir.matmul(ir.view(ir.cast(z, narrow), [M, K]), dense, sums)
+        return ir.view(y, [*leading, N]), None
     terms = []
     for _ in range(count - 1):
-        upper = inductor.cut_to_bfloat16(z)
-        terms.append(inductor.cast(upper, narrow))
-        z = inductor.where_finite(z, inductor.subtract(z, upper))
-    terms.append(inductor.cast(z, narrow))
-    operand = inductor.concatenate([inductor.view(term, [M, K]) for term in terms])
-    y = inductor.lower_to_template(
+        upper = ir.cut_to_bfloat16(z)
+        terms.append(ir.cast(upper, narrow))
+        z = ir.where_finite(z, ir.subtract(z, upper))
+    terms.append(ir.cast(z, narrow))
+    operand = ir.concatenate([ir.view(term, [M, K]) for term in terms])
+    y = ir.lower_to_template(
         _prefill_template(),
-        triton_prefill.prefill_blocks(inductor.size_guess(M), N, count),
+        triton_prefill.prefill_blocks(ir.size_guess(M), N, count),
         {"TERMS": count, "RAGGED": is_ragged(N)},
-        inductor.contiguous(operand, signs),
+        ir.contiguous(operand, signs),
         [M, N],
         [M, N],
     )
-    return inductor.view(y, [*leading, N]), out_scale
+    return ir.view(y, [*leading, N]), out_scale
 
 
 def _dense_signs(signs: Any, scale: Any, K: Any, dtype: torch.dtype) -> Any:
@@ -208,7 +208,7 @@ def _dense_signs(signs: Any, scale: Any, K: Any, dtype: torch.dtype) -> Any:
     from dbf_compile.kernels.sign_matmul import triton_expand
 
     N = int(signs.get_size()[0])
-    return inductor.lower_to_template(
+    return ir.lower_to_template(
         _expand_template(),
         triton_expand.expand_blocks(int(K)),
         {
@@ -217,7 +217,7 @@ def _dense_signs(signs: Any, scale: Any, K: Any, dtype: torch.dtype) -> Any:
             "SCALED": scale is not None,
             "RAGGED": is_ragged(N),
         },
-        inductor.contiguous(signs, *([] if scale is None else [scale])),
+        ir.contiguous(signs, *([] if scale is None else [scale])),
         [N, K],
         [N, K],
         dtype,
@@ -319,4 +319,4 @@ def _template(
     mask = (idx_{row} < {row.upper()}) & (idx_{column} < {column.upper()})
     {{{{store_output(("idx_{row}", "idx_{column}"), "y", "mask", val_shape=("BLOCK_{row.upper()}", "BLOCK_{column.upper()}"))}}}}
 """
-    return inductor.triton_template(name, grid, "\n\n".join(texts) + body + store)
+    return ir.triton_template(name, grid, "\n\n".join(texts) + body + store)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from support.graphs import HandGraph, targets
 from support.strategies import seeds, sizes
 
-from dbf_compile.compiler import inductor
+from dbf_compile.compiler import dynamo
 from dbf_compile.passes.find_linears import find_linears
 from dbf_compile.passes.graph import example_value, is_linear, weights_of
 from dbf_compile.testing import assert_close
@@ -157,7 +157,7 @@ def test_batch_and_sequence_length_stay_symbolic():
     hand = HandGraph()
     x, w = hand.input(randn(2, 3, 5), dynamic=(0, 1)), hand.constant(randn(5, 7))
     hand.output(hand.call(operator.matmul, x, w))
-    with inductor.symbolic_sizes():
+    with dynamo.symbolic_sizes():
         assert find_linears(hand.graph, hand) == 1
     (found,) = linear_nodes(hand)
     batch, length, features = example_value(found).shape

@@ -13,7 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._pytree import tree_map_only
 
-from dbf_compile.compiler import inductor
+from dbf_compile.compiler import dynamo
 from dbf_compile.factors import DoubleBinaryFactors
 from dbf_compile.passes.graph import FactorNodes, Weight
 
@@ -61,7 +61,7 @@ class HandGraph:
         make = self.graph.call_method if isinstance(target, str) else self.graph.call_function
         node = make(target, args, kwargs)
         values, named = tree_map_only(Node, lambda item: item.meta["example_value"], (args, kwargs))
-        with torch.no_grad(), inductor.symbolic_sizes():
+        with torch.no_grad(), dynamo.symbolic_sizes():
             value = (
                 getattr(values[0], target)(*values[1:], **named)
                 if isinstance(target, str)
