@@ -10,7 +10,7 @@ An experiment, not a part of the library: the winner goes into the lowering. The
     all early        so is the first one, behind the second of the layer in front
     one launch       programs that stay for both stages; they read the signs of the second before a barrier of the grid
 
-In all of them a program adds up 32 x BLOCK_W columns, and the next stage adds the parts of a row, as decode_parts prefers.
+In all of them a program adds up 32 x BLOCK_W columns, and the next stage adds the parts of a row, as choose_split_k prefers.
 Times are those of CUDA graphs with enough layers that no signs are in the cache: of the device for one layer, and of the
 host for launching the graph, which early launches made expensive when they were tried first. Results are checked against
 the reference before. A grid barrier needs every program to be resident, so that launch is cooperative.
@@ -35,7 +35,7 @@ from torch import Tensor
 
 from dbf_compile.factors import mid_features_for
 from dbf_compile.kernels.sign_matmul.triton_common import first_words
-from dbf_compile.kernels.sign_matmul.triton_decode import load_words, look_up, sums_of_four
+from dbf_compile.kernels.sign_matmul.triton_decode import build_lut, load_words, look_up
 from dbf_compile.signs import deinterleave, unpack_signs, words_per_row
 
 SMALL_LAYERS = ((208, 1100), (96, 64))
@@ -47,30 +47,30 @@ WAYS = ("two launches", "early", "all early", "one launch")
 def signs_of(signs_ptr, unit, N, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr):
     """Load the words that unit ``unit`` of a stage meets, [BLOCK_W, BLOCK_N]; N is a multiple of 16."""
     W: tl.constexpr = (K + 31) // 32
-    PARTS: tl.constexpr = (W + BLOCK_W - 1) // BLOCK_W
-    n = (unit // PARTS) * BLOCK_N + tl.arange(0, BLOCK_N)
-    w = (unit % PARTS) * BLOCK_W + tl.arange(0, BLOCK_W)
+    SPLIT_K: tl.constexpr = (W + BLOCK_W - 1) // BLOCK_W
+    n = (unit // SPLIT_K) * BLOCK_N + tl.arange(0, BLOCK_N)
+    w = (unit % SPLIT_K) * BLOCK_W + tl.arange(0, BLOCK_W)
     rows, apart = first_words(signs_ptr, n, N, W, False)
     return load_words(rows, apart, w, (w[:, None] < W) & (n[None, :] < N), BLOCK_N, BLOCK_W)
 
 
 @triton.jit
 def add_up(
-    x_ptr, scale_ptr, words, y_ptr, unit, N, K: tl.constexpr, TERMS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr
+    x_ptr, scale_ptr, words, y_ptr, unit, N, K: tl.constexpr, X_SPLIT_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr
 ):  # fmt: skip
-    """Store what a unit adds to y, float32 [PARTS, N]; x is the sum of TERMS rows [TERMS, K], times a scale."""
+    """Store what a unit adds to y, float32 [SPLIT_K, N]; x is the sum of X_SPLIT_K rows [X_SPLIT_K, K], times a scale."""
     W: tl.constexpr = (K + 31) // 32
-    PARTS: tl.constexpr = (W + BLOCK_W - 1) // BLOCK_W
-    part = unit % PARTS
-    tables = sums_of_four(x_ptr, scale_ptr, 0, part * BLOCK_W * 32, 1, K, 1, BLOCK_W * 32, TERMS)
+    SPLIT_K: tl.constexpr = (W + BLOCK_W - 1) // BLOCK_W
+    part = unit % SPLIT_K
+    tables = build_lut(x_ptr, scale_ptr, 0, part * BLOCK_W * 32, 1, K, 1, BLOCK_W * 32, X_SPLIT_K)
     y = tl.sum(tl.sum(look_up(tables, words, 1, BLOCK_N, BLOCK_W), axis=1), axis=0)
-    n = (unit // PARTS) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = (unit // SPLIT_K) * BLOCK_N + tl.arange(0, BLOCK_N)
     tl.store(y_ptr + part * N + n, y, mask=n < N)
 
 
 @triton.jit
 def stage_kernel(
-    x_ptr, signs_ptr, scale_ptr, y_ptr, N, K: tl.constexpr, TERMS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
+    x_ptr, signs_ptr, scale_ptr, y_ptr, N, K: tl.constexpr, X_SPLIT_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
     WAITS: tl.constexpr, TELLS: tl.constexpr,
 ):  # fmt: skip
     """One unit of a stage in each program.
@@ -85,7 +85,7 @@ def stage_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     if WAITS:
         tl.extra.cuda.gdc_wait()
-    add_up(x_ptr, scale_ptr, words, y_ptr, unit, N, K, TERMS, BLOCK_N, BLOCK_W)
+    add_up(x_ptr, scale_ptr, words, y_ptr, unit, N, K, X_SPLIT_K, BLOCK_N, BLOCK_W)
 
 
 @triton.jit
@@ -96,7 +96,7 @@ def layer_kernel(
     """Both stages, with a barrier between; FIRST or SECOND alone for who runs programs one after the other.
 
     Args:
-        h_ptr: float32 [PARTS of the first stage, R].
+        h_ptr: float32 [SPLIT_K of the first stage, R].
         arrived_ptr: int32, 0 before the first launch: how many programs have come to the barrier, in all launches.
     """
     PARTS_IN: tl.constexpr = ((K + 31) // 32 + BLOCK_W - 1) // BLOCK_W

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support.cuda import sass
 
 from dbf_compile.kernels.sign_matmul.triton_decode import decode_blocks, decode_kernel
-from dbf_compile.kernels.sign_matmul.triton_expand import expand_blocks, expand_kernel
+from dbf_compile.kernels.sign_matmul.triton_dequantize import dequantize_blocks, dequantize_kernel
 from dbf_compile.kernels.sign_matmul.triton_prefill import prefill_blocks, prefill_kernel
 
 COUNTED = ("LOP3", "PRMT", "SHF", "FSEL", "SEL", "LDS", "BAR")
@@ -52,8 +52,8 @@ def cases() -> list[tuple]:
         )
     ]
     tiles = [one for one in prefill_blocks(2048, 4096) if one["num_stages"] == 3]
-    many = [(prefill_kernel, 2048, "bf16", {**settings, "TERMS": 1}) for settings in tiles]
-    return [*few, *many, (expand_kernel, 2048, "bf16", expand_blocks(4096)[0])]
+    many = [(prefill_kernel, 2048, "bf16", {**settings, "OPERANDS": 1}) for settings in tiles]
+    return [*few, *many, (dequantize_kernel, 2048, "bf16", dequantize_blocks(4096)[0])]
 
 
 def row(target: int | str, kernel: object, M: int, dtype: str, settings: dict[str, int]) -> dict:
@@ -62,12 +62,12 @@ def row(target: int | str, kernel: object, M: int, dtype: str, settings: dict[st
     columns = settings["BLOCK_W"] * 32 if decode else settings["BLOCK_K"]
     signs = settings["BLOCK_N"] * columns // (32 * settings["num_warps"])
     found = {
-        "kernel": {decode_kernel: "decode", prefill_kernel: "prefill", expand_kernel: "expand"}[kernel],
+        "kernel": {decode_kernel: "decode", prefill_kernel: "prefill", dequantize_kernel: "expand"}[kernel],
         "target": f"sm_{target}" if isinstance(target, int) else target,
-        "tokens": "" if kernel is expand_kernel else M,
+        "tokens": "" if kernel is dequantize_kernel else M,
         "dtype": dtype,
         "tile": "x".join(str(value) for name, value in settings.items() if name.startswith("BLOCK")),
-        "parts": settings.get("PARTS", 1),
+        "parts": settings.get("SPLIT_K", 1),
         "signs_per_thread": signs,
     }
     if isinstance(target, str):

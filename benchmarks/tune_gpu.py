@@ -32,12 +32,12 @@ from triton.runtime import OutOfResources
 from dbf_compile.factors import mid_features_for
 from dbf_compile.kernels.sign_matmul.reference import DECODE_TOKENS
 from dbf_compile.kernels.sign_matmul.triton_decode import (
+    choose_split_k,
     decode_blocks,
     decode_grid,
     decode_kernel,
-    decode_parts,
 )
-from dbf_compile.kernels.sign_matmul.triton_expand import expand_signs
+from dbf_compile.kernels.sign_matmul.triton_dequantize import dequantize
 from dbf_compile.kernels.sign_matmul.triton_prefill import (
     prefill_blocks,
     prefill_grid,
@@ -88,7 +88,7 @@ def candidates(M: int, N: int, K: int) -> list[dict[str, int]]:
     if M > DECODE_TOKENS:
         return [*prefill_blocks(M, N), {}]
     steps = -(-words_per_row(K) // 32)
-    every = {1, 2, 4, decode_parts(M, N, K), steps} if M == 1 else {1}
+    every = {1, 2, 4, choose_split_k(M, N, K), steps} if M == 1 else {1}
     tables = [settings for parts in sorted(every) for settings in decode_blocks(M, N, K, parts)]
     return tables if M == 1 else [*tables, *prefill_blocks(M, N)]
 
@@ -110,7 +110,7 @@ def launch(x: Tensor, words: Tensor, y: Tensor, N: int, K: int, settings: dict[s
                 x, words, y, None, None, M, N, K, 1, ragged, **settings
             )
         case _:
-            F.linear(x, expand_signs(words, None, K, x.dtype))
+            F.linear(x, dequantize(words, None, K, x.dtype))
 
 
 def activations(M: int, K: int, settings: dict[str, int]) -> Tensor:
@@ -130,7 +130,7 @@ def random_words(N: int, K: int) -> Tensor:
 
 
 def results(M: int, N: int, settings: dict[str, int]) -> Tensor:
-    return torch.empty(settings.get("PARTS", 1), M, N, device=DEVICE)
+    return torch.empty(settings.get("SPLIT_K", 1), M, N, device=DEVICE)
 
 
 def time_shape(size: tuple[int, int, int], every: list[dict[str, int]], arguments: Any) -> list[dict]:
@@ -147,14 +147,14 @@ def time_shape(size: tuple[int, int, int], every: list[dict[str, int]], argument
         calls[str(number)] = (call, len(words))
     medians = interleaved_graphs(calls, arguments.rounds)
     defaults = [{}, prefill_blocks(M, N)[0]]
-    defaults += [decode_blocks(M, N, K, parts)[0] for parts in (1, decode_parts(M, N, K))]
+    defaults += [decode_blocks(M, N, K, parts)[0] for parts in (1, choose_split_k(M, N, K))]
     rows = [
         {
             "tokens": M,
             "rows_x_columns": f"{N}x{K}",
             "kernel": kernel_of(settings),
             "tile": "x".join(str(value) for name, value in settings.items() if name.startswith("BLOCK")),
-            "parts": settings.get("PARTS", 1),
+            "parts": settings.get("SPLIT_K", 1),
             "warps": settings.get("num_warps", ""),
             "stages": settings.get("num_stages", ""),
             "default": settings in defaults,

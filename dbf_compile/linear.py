@@ -16,7 +16,7 @@ from dbf_compile.ops import double_binary_linear
 from dbf_compile.signs import deinterleave, interleave, interleaved_on
 
 # Name of an empty tensor that a layer may have where other libraries look for a dense weight.
-GUARD = "weight"
+WEIGHT_PLACEHOLDER = "weight"
 
 
 class DoubleBinaryLinear(nn.Module):

@@ -74,7 +74,7 @@ def is_read_by_another_kernel(products: Sequence[torch._ops.OpOverload]) -> bool
     return True
 
 
-def sum_of_parts(parts: Any, count: int, size: Sequence[Any]) -> Any:
+def reduce_split_k(parts: Any, count: int, size: Sequence[Any]) -> Any:
     """Return a matrix of ``size`` for Inductor to fuse, the sum of ``count`` that lie one below the other.
 
     Args:
@@ -102,8 +102,8 @@ def sum_of_parts(parts: Any, count: int, size: Sequence[Any]) -> Any:
     return y
 
 
-def parts_of(x: Any) -> tuple[int, Any]:
-    """Return what :func:`sum_of_parts` made ``x`` of: the number of parts and their buffer; or 1 and None.
+def split_k_of(x: Any) -> tuple[int, Any]:
+    """Return what :func:`reduce_split_k` made ``x`` of: the number of parts and their buffer; or 1 and None.
 
     None as well once somebody has written to ``x``, which lets Inductor keep it in memory: the parts know nothing of that.
     """
@@ -217,7 +217,7 @@ def concatenate(parts: Sequence[Any]) -> Any:
     return parts[0] if len(parts) == 1 else lowerings[torch.ops.aten.cat.default](list(parts), 0)
 
 
-def cut_to_bfloat16(x: Any) -> Any:
+def truncate_to_bfloat16(x: Any) -> Any:
     """Return float32 numbers without the 16 bits that bfloat16 does not have, as float32.
 
     Casting to bfloat16 and back would not do: within a fused kernel, Inductor leaves both casts out.

@@ -131,7 +131,7 @@ def _few_tokens(
     M, rows = math.prod(leading), [int(one.get_size()[0]) for one in signs]
     N = sum(rows)
     # What the kernel before has left in parts, this one adds up.
-    terms, operand = ir.parts_of(x) if in_scale is None else (1, None)
+    terms, operand = ir.split_k_of(x) if in_scale is None else (1, None)
     if in_scale is not None and ir.can_fuse_after(x):
         # Each value is scaled once, by the kernel that computes it, and not by every program that reads it.
         x = ir.multiply(ir.cast(x, torch.float32), ir.cast(in_scale, torch.float32))
@@ -142,12 +142,12 @@ def _few_tokens(
     guess = ir.size_guess(M)
     # Adding parts up is for the next kernel; where there is none, it is not worth one of its own.
     adds_up = ir.is_read_by_another_kernel(_PRODUCTS)
-    parts = triton_decode.decode_parts(guess, N, int(K)) if adds_up else 1
+    parts = triton_decode.choose_split_k(guess, N, int(K)) if adds_up else 1
     y = ir.lower_to_template(
         _decode_template(),
         triton_decode.decode_blocks(guess, N, int(K), parts),
         {
-            "TERMS": terms,
+            "X_SPLIT_K": terms,
             "SCALED": in_scale is not None,
             "RAGGED": any(map(is_ragged, rows)),
             "MATRICES": len(rows),
@@ -159,7 +159,7 @@ def _few_tokens(
     )
     if out_scale is not None:
         y = ir.multiply(y, ir.cast(out_scale, torch.float32))
-    y = ir.sum_of_parts(y, parts, [*leading, N])
+    y = ir.reduce_split_k(y, parts, [*leading, N])
     if bias is not None:
         y = ir.add(y, ir.cast(bias, torch.float32))
     return ir.cast(y, result)
@@ -174,7 +174,7 @@ def _many_tokens(
     *leading, K = x.get_size()
     M, N = math.prod(leading), int(signs.get_size()[0])
     narrow = triton_prefill.operand_dtype(x.get_dtype(), result)
-    count = triton_prefill.term_count(x.get_dtype(), result, fast)
+    count = triton_prefill.operand_count(x.get_dtype(), result, fast)
     z = x
     if in_scale is not None or count > 1:
         z = ir.cast(x, torch.float32)
@@ -187,7 +187,7 @@ def _many_tokens(
         return ir.view(y, [*leading, N]), None
     terms = []
     for _ in range(count - 1):
-        upper = ir.cut_to_bfloat16(z)
+        upper = ir.truncate_to_bfloat16(z)
         terms.append(ir.cast(upper, narrow))
         z = ir.where_finite(z, ir.subtract(z, upper))
     terms.append(ir.cast(z, narrow))
@@ -195,7 +195,7 @@ def _many_tokens(
     y = ir.lower_to_template(
         _prefill_template(),
         triton_prefill.prefill_blocks(ir.size_guess(M), N, count),
-        {"TERMS": count, "RAGGED": is_ragged(N)},
+        {"OPERANDS": count, "RAGGED": is_ragged(N)},
         ir.contiguous(operand, signs),
         [M, N],
         [M, N],
@@ -205,12 +205,12 @@ def _many_tokens(
 
 def _dense_signs(signs: Any, scale: Any, K: Any, dtype: torch.dtype) -> Any:
     """Return ``w[n, k] = scale[n] · signs[n, k]`` in a buffer of ``dtype`` [N, K]."""
-    from dbf_compile.kernels.sign_matmul import triton_expand
+    from dbf_compile.kernels.sign_matmul import triton_dequantize
 
     N = int(signs.get_size()[0])
     return ir.lower_to_template(
-        _expand_template(),
-        triton_expand.expand_blocks(int(K)),
+        _dequantize_template(),
+        triton_dequantize.dequantize_blocks(int(K)),
         {
             # By this name Inductor knows the dtype of a tile that is not of float32.
             "ACC_TYPE": str(dtype).replace("torch", "tl"),
@@ -235,10 +235,10 @@ def _decode_template() -> Any:
         """
 {% set inputs = ["X", "SIGNS0", "SIGNS1", "SIGNS2", "SIGNS3"][:MATRICES + 1] + (["IN_SCALE"] if SCALED else []) %}
 {{def_kernel(*inputs)}}
-    M = {{size(None, 0)}} // PARTS
+    M = {{size(None, 0)}} // SPLIT_K
     N = {{size(None, 1)}}
     K: tl.constexpr = {{size("X", 1)}}
-    part, m, n = decode_rows(M, BLOCK_M, BLOCK_N, PARTS)
+    part, m, n = decode_rows(M, BLOCK_M, BLOCK_N, SPLIT_K)
     W = {{size("SIGNS0", 1)}}
     rows, apart = first_words(SIGNS0, n, {{size("SIGNS0", 0)}}, W, RAGGED)
 {% for index in range(1, MATRICES) %}
@@ -247,7 +247,7 @@ def _decode_template() -> Any:
 {% endfor %}
     y = decode_tile(
         X, {{"IN_SCALE" if SCALED else "None"}}, rows, apart, part, m, n, M, N, K,
-        BLOCK_M, BLOCK_N, BLOCK_W, PARTS, TERMS,
+        BLOCK_M, BLOCK_N, BLOCK_W, SPLIT_K, X_SPLIT_K,
     )
     m = part * M + m + tl.arange(0, BLOCK_M)
     M = (part + 1) * M
@@ -269,26 +269,26 @@ def _prefill_template() -> Any:
     N = {{size(None, 1)}}
     K = {{size("X", 1)}}
     m, n = prefill_rows(M, N, BLOCK_M, BLOCK_N)
-    y = prefill_tile(X, SIGNS, m, n, M, N, K, TERMS, RAGGED, BLOCK_M, BLOCK_N, BLOCK_K)
+    y = prefill_tile(X, SIGNS, m, n, M, N, K, OPERANDS, RAGGED, BLOCK_M, BLOCK_N, BLOCK_K)
     m = m + tl.arange(0, BLOCK_M)
 """,
     )
 
 
 @cache
-def _expand_template() -> Any:
-    from dbf_compile.kernels.sign_matmul import triton_expand
+def _dequantize_template() -> Any:
+    from dbf_compile.kernels.sign_matmul import triton_dequantize
 
     return _template(
-        "dbf_expand",
-        triton_expand.expand_grid,
-        triton_expand.DEVICE_FUNCTIONS,
+        "dbf_dequantize",
+        triton_dequantize.dequantize_grid,
+        triton_dequantize.DEVICE_FUNCTIONS,
         """
 {{def_kernel(*(["SIGNS", "SCALE"] if SCALED else ["SIGNS"]))}}
     N = {{size(None, 0)}}
     K = {{size(None, 1)}}
-    n, k = expand_rows(K, BLOCK_N, BLOCK_K)
-    y = expand_tile(
+    n, k = dequantize_rows(K, BLOCK_N, BLOCK_K)
+    y = dequantize_tile(
         SIGNS, {{"SCALE" if SCALED else "None"}}, n, k, N, {{size("SIGNS", 1)}}, ACC_TYPE, RAGGED, BLOCK_N, BLOCK_K
     )
     k += tl.arange(0, BLOCK_K)

@@ -26,7 +26,7 @@ from dbf_compile.errors import CheckpointError, ConversionError
 from dbf_compile.factors import FIRST_STAGE, TENSOR_NAMES, DoubleBinaryFactors
 from dbf_compile.files import write_text
 from dbf_compile.integrations.transformers import DBFConfig, Layers
-from dbf_compile.linear import GUARD, dense_weight
+from dbf_compile.linear import WEIGHT_PLACEHOLDER, dense_weight
 from dbf_compile.signs import words_per_row
 
 _WEIGHTS = "model.safetensors"
@@ -218,7 +218,7 @@ def _pieces(
         layer, _, kind = name.rpartition(".")
         if name in tied:
             continue
-        if layer not in layers or kind != GUARD:
+        if layer not in layers or kind != WEIGHT_PLACEHOLDER:
             yield name, tensor.numel() * tensor.element_size(), _copy_of(tensor)
             continue
         yield name, 0, _copy_of(torch.empty(0, dtype=tensor.dtype))

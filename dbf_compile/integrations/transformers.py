@@ -28,7 +28,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from dbf_compile.errors import CheckpointError, ConversionError, FactorsError
 from dbf_compile.factors import FIRST_STAGE, TENSOR_NAMES, DoubleBinaryFactors
 from dbf_compile.integrations.experts import unfuse_
-from dbf_compile.linear import GUARD, DoubleBinaryLinear, dense_linears, dense_weight, replace_everywhere
+from dbf_compile.linear import (
+    WEIGHT_PLACEHOLDER,
+    DoubleBinaryLinear,
+    dense_linears,
+    dense_weight,
+    replace_everywhere,
+)
 from dbf_compile.signs import words_per_row
 
 METHOD, VERSION = "dbf", 1
@@ -178,7 +184,9 @@ def insert_layers_(model: nn.Module, layers: Layers) -> None:
                     _DAMAGED,
                 )
             layer.share_first_stage_(made[owner])
-        layer.register_buffer(GUARD, torch.empty(0, dtype=dense_weight(old).dtype, device="meta"))
+        layer.register_buffer(
+            WEIGHT_PLACEHOLDER, torch.empty(0, dtype=dense_weight(old).dtype, device="meta")
+        )
         layer.train(old.training)
         made[name] = layer
         replace_everywhere(model, old, layer)

@@ -27,7 +27,7 @@ from dbf_compile.kernels.sign_matmul.triton_common import first_words, store_til
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton has no stubs, and types the arguments at launch
-def sums_of_four(  # type: ignore[no-untyped-def]
+def build_lut(  # type: ignore[no-untyped-def]
     x_ptr,
     in_scale_ptr,
     m,
@@ -36,7 +36,7 @@ def sums_of_four(  # type: ignore[no-untyped-def]
     K,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    TERMS: tl.constexpr,
+    X_SPLIT_K: tl.constexpr,
 ):
     """Return the tables of a tile, float32 [BLOCK_M · BLOCK_K · 4], token by token: 16 sums ±x₀ ± x₁ ± x₂ ± x₃ of every four columns.
 
@@ -54,7 +54,7 @@ def sums_of_four(  # type: ignore[no-untyped-def]
     # Behind the last column x is read as 0, which adds nothing under either sign.
     inside = (row[:, None] < M) & (column < K)
     x = tl.load(x_ptr + row[:, None] * K + column, mask=inside, other=0.0).to(tl.float32)
-    for term in tl.static_range(1, TERMS):
+    for term in tl.static_range(1, X_SPLIT_K):
         x += tl.load(x_ptr + (row[:, None] + term * M) * K + column, mask=inside, other=0.0).to(tl.float32)
     if in_scale_ptr is not None:
         x = x * tl.load(in_scale_ptr + column, mask=column < K, other=0.0).to(tl.float32)
@@ -69,7 +69,7 @@ def sums_of_four(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def look_up(tables, words, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the sums of every 32 columns, float32 [BLOCK_M, BLOCK_W, BLOCK_N], by :func:`sums_of_four` and words [BLOCK_W, BLOCK_N]."""
+    """Return the sums of every 32 columns, float32 [BLOCK_M, BLOCK_W, BLOCK_N], by :func:`build_lut` and words [BLOCK_W, BLOCK_N]."""
     nibble = tl.arange(0, 8)
     # The number of a table's first entry, in the order of columns, one token's tables behind the other's. Words are
     # counted from BLOCK_W on, and that subtracted: else the compiler of Triton 3.6 finds the same numbers in the
@@ -114,22 +114,22 @@ def decode_tile(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
-    PARTS: tl.constexpr,
-    TERMS: tl.constexpr = 1,
+    SPLIT_K: tl.constexpr,
+    X_SPLIT_K: tl.constexpr = 1,
 ):
     """Return a tile of a part of y, float32 [BLOCK_M, BLOCK_N]: ``y[m, n] = Σ_k signs[n, k] · in_scale[k] · Σ_t x[t, m, k]``.
 
     Args:
-        x_ptr: float32, bfloat16 or float16 [TERMS, M, K], contiguous.
+        x_ptr: float32, bfloat16 or float16 [X_SPLIT_K, M, K], contiguous.
         in_scale_ptr: floating point [K], or None for ones.
         rows, apart: of the rows of the tile, as :func:`first_words` returns them.
-        part: which of PARTS equal parts of the columns is summed.
+        part: which of SPLIT_K equal parts of the columns is summed.
         m: the first row of x, int64.
         n: rows of the sign matrix, int64 [BLOCK_N].
         BLOCK_W: words of a row that are met in one step.
     """
     W: tl.constexpr = (K + 31) // 32
-    SHARE: tl.constexpr = (W + PARTS * BLOCK_W - 1) // (PARTS * BLOCK_W) * BLOCK_W
+    SHARE: tl.constexpr = (W + SPLIT_K * BLOCK_W - 1) // (SPLIT_K * BLOCK_W) * BLOCK_W
     sums = tl.zeros((BLOCK_M, BLOCK_W, BLOCK_N), dtype=tl.float32)
     word = tl.arange(0, BLOCK_W)
     start = part * SHARE
@@ -141,22 +141,22 @@ def decode_tile(  # type: ignore[no-untyped-def]
         wanted = (w[:, None] < W) & (n[None, :] < N) & (step + BLOCK_W < SHARE)
         following = load_words(rows, apart, w, wanted, BLOCK_N, BLOCK_W)
         k = (start + step) * 32
-        tables = sums_of_four(x_ptr, in_scale_ptr, m, k, M, K, BLOCK_M, BLOCK_W * 32, TERMS)
+        tables = build_lut(x_ptr, in_scale_ptr, m, k, M, K, BLOCK_M, BLOCK_W * 32, X_SPLIT_K)
         sums += look_up(tables, words, BLOCK_M, BLOCK_N, BLOCK_W)
         words = following
     return tl.sum(sums, axis=1)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def decode_rows(M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+def decode_rows(M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return what this program is for: the part of the columns, the first row m of x and the rows n of the sign matrix."""
     # Tiles of the same signs are neighbours, so that these are read from memory once.
     tiles_m = tl.cdiv(M, BLOCK_M)
-    tile = tl.program_id(0) // PARTS
+    tile = tl.program_id(0) // SPLIT_K
     # 64 bits: m * K, n * W and m * N may pass 2**31.
     m = (tile % tiles_m).to(tl.int64) * BLOCK_M
     n = (tile // tiles_m).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    return tl.program_id(0) % PARTS, m, n
+    return tl.program_id(0) % SPLIT_K, m, n
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -173,33 +173,33 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
-    PARTS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     RAGGED: tl.constexpr,
-    TERMS: tl.constexpr = 1,
+    X_SPLIT_K: tl.constexpr = 1,
 ):
     """Compute ``y[p, m, n] = out_scale[n] · Σ_k signs[n, k] · in_scale[k] · Σ_t x[t, m, k] + bias[n]``, k in part p of the columns.
 
     Args:
-        x_ptr: float32, bfloat16 or float16 [TERMS, M, K], contiguous.
+        x_ptr: float32, bfloat16 or float16 [X_SPLIT_K, M, K], contiguous.
         signs_ptr: int32 words [N, W], interleaved.
-        y_ptr: float32, bfloat16 or float16 [PARTS, M, N], contiguous.
+        y_ptr: float32, bfloat16 or float16 [SPLIT_K, M, N], contiguous.
         in_scale_ptr: floating point [K], or None; so out_scale_ptr and bias_ptr, [N].
         RAGGED: as for :func:`first_words`.
     """
-    part, m, n = decode_rows(M, BLOCK_M, BLOCK_N, PARTS)
+    part, m, n = decode_rows(M, BLOCK_M, BLOCK_N, SPLIT_K)
     rows, apart = first_words(signs_ptr, n, N, (K + 31) // 32, RAGGED)
     y = decode_tile(
-        x_ptr, in_scale_ptr, rows, apart, part, m, n, M, N, K, BLOCK_M, BLOCK_N, BLOCK_W, PARTS, TERMS
+        x_ptr, in_scale_ptr, rows, apart, part, m, n, M, N, K, BLOCK_M, BLOCK_N, BLOCK_W, SPLIT_K, X_SPLIT_K
     )
     y_ptr += part.to(tl.int64) * M * N
     store_tile(y_ptr, y, m + tl.arange(0, BLOCK_M), n, M, N, out_scale_ptr, bias_ptr)
 
 
 # What a template needs beside its own text, callees first.
-DEVICE_FUNCTIONS = (first_words, sums_of_four, look_up, load_words, decode_tile, decode_rows)
+DEVICE_FUNCTIONS = (first_words, build_lut, look_up, load_words, decode_tile, decode_rows)
 
 
-def decode_parts(M: int, N: int, K: int) -> int:
+def choose_split_k(M: int, N: int, K: int) -> int:
     """Return into how many parts the columns go that different programs sum, where whoever reads y adds the parts up.
 
     Programs of a single step suit best: while one waits for its signs, or for its threads to have filled the tables,
@@ -226,7 +226,7 @@ def decode_blocks(M: int, N: int, K: int, parts: int = 1) -> list[dict[str, int]
         parts: of the columns.
 
     Returns:
-        BLOCK_M, BLOCK_N, BLOCK_W, PARTS, num_warps, num_stages. All from times on an H200, with rows of words
+        BLOCK_M, BLOCK_N, BLOCK_W, SPLIT_K, num_warps, num_stages. All from times on an H200, with rows of words
             one after the other.
     """
     W = max(layout.words_per_row(K), 1)
@@ -266,7 +266,7 @@ def _settings(
     # Tables of 64 KB at most, and no more words than there are.
     block_w = min(block_w, 128 // block_m, 1 << (W - 1).bit_length())
     warps = max(1, min(warps, block_n * block_w // 32))
-    tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_W": block_w, "PARTS": parts}
+    tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_W": block_w, "SPLIT_K": parts}
     return {**tile, "num_warps": warps, "num_stages": 1}
 
 
@@ -277,4 +277,4 @@ def decode_grid(
 
     One dimension holds all tiles, because the second and third are limited to 65535 programs.
     """
-    return (cdiv(M, blocks["BLOCK_M"]) * cdiv(N, blocks["BLOCK_N"]) * blocks["PARTS"], 1, 1)
+    return (cdiv(M, blocks["BLOCK_M"]) * cdiv(N, blocks["BLOCK_N"]) * blocks["SPLIT_K"], 1, 1)

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from dbf_compile.kernels.sign_matmul.reference import DECODE_TOKENS, FUSED_TOKENS
 from dbf_compile.kernels.sign_matmul.triton_decode import decode_blocks, decode_grid, decode_kernel
-from dbf_compile.kernels.sign_matmul.triton_expand import expand_signs
+from dbf_compile.kernels.sign_matmul.triton_dequantize import dequantize
 from dbf_compile.kernels.sign_matmul.triton_prefill import (
+    bf16x3_split,
+    operand_count,
     operand_dtype,
     prefill_blocks,
     prefill_grid,
     prefill_kernel,
-    split_terms,
-    term_count,
 )
 from dbf_compile.signs import is_ragged
 
@@ -58,13 +58,13 @@ def sign_matmul_triton(
             decode_kernel[decode_grid(M, N, settings)](
                 x.contiguous(), signs, y, before, *scales, M, N, K, RAGGED=ragged, **settings
             )
-        elif M > FUSED_TOKENS and term_count(x.dtype, dtype, fast) == 1:
-            dense = expand_signs(signs, out_scale, K, operand_dtype(x.dtype, dtype))
+        elif M > FUSED_TOKENS and operand_count(x.dtype, dtype, fast) == 1:
+            dense = dequantize(signs, out_scale, K, operand_dtype(x.dtype, dtype))
             _dense_matmul(_scaled(x, in_scale).reshape(M, K), dense, bias, y.view(M, N))
         else:
-            terms = term_count(x.dtype, dtype, fast)
+            terms = operand_count(x.dtype, dtype, fast)
             settings = prefill_blocks(M, N, terms)[0]
-            operand = split_terms(_scaled(x, in_scale).reshape(M, K), operand_dtype(x.dtype, dtype), terms)
+            operand = bf16x3_split(_scaled(x, in_scale).reshape(M, K), operand_dtype(x.dtype, dtype), terms)
             prefill_kernel[prefill_grid(M, N, settings)](
                 operand, signs, y, *scales, M, N, K, terms, ragged, **settings
             )

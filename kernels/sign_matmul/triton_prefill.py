@@ -45,7 +45,7 @@ def prefill_tile(  # type: ignore[no-untyped-def]
     M,
     N,
     K,
-    TERMS: tl.constexpr,
+    OPERANDS: tl.constexpr,
     RAGGED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -54,7 +54,7 @@ def prefill_tile(  # type: ignore[no-untyped-def]
     """Return a tile of y, float32 [BLOCK_M, BLOCK_N]: ``y[m, n] = Σ_t Σ_k signs[n, k] · x[t, m, k]``.
 
     Args:
-        x_ptr: bfloat16 or float16 [TERMS, M, K], contiguous.
+        x_ptr: bfloat16 or float16 [OPERANDS, M, K], contiguous.
         signs_ptr: int32 words [N, W], interleaved.
         m: the first row of x, int64.
         n: rows of the sign matrix, int64 [BLOCK_N].
@@ -74,7 +74,7 @@ def prefill_tile(  # type: ignore[no-untyped-def]
         signs = plus_or_minus(packed, minus).to(number, bitcast=True)
         signs = tl.permute(signs, (0, 2, 3, 4, 1)).reshape(BLOCK_K, BLOCK_N)
         k = (first + tl.arange(0, BLOCK_K))[None, :]
-        for term in tl.static_range(TERMS):
+        for term in tl.static_range(OPERANDS):
             # Behind the last column x is read as 0, which adds nothing under either sign.
             x = tl.load(x_ptr + (row + term * M) * K + k, mask=(row < M) & (k < K), other=0.0)
             sums = tl.dot(x, signs, sums)
@@ -105,7 +105,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     M,
     N,
     K,
-    TERMS: tl.constexpr,
+    OPERANDS: tl.constexpr,
     RAGGED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -114,14 +114,14 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     """Compute ``y[m, n] = out_scale[n] · Σ_t Σ_k signs[n, k] · x[t, m, k] + bias[n]``, a tile in every program.
 
     Args:
-        x_ptr: bfloat16 or float16 [TERMS, M, K], contiguous.
+        x_ptr: bfloat16 or float16 [OPERANDS, M, K], contiguous.
         signs_ptr: int32 words [N, W], interleaved.
         y_ptr: float32, bfloat16 or float16 [M, N], contiguous.
         out_scale_ptr: floating point [N], or None; so bias_ptr.
         RAGGED: as for :func:`first_words`.
     """
     m, n = prefill_rows(M, N, BLOCK_M, BLOCK_N)
-    y = prefill_tile(x_ptr, signs_ptr, m, n, M, N, K, TERMS, RAGGED, BLOCK_M, BLOCK_N, BLOCK_K)
+    y = prefill_tile(x_ptr, signs_ptr, m, n, M, N, K, OPERANDS, RAGGED, BLOCK_M, BLOCK_N, BLOCK_K)
     store_tile(y_ptr, y, m + tl.arange(0, BLOCK_M), n, M, N, out_scale_ptr, bias_ptr)
 
 
@@ -138,13 +138,13 @@ def operand_dtype(x: torch.dtype, result: torch.dtype | None) -> torch.dtype:
     return x if x in narrow else result if result in narrow else torch.bfloat16
 
 
-def term_count(x: torch.dtype, result: torch.dtype | None, fast: bool = False) -> int:
+def operand_count(x: torch.dtype, result: torch.dtype | None, fast: bool = False) -> int:
     """Return how many terms hold an activation: one in a 16-bit model, else three, or two for fast sums."""
     narrow = (torch.bfloat16, torch.float16)
     return 1 if x in narrow or result in narrow else 2 if fast else 3
 
 
-def split_terms(z: Tensor, dtype: torch.dtype, terms: int) -> Tensor:
+def bf16x3_split(z: Tensor, dtype: torch.dtype, terms: int) -> Tensor:
     """Cut activations into terms that add up to them: [M, K] to ``dtype`` [terms, M, K]; several terms of float32 only."""
     parts = []
     for _ in range(terms - 1):

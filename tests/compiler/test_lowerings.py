@@ -66,7 +66,7 @@ def test_many_tokens_go_to_tensor_cores(case: Case, programs: dict[str, Program]
     assert kinds == (["poi", "tem"] * 2 if case.dtype == "float32" else ["poi", "tem", "tem"])
     products = [source for source in program.kernels.values() if "prefill_tile" in source]
     terms = 3 if case.dtype == "float32" else 1
-    assert all(f"TERMS : tl.constexpr = {terms}" in source for source in products)
+    assert all(f"OPERANDS : tl.constexpr = {terms}" in source for source in products)
     assert len(products) == 2
 
 
@@ -90,7 +90,9 @@ def test_results_of_all_dtypes_come_from_a_dense_matrix_and_words_row_after_row_
     programs: dict[str, Program], errors: dict[str, float]
 ) -> None:
     program = programs["plain"]
-    assert sum("expand_tile" in source for source in program.kernels.values()) == 2  # with and without scale
+    assert (
+        sum("dequantize_tile" in source for source in program.kernels.values()) == 2
+    )  # with and without scale
     assert program.call.count("extern_kernels.mm(") == 1
     assert program.call.count("extern_kernels.mm_dtype(") == 4  # float32 sums
     assert program.call.count("torch.ops.dbf.sign_matmul.default(") == 1
@@ -188,8 +190,8 @@ def test_one_tokens_sums_stay_in_parts_until_they_are_read(programs: dict[str, P
     assert [name.split("_")[1] for name in launches(program)] == ["tem", "tem", "poi", "tem", "tem"]
     products = [name for name in launches(program) if "_tem_" in name]
     # 2100, 1090, 1060 and 40 columns are 66, 35, 34 and 2 words; the last layer's result leaves the graph whole.
-    assert [constant(program, name, "PARTS") for name in products] == [3, 2, 2, 1]
-    assert [constant(program, name, "TERMS") for name in products] == [1, 3, 1, 2]
+    assert [constant(program, name, "SPLIT_K") for name in products] == [3, 2, 2, 1]
+    assert [constant(program, name, "X_SPLIT_K") for name in products] == [1, 3, 1, 2]
 
 
 def test_an_activation_between_two_layers_stays_part_of_the_first_ones_kernel(
@@ -197,7 +199,7 @@ def test_an_activation_between_two_layers_stays_part_of_the_first_ones_kernel(
 ) -> None:
     program = programs["chain"]
     assert [name.split("_")[1] for name in launches(program)] == ["tem"] * 4
-    assert [constant(program, name, "PARTS") for name in launches(program)] == [3, 1, 2, 1]
+    assert [constant(program, name, "SPLIT_K") for name in launches(program)] == [3, 1, 2, 1]
 
 
 @pytest.mark.parametrize(
@@ -212,7 +214,7 @@ def test_there_is_one_program_for_each_tile_of_each_part(
         grid = re.search(rf"{kernel}\.run\(.*?, (\d+), 1, 1, stream", program.call)
         assert grid is not None
         tiles = -(-N // constant(program, kernel, "BLOCK_N"))
-        assert int(grid[1]) == tiles * constant(program, kernel, "PARTS")
+        assert int(grid[1]) == tiles * constant(program, kernel, "SPLIT_K")
 
 
 def test_parts_are_forgotten_where_somebody_writes_to_their_sum(
@@ -220,7 +222,7 @@ def test_parts_are_forgotten_where_somebody_writes_to_their_sum(
 ) -> None:
     program = programs["overwritten"]
     first, *_, second = [name for name in launches(program) if "_tem_" in name]
-    assert (constant(program, first, "PARTS"), constant(program, second, "TERMS")) == (3, 1)
+    assert (constant(program, first, "SPLIT_K"), constant(program, second, "X_SPLIT_K")) == (3, 1)
     assert errors["overwritten"] <= 1
 
 
@@ -247,7 +249,7 @@ def test_what_tuning_chooses_is_generated_and_computes_the_same(
 def test_several_tokens_sums_are_whole(programs: dict[str, Program]) -> None:
     program = programs["deep of 3"]
     assert [name.split("_")[1] for name in launches(program)] == ["tem"] * 4
-    assert all("PARTS : tl.constexpr = 1" in source for source in program.kernels.values())
+    assert all("SPLIT_K : tl.constexpr = 1" in source for source in program.kernels.values())
 
 
 @pytest.mark.parametrize("M", DEEP_TOKENS)

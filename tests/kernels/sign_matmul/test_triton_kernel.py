@@ -17,13 +17,13 @@ from support.cuda.triton_cases import CASES, Case, run_all
 
 pytest.importorskip("triton")
 
-from dbf_compile.kernels.sign_matmul.triton_decode import decode_blocks, decode_grid, decode_parts
+from dbf_compile.kernels.sign_matmul.triton_decode import choose_split_k, decode_blocks, decode_grid
 from dbf_compile.kernels.sign_matmul.triton_prefill import (
+    bf16x3_split,
+    operand_count,
     operand_dtype,
     prefill_blocks,
     prefill_grid,
-    split_terms,
-    term_count,
 )
 from dbf_compile.signs import words_per_row
 
@@ -66,9 +66,9 @@ def test_infinite_and_undefined_activations_propagate(found: dict[str, Any]) -> 
 
 @given(st.integers(1, 16), sizes, sizes, st.booleans())
 def test_tiles_of_few_tokens_cover_y(M: int, N: int, K: int, in_parts: bool) -> None:
-    parts = decode_parts(M, N, K) if in_parts else 1
+    parts = choose_split_k(M, N, K) if in_parts else 1
     for settings in decode_blocks(M, N, K, parts):
-        assert settings["PARTS"] == parts
+        assert settings["SPLIT_K"] == parts
         assert all(settings[name] & (settings[name] - 1) == 0 for name in ("BLOCK_M", "BLOCK_N", "BLOCK_W"))
         programs, *rest = decode_grid(M, N, settings)
         assert rest == [1, 1]
@@ -80,7 +80,7 @@ def test_tiles_of_few_tokens_cover_y(M: int, N: int, K: int, in_parts: bool) -> 
 
 @given(st.integers(1, 16), st.integers(1, 40000), st.integers(1, 40000))
 def test_parts_of_columns_are_few_and_not_empty(M: int, N: int, K: int) -> None:
-    parts, words = decode_parts(M, N, K), words_per_row(K)
+    parts, words = choose_split_k(M, N, K), words_per_row(K)
     assert 1 <= parts <= 4
     assert parts == 1 or M == 1
     for settings in decode_blocks(M, N, K, parts):
@@ -100,7 +100,7 @@ def test_defaults_are_among_the_best_that_were_measured() -> None:
     behind = []
     for (_, tokens, shape, parts), times in recorded.items():
         M, (N, K) = int(tokens), map(int, shape.split("x"))
-        if int(parts) in (1, decode_parts(M, N, K)):
+        if int(parts) in (1, choose_split_k(M, N, K)):
             default = decode_blocks(M, N, K, int(parts))[0]
             tile = "x".join(str(default[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_W"))
             if (tile, str(default["num_warps"])) in times:
@@ -124,7 +124,7 @@ def test_tiles_of_many_tokens_cover_y(M: int, N: int, terms: int) -> None:
 @given(st.lists(st.floats(width=32), min_size=1, max_size=20))
 def test_three_terms_hold_a_float32(values: list[float]) -> None:
     z = torch.tensor([values])
-    terms = split_terms(z, torch.bfloat16, 3)
+    terms = bf16x3_split(z, torch.bfloat16, 3)
     assert terms.dtype == torch.bfloat16
     # What is smaller than the smallest bfloat16 that is not denormal may be lost.
     tiny = z.abs() < 2.0**-110
@@ -146,4 +146,4 @@ def test_three_terms_hold_a_float32(values: list[float]) -> None:
 def test_what_tensor_cores_get(
     x: torch.dtype, result: torch.dtype | None, fast: bool, operand: torch.dtype, terms: int
 ) -> None:
-    assert (operand_dtype(x, result), term_count(x, result, fast)) == (operand, terms)
+    assert (operand_dtype(x, result), operand_count(x, result, fast)) == (operand, terms)

@@ -16,7 +16,7 @@ import triton
 
 from dbf_compile.kernels.sign_matmul import triton_prefill
 from dbf_compile.kernels.sign_matmul.triton_decode import decode_blocks, decode_kernel
-from dbf_compile.kernels.sign_matmul.triton_expand import expand_blocks, expand_kernel
+from dbf_compile.kernels.sign_matmul.triton_dequantize import dequantize_blocks, dequantize_kernel
 from dbf_compile.kernels.sign_matmul.triton_prefill import prefill_blocks, prefill_kernel
 
 pytestmark = [
@@ -68,7 +68,7 @@ def test_few_tokens_cost_a_look_up_and_an_addition_for_four_signs(
 @pytest.mark.parametrize("capability", sass.TARGETS)
 def test_every_thread_loads_the_words_that_it_looks_up(capability: int, tile: tuple[int, ...]) -> None:
     settings = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_W", "num_warps"), tile, strict=True))
-    settings |= {"PARTS": 1, "K": 11008}
+    settings |= {"SPLIT_K": 1, "K": 11008}
     machine_code = sass.compile_kernel(decode_kernel, capability, "fp32", tile[0], settings).asm["cubin"]
     (loop,) = [loop for loop in sass.innermost_loops(sass.disassemble(machine_code)) if len(loop) > 30]
     names = collections.Counter(one.name for one in loop)
@@ -101,7 +101,7 @@ def test_scales_are_met_once_for_each_activation_and_result(capability: int) -> 
 @pytest.mark.parametrize("capability", sass.TARGETS)
 def test_signs_take_the_shortest_way_to_tensor_cores(capability: int, settings: dict[str, int]) -> None:
     machine_code = sass.compile_kernel(
-        prefill_kernel, capability, "bf16", 2048, {**settings, "TERMS": 1}
+        prefill_kernel, capability, "bf16", 2048, {**settings, "OPERANDS": 1}
     ).asm["cubin"]
     text = sass.disassemble(machine_code)
     assert not any(one.spills() for one in sass.instructions(text))
@@ -132,8 +132,10 @@ def test_signs_take_the_shortest_way_to_tensor_cores(capability: int, settings: 
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("capability", sass.TARGETS)
 def test_signs_are_written_out_16_bytes_at_a_time(capability: int, scaled: bool) -> None:
-    settings = expand_blocks(4096)[0]
-    machine_code = sass.compile_kernel(expand_kernel, capability, "bf16", 200, settings, scaled).asm["cubin"]
+    settings = dequantize_blocks(4096)[0]
+    machine_code = sass.compile_kernel(dequantize_kernel, capability, "bf16", 200, settings, scaled).asm[
+        "cubin"
+    ]
     code = sass.instructions(sass.disassemble(machine_code))
     assert not any(one.spills() or one.multiplies() for one in code)
     numbers = settings["BLOCK_N"] * settings["BLOCK_K"] // (32 * settings["num_warps"])
@@ -155,8 +157,8 @@ def distinct(every: Iterable[dict[str, int]]) -> list[dict[str, int]]:
 
 def every_default(kernel: object) -> Iterator[tuple[int, dict[str, int]]]:
     """Yield numbers of tokens and the settings that some sizes have without tuning."""
-    if kernel is expand_kernel:
-        yield from ((512, expand_blocks(K)[0]) for K in SIZES)
+    if kernel is dequantize_kernel:
+        yield from ((512, dequantize_blocks(K)[0]) for K in SIZES)
     elif kernel is decode_kernel:
         for M in (1, 4, 16):
             settings = (decode_blocks(M, N, K, parts)[0] for N in SIZES for K in SIZES for parts in (1, 4))
@@ -164,12 +166,12 @@ def every_default(kernel: object) -> Iterator[tuple[int, dict[str, int]]]:
     else:
         for terms in (1, 3):
             settings = (prefill_blocks(M, N, terms)[0] for M in (17, *SIZES) for N in SIZES)
-            yield from ((512, {**one, "TERMS": terms}) for one in distinct(settings))
+            yield from ((512, {**one, "OPERANDS": terms}) for one in distinct(settings))
 
 
 # Without and with instructions for groups of warps, and AMD's; those that have the least.
 @pytest.mark.parametrize("target", [86, 90, "gfx942"])
-@pytest.mark.parametrize("kernel", [decode_kernel, prefill_kernel, expand_kernel])
+@pytest.mark.parametrize("kernel", [decode_kernel, prefill_kernel, dequantize_kernel])
 def test_without_tuning_no_kernel_wants_more_shared_memory_than_there_is(
     kernel: object, target: int | str
 ) -> None:
@@ -180,7 +182,7 @@ def test_without_tuning_no_kernel_wants_more_shared_memory_than_there_is(
 
 @pytest.mark.parametrize(("kernel", "matrix"), [(decode_kernel, False), (prefill_kernel, True)])
 def test_compiles_for_an_mi300(kernel: object, matrix: bool) -> None:
-    settings = {**prefill_blocks(64, 4096)[0], "TERMS": 1} if matrix else decode_blocks(1, 4096, 4096)[0]
+    settings = {**prefill_blocks(64, 4096)[0], "OPERANDS": 1} if matrix else decode_blocks(1, 4096, 4096)[0]
     text = sass.compile_kernel(kernel, "gfx942", "bf16", 64 if matrix else 1, settings).asm["amdgcn"]
     assert bool(re.search(r"v_mfma_f32_\w+", text)) == matrix
     if not matrix:
@@ -190,8 +192,8 @@ def test_compiles_for_an_mi300(kernel: object, matrix: bool) -> None:
 
 
 def test_signs_are_written_out_for_an_mi300() -> None:
-    settings = expand_blocks(4096)[0]
-    text = sass.compile_kernel(expand_kernel, "gfx942", "bf16", 200, settings, scaled=True).asm["amdgcn"]
+    settings = dequantize_blocks(4096)[0]
+    text = sass.compile_kernel(dequantize_kernel, "gfx942", "bf16", 200, settings, scaled=True).asm["amdgcn"]
     assert re.search(r"(global|buffer)_store_dwordx4", text)
 
 

@@ -74,7 +74,7 @@ def compile_kernel(
     """Compile a kernel that reads signs as a launch would, for aligned tensors and N, K divisible by 16.
 
     Args:
-        kernel: a ``triton.jit`` function with the arguments of ``decode_kernel``, ``prefill_kernel`` or ``expand_kernel``.
+        kernel: a ``triton.jit`` function with the arguments of ``decode_kernel``, ``prefill_kernel`` or ``dequantize_kernel``.
         target: 80 for sm_80, and so on; the name of an AMD architecture.
         dtype: Triton's name of the dtype of x, or w: fp32, bf16, fp16.
         M: rows of x, if it has such; 1 is compiled in, as Triton does at a launch.

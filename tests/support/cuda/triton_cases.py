@@ -182,7 +182,7 @@ def _with_other_settings(
     case: Case, x: Tensor, words: Tensor, vectors: list[Any], result: torch.dtype
 ) -> Any:
     """Yield the results of the kernels under some of the settings that are worth trying."""
-    from dbf_compile.kernels.sign_matmul import triton_decode, triton_expand, triton_prefill
+    from dbf_compile.kernels.sign_matmul import triton_decode, triton_dequantize, triton_prefill
     from dbf_compile.kernels.sign_matmul.reference import DECODE_TOKENS
     from dbf_compile.signs import is_ragged
 
@@ -203,21 +203,21 @@ def _with_other_settings(
         parts = _at_the_edge(torch.full((3, *x.shape[:-1], N), math.nan))
         grid = triton_decode.decode_grid(M, N, settings_)
         triton_decode.decode_kernel[grid](
-            terms, words, parts, *vectors[:2], None, M, N, K, RAGGED=ragged, TERMS=2, **settings_
+            terms, words, parts, *vectors[:2], None, M, N, K, RAGGED=ragged, X_SPLIT_K=2, **settings_
         )
         yield (parts.sum(0) + (0.0 if vectors[2] is None else vectors[2].float())).to(result)
     # Small whole numbers are exact in one term of any kind.
     z = x.float().reshape(M, K) if vectors[0] is None else x.float().reshape(M, K) * vectors[0].float()
-    operand = _at_the_edge(triton_prefill.split_terms(z, torch.bfloat16, 2))
+    operand = _at_the_edge(triton_prefill.bf16x3_split(z, torch.bfloat16, 2))
     for settings_ in triton_prefill.prefill_blocks(M, N)[::3]:
         y = fresh()
         grid = triton_prefill.prefill_grid(M, N, settings_)
         triton_prefill.prefill_kernel[grid](operand, words, y, *vectors[1:], M, N, K, 2, ragged, **settings_)
         yield y
-    for settings_ in triton_expand.expand_blocks(K):
+    for settings_ in triton_dequantize.dequantize_blocks(K):
         dense = _at_the_edge(torch.full((N, K), math.nan, dtype=torch.bfloat16))
-        grid = triton_expand.expand_grid(N, K, settings_)
-        triton_expand.expand_kernel[grid](words, vectors[1], dense, N, K, ragged, **settings_)
+        grid = triton_dequantize.dequantize_grid(N, K, settings_)
+        triton_dequantize.dequantize_kernel[grid](words, vectors[1], dense, N, K, ragged, **settings_)
         y = z @ dense.float().T + (0.0 if vectors[2] is None else vectors[2].float())
         yield y.view(*x.shape[:-1], N).to(result)
 

@@ -20,7 +20,7 @@ from dbf_compile.signs import BLOCK_ROWS, is_ragged
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def expand_tile(  # type: ignore[no-untyped-def]
+def dequantize_tile(  # type: ignore[no-untyped-def]
     signs_ptr,
     scale_ptr,
     n,
@@ -57,7 +57,7 @@ def expand_tile(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def expand_rows(K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]
+def dequantize_rows(K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return what this program is for: rows n, int64, and the first column k."""
     tiles = tl.cdiv(K, BLOCK_K)
     n = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -65,27 +65,27 @@ def expand_rows(K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignor
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def expand_kernel(  # type: ignore[no-untyped-def]
+def dequantize_kernel(  # type: ignore[no-untyped-def]
     signs_ptr, scale_ptr, w_ptr, N, K, RAGGED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     """Write ``w[n, k] = scale[n] · signs[n, k]``, a tile in every program.
 
     Args:
-        signs_ptr, scale_ptr, RAGGED: as for :func:`expand_tile`.
+        signs_ptr, scale_ptr, RAGGED: as for :func:`dequantize_tile`.
         w_ptr: bfloat16 or float16 [N, K], contiguous.
     """
-    n, k = expand_rows(K, BLOCK_N, BLOCK_K)
+    n, k = dequantize_rows(K, BLOCK_N, BLOCK_K)
     number = w_ptr.dtype.element_ty
-    w = expand_tile(signs_ptr, scale_ptr, n, k, N, tl.cdiv(K, 32), number, RAGGED, BLOCK_N, BLOCK_K)
+    w = dequantize_tile(signs_ptr, scale_ptr, n, k, N, tl.cdiv(K, 32), number, RAGGED, BLOCK_N, BLOCK_K)
     k += tl.arange(0, BLOCK_K)
     tl.store(w_ptr + n[:, None] * K + k[None, :], w, mask=(n[:, None] < N) & (k[None, :] < K))
 
 
 # What a template needs beside its own text, callees first.
-DEVICE_FUNCTIONS = (first_words, byte_pointers, plus_or_minus, expand_tile, expand_rows)
+DEVICE_FUNCTIONS = (first_words, byte_pointers, plus_or_minus, dequantize_tile, dequantize_rows)
 
 
-def expand_blocks(K: int) -> list[dict[str, int]]:
+def dequantize_blocks(K: int) -> list[dict[str, int]]:
     """Return the launch settings that are worth trying, the one for use without trying first: BLOCK_N, BLOCK_K, num_warps, num_stages."""
     widest = max(32, triton.next_power_of_2(K))
     found = [
@@ -95,14 +95,14 @@ def expand_blocks(K: int) -> list[dict[str, int]]:
     return [settings for index, settings in enumerate(found) if settings not in found[:index]]
 
 
-def expand_grid(
+def dequantize_grid(
     N: Any, K: Any, blocks: dict[str, Any], cdiv: Callable[[Any, Any], Any] = triton.cdiv
 ) -> tuple[Any, int, int]:
     """Return the launch grid, as :func:`dbf_compile.kernels.sign_matmul.triton_decode.decode_grid`."""
     return (cdiv(N, blocks["BLOCK_N"]) * cdiv(K, blocks["BLOCK_K"]), 1, 1)
 
 
-def expand_signs(signs: Tensor, scale: Tensor | None, columns: int, dtype: torch.dtype) -> Tensor:
+def dequantize(signs: Tensor, scale: Tensor | None, columns: int, dtype: torch.dtype) -> Tensor:
     """Return the dense matrix ``w[n, k] = scale[n] · signs[n, k]`` of ``dtype`` [N, K].
 
     Args:
@@ -115,7 +115,9 @@ def expand_signs(signs: Tensor, scale: Tensor | None, columns: int, dtype: torch
     dense = torch.empty(N, columns, dtype=dtype, device=signs.device)
     if columns == 0:
         return dense
-    blocks = expand_blocks(columns)[0]
+    blocks = dequantize_blocks(columns)[0]
     scale = None if scale is None else scale.contiguous()
-    expand_kernel[expand_grid(N, columns, blocks)](signs, scale, dense, N, columns, is_ragged(N), **blocks)
+    dequantize_kernel[dequantize_grid(N, columns, blocks)](
+        signs, scale, dense, N, columns, is_ragged(N), **blocks
+    )
     return dense
