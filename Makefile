@@ -4,20 +4,29 @@
 PYTHON ?= python3
 VENV   := .venv
 RUN    := PYTHONSAFEPATH=1 $(VENV)/bin/python
+BY_FILE := --dist loadfile --no-loadscope-reorder
+QUICK  := tests/test_*.py tests/factorizer tests/passes tests/kernels tests/compiler
 PIP    := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench bench-cpu bench-gpu bench-factorizer bench-compress clean
+.PHONY: demo test quick check bench bench-cpu bench-gpu bench-factorizer bench-compress clean
 
 # QUICK=1: two layers of the encoder and fewer measurements.
 demo: $(VENV)/.demo
 	$(VENV)/bin/python benchmarks/demo.py $(if $(QUICK),--quick)
 
+# A file of tests stays in one process, for its fixtures; files with slow tests come first (tests/conftest.py).
 test: $(VENV)/.test
-	$(RUN) -m pytest -n auto --dist loadfile --cov --cov-report=term --cov-fail-under=90
+	$(RUN) -m pytest -n auto $(BY_FILE) --durations=20 --cov --cov-report=term --cov-fail-under=90
+
+# The core, in at most 90 seconds on two cores: bits, factors, factorizer, passes, kernels on the CPU, files, options, and
+# models compiled from end to end.
+quick: $(VENV)/.test
+	$(RUN) -m pytest -n auto $(BY_FILE) -m 'not slow and not browser' $(QUICK)
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/python tests/support/house.py
 	$(RUN) -m mypy
 	$(VENV)/bin/lint-imports
 
