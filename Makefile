@@ -4,9 +4,9 @@
 PYTHON ?= python3
 VENV   := .venv
 RUN    := PYTHONSAFEPATH=1 $(VENV)/bin/python
-BY_FILE := --dist loadfile --no-loadscope-reorder
-QUICK  := tests/test_*.py tests/factorizer tests/passes tests/kernels tests/compiler
 PIP    := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+CORE   := tests/test_*.py tests/factorizer tests/passes tests/kernels tests/compiler
+BY_FILE := --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test quick check bench bench-cpu bench-gpu bench-factorizer bench-compress clean
 
@@ -21,7 +21,7 @@ test: $(VENV)/.test
 # The core, in at most 90 seconds on two cores: bits, factors, factorizer, passes, kernels on the CPU, files, options, and
 # models compiled from end to end.
 quick: $(VENV)/.test
-	$(RUN) -m pytest -n auto $(BY_FILE) -m 'not slow and not browser' $(QUICK)
+	$(RUN) -m pytest -n auto $(BY_FILE) -m 'not slow and not browser' $(CORE)
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
