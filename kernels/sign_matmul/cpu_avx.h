@@ -4,19 +4,25 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "cpu_types.h"
+
 #define DBF_AVX2 __attribute__((target("avx2,f16c")))
 #define DBF_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
 #define DBF_AVX512_VBMI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni")))
 
 namespace dbf {
 
-// --- common to all: AVX2 is enough ----------------------------------------------------------------------------------
+// --- for all of them, in AVX2 ----------------------------------------------------------------------------------
 
 namespace avx {
 
 DBF_AVX2 inline Peaks peaks(const float* values, int64_t groups) {
   const __m256 no_sign = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
-  __m256i value = _mm256_setzero_si256();  // as whole numbers, sizes are ordered alike, and NaN is the largest
+  __m256i value = _mm256_setzero_si256();  // as integers, absolute values keep their order, and NaN is the largest
   __m256 group = _mm256_setzero_ps();
   for (int64_t g = 0; g < groups; g += 2) {
     const __m256 v = _mm256_and_ps(_mm256_loadu_ps(values + g * kGroup), no_sign);
@@ -49,7 +55,8 @@ DBF_AVX2 inline void float_to_half(const float* from, int64_t count, uint16_t* t
   for (; i < count; ++i) to[i] = _cvtss_sh(from[i], _MM_FROUND_TO_NEAREST_INT);
 }
 
-// The sign bit where bit `bit` of the entries is 0. Lanes 0-3 hold entries from `first` on, lanes 4-7 from first + 8 on.
+// A mask that flips the sign of entries whose bit `bit` is 0. Lanes 0-3 hold the entries from `first` on, lanes 4-7 those
+// from first + 8 on.
 DBF_AVX2 inline __m256 flips(int first, int bit) {
   alignas(32) int32_t mask[8];
   for (int i = 0; i < 8; ++i) {
@@ -66,14 +73,14 @@ DBF_AVX2 inline void build(const float* values, int64_t words, int bits, uint8_t
   for (int half = 0; half < 2; ++half)
     for (int j = 0; j < kGroup; ++j) flip[half][j] = flips(4 * half, j);
   const __m256i bias = _mm256_set1_epi32(1 << (bits - 1));
-  // Byte p of the four entries of a lane side by side.
+  // Puts bytes p of the four entries of a lane side by side.
   const __m256i gather = _mm256_broadcastsi128_si256(
       _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   for (int64_t g = 0; g < words * kGroupsPerWord; ++g) {
     uint8_t* to = tables + (g / 4 * 4 * planes + g % 4) * kEntries;
     __m256 v[kGroup];
     for (int j = 0; j < kGroup; ++j) v[j] = _mm256_broadcast_ss(values + g * kGroup + j);
-    __m256i cut[2];
+    __m256i planes_of_half[2];
     for (int half = 0; half < 2; ++half) {
       const __m256* f = flip[half];
       const __m256 low = _mm256_add_ps(_mm256_xor_ps(v[0], f[0]), _mm256_xor_ps(v[1], f[1]));
@@ -83,11 +90,11 @@ DBF_AVX2 inline void build(const float* values, int64_t words, int bits, uint8_t
       const __m256i p1 = _mm256_and_si256(_mm256_slli_epi32(e, 2), _mm256_set1_epi32(0x3F00));
       const __m256i p2 = _mm256_and_si256(_mm256_slli_epi32(e, 4), _mm256_set1_epi32(0x3F0000));
       const __m256i p3 = _mm256_and_si256(_mm256_slli_epi32(e, 6), _mm256_set1_epi32(0x3F000000));
-      cut[half] = _mm256_shuffle_epi8(_mm256_or_si256(_mm256_or_si256(p0, p1), _mm256_or_si256(p2, p3)), gather);
+      planes_of_half[half] = _mm256_shuffle_epi8(_mm256_or_si256(_mm256_or_si256(p0, p1), _mm256_or_si256(p2, p3)), gather);
     }
-    // Entries 0-3 and 8-11 stand in the lanes of the first register, 4-7 and 12-15 in those of the second.
-    const __m256i p01 = _mm256_permute4x64_epi64(_mm256_unpacklo_epi32(cut[0], cut[1]), 0xD8);
-    const __m256i p23 = _mm256_permute4x64_epi64(_mm256_unpackhi_epi32(cut[0], cut[1]), 0xD8);
+    // The lanes of the first register hold entries 0-3 and 8-11, those of the second 4-7 and 12-15.
+    const __m256i p01 = _mm256_permute4x64_epi64(_mm256_unpacklo_epi32(planes_of_half[0], planes_of_half[1]), 0xD8);
+    const __m256i p23 = _mm256_permute4x64_epi64(_mm256_unpackhi_epi32(planes_of_half[0], planes_of_half[1]), 0xD8);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(p01));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 64), _mm256_extracti128_si256(p01, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 128), _mm256_castsi256_si128(p23));
@@ -117,8 +124,8 @@ DBF_TARGET inline Bytes add16(Bytes a, Bytes b) { return _mm256_add_epi16(a, b);
 DBF_TARGET inline Bytes high_bytes(Bytes v) { return _mm256_srli_epi16(v, 8); }
 DBF_TARGET inline void store(void* to, Bytes v) { _mm256_store_si256(static_cast<__m256i*>(to), v); }
 
-// Register v of four has the words of rows 8 (v % 2) ... of block 2 pass + v / 2. In each half of it, bytes of equal
-// number are put side by side; what is left is a transposition of four by four double words.
+// Register v of four holds the words of eight rows from 8 (v % 2) on, in block 2 pass + v / 2. In each half of a register
+// bytes of equal number are put side by side; the rest is a transposition of four by four double words.
 DBF_TARGET inline void load_columns(const Tile& tile, int64_t pass, int64_t w, Bytes* c) {
   const __m256i gather = _mm256_broadcastsi128_si256(
       _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
@@ -168,7 +175,7 @@ DBF_TARGET inline Bytes add16(Bytes a, Bytes b) { return _mm512_add_epi16(a, b);
 DBF_TARGET inline Bytes high_bytes(Bytes v) { return _mm512_srli_epi16(v, 8); }
 DBF_TARGET inline void store(void* to, Bytes v) { _mm512_store_si512(to, v); }
 
-// As for AVX2; register v has the words of the 16 rows of block v.
+// As for AVX2; register v holds the words of the 16 rows of block v.
 DBF_TARGET inline void load_columns(const Tile& tile, int64_t, int64_t w, Bytes* c) {
   const __m512i gather = _mm512_broadcast_i32x4(
       _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
@@ -199,9 +206,9 @@ constexpr Kernel kAvx512{"avx512",         avx512::table_bytes, avx::peaks,     
 
 // --- AVX-512 with VBMI and VNNI: 16 rows in a register --------------------------------------------------------------
 //
-// Byte j of a double word holds columns 8 j ... 8 j + 7 of one row. A table register holds four tables of 16 bytes, one
-// for each j, and the index of byte j gets j in its bits 4-5: one look-up gives the four bytes of 16 rows, and vpdpbusd
-// with ones adds up the four of each row. It is called a multiply-add; here it only adds bytes.
+// Byte j of a double word holds columns 8 j ... 8 j + 7 of one row. A register of tables holds four tables of 16 bytes,
+// one for each j, and bits 4-5 of the index of byte j are j. So one look-up gives four bytes for each of 16 rows, and
+// vpdpbusd adds up the four of each row: a multiply-add by ones.
 // Tables of a word: [low or high nibbles][plane of 8 bits][j][16 entries].
 
 namespace avx512_vbmi {
@@ -216,7 +223,7 @@ DBF_AVX512_VBMI void build_planes(const float* values, int64_t words, uint8_t* t
     flip[j] = _mm512_mask_set1_epi32(_mm512_setzero_si512(),
                                      _mm512_testn_epi32_mask(entry, _mm512_set1_epi32(1 << j)), INT32_MIN);
   const __m512i bias = _mm512_set1_epi32(1 << (8 * Planes - 1));
-  // Byte p of all 16 entries side by side, for p = 0 ... 3.
+  // Puts bytes p of all 16 entries side by side, for p = 0 ... 3.
   alignas(64) uint8_t order[64];
   for (int i = 0; i < 64; ++i) order[i] = static_cast<uint8_t>(i % 16 * 4 + i / 16);
   const __m512i gather = _mm512_load_si512(order);

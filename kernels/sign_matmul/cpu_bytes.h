@@ -1,16 +1,42 @@
-// Look-ups where a register holds one byte of each of several rows, for instruction sets that look up 16 bytes.
-// No #pragma once: every instruction set includes this in a namespace of its own, in which it has defined
+// The kernel of instruction sets that look up 16 bytes at a time: a register holds one byte of each of several rows.
 //
-//     DBF_TARGET                 the attribute of functions that use it
-//     Bytes, kBytes              a register and its size, a multiple of 16
-//     load_columns(tile, pass, w, c)  c[j], j < 4: byte j of word w of kBytes rows, in an order of its own
-//     row_of(pass, position)     the row of the tile that stands at a position of c[j]
-//     zero, low_nibbles, high_nibbles, look_up(table, index), add8, add16, high_bytes (of 16-bit lanes),
-//     load, store
+// No #pragma once: every instruction set includes this text in a namespace of its own, after the headers below and after
+// it has defined DBF_TARGET (the attribute of its functions) and the operations that are declared below. Without
+// DBF_TARGET, as editors and checks include it, the text stands alone with these declarations.
 //
-// Entries are cut into planes of 6 bits: four look-ups then add up within a byte. Pairs of bytes are summed up as 16-bit
-// numbers: `all` of both, modulo 2^16, and `odd` of the upper ones, so that nothing has to be unpacked.
+// Entries are split into planes of 6 bits: four look-ups then add up within a byte. Pairs of bytes are summed as 16-bit
+// numbers: `all` of both bytes, modulo 2^16, and `upper` of the upper one, so that nothing has to be unpacked.
 // Tables of a word: [half][plane][byte 2 half + j][nibble][16 entries], so that a step reads them from front to back.
+
+#ifndef DBF_TARGET
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu_types.h"
+#define DBF_TARGET
+#define DBF_BYTES_ALONE
+
+namespace dbf {
+
+constexpr int kBytes = 16;  // the size of a register, a multiple of 16
+struct Bytes {
+  uint8_t lanes[kBytes];
+};
+
+Bytes zero();
+Bytes low_nibbles(Bytes v);
+Bytes high_nibbles(Bytes v);
+Bytes look_up(const uint8_t* table, Bytes index);
+Bytes add8(Bytes a, Bytes b);
+Bytes add16(Bytes a, Bytes b);  // of 16-bit lanes
+Bytes high_bytes(Bytes v);      // of 16-bit lanes, shifted down
+void store(void* to, Bytes v);  // to aligned memory
+// c[j], j < 4, gets byte j of word w of the kBytes rows of a pass, in an order of the instruction set's own.
+void load_columns(const Tile& tile, int64_t pass, int64_t w, Bytes* c);
+// The row of the tile that stands at a position of c[j].
+int64_t row_of(int64_t pass, int64_t position);
+
+#endif
 
 constexpr int kPlaneBits = 6;
 constexpr int64_t kWordsPerFlush = 128;  // 2 * 128 sums of at most 4 * 63 stay below 2^16
@@ -64,3 +90,9 @@ DBF_TARGET inline void multiply(const Tile& tile, const Tables& tables, int64_t 
                  : multiply_planes<planes_of(16)>(tile, table, bits, tables.units[t], pass, y + t * kTileRows);
     }
 }
+
+#ifdef DBF_BYTES_ALONE
+}  // namespace dbf
+#undef DBF_BYTES_ALONE
+#undef DBF_TARGET
+#endif

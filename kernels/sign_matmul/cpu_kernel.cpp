@@ -58,17 +58,17 @@ void from_float(const dbf::Kernel& kernel, const float* from, ScalarType dtype, 
   }
 }
 
-// A scale or a bias in float32; nothing where there is none. Its memory is kept for the next call.
+// A scale or a bias in float32, or none. The next call reuses its memory.
 class Vector {
  public:
-  void load(const dbf::Kernel& kernel, const std::optional<Tensor>& given, int64_t size, const char* name) {
+  void load(const dbf::Kernel& kernel, const std::optional<Tensor>& vector, int64_t size, const char* name) {
     values_ = nullptr;
-    if (!given) return;
-    STD_TORCH_CHECK(given->dim() == 1 && given->size(0) == size && given->is_contiguous(),
+    if (!vector) return;
+    STD_TORCH_CHECK(vector->dim() == 1 && vector->size(0) == size && vector->is_contiguous(),
                     "dbf_native needs a contiguous vector of one value per feature as ", name);
-    bytes_of(given->scalar_type(), name);
+    bytes_of(vector->scalar_type(), name);
     float* values = memory_.get(size);
-    to_float(kernel, given->const_data_ptr(), given->scalar_type(), size, values);
+    to_float(kernel, vector->const_data_ptr(), vector->scalar_type(), size, values);
     values_ = values;
   }
   void multiply(float* x, int64_t first, int64_t count) const {
@@ -102,12 +102,12 @@ int64_t checked_tokens(const Tensor& x, const Tensor& out, int64_t columns, int6
   return rows == 0 ? 0 : out.numel() / rows;
 }
 
-// Runs on torch's threads; alone where there is too little to do.
+// Runs on torch's threads; on the calling one alone if there is little to do.
 const auto parallel = [](int64_t count, int64_t grain, const auto& body) {
   torch::stable::parallel_for(0, count, grain, body);
 };
 
-// Rows of a tensor as float32 activations, scaled.
+// Reads rows of x as float32 activations and scales them.
 auto reader(const dbf::Kernel& kernel, const Tensor& x, const Vector& scale) {
   const int64_t columns = columns_of(x), stride = columns * bytes_of(x.scalar_type(), "x");
   const auto* data = static_cast<const char*>(x.const_data_ptr());
@@ -117,7 +117,7 @@ auto reader(const dbf::Kernel& kernel, const Tensor& x, const Vector& scale) {
   };
 }
 
-// Sums, scaled and shifted, into rows of a tensor.
+// Scales sums, adds the bias, and writes them to rows of `out`.
 auto writer(const dbf::Kernel& kernel, const Tensor& out, const Vector& scale, const Vector& bias) {
   const int64_t rows = columns_of(out), size = bytes_of(out.scalar_type(), "out");
   auto* data = static_cast<char*>(out.mutable_data_ptr());
@@ -131,7 +131,7 @@ auto writer(const dbf::Kernel& kernel, const Tensor& out, const Vector& scale, c
 
 int bits_of(bool fast) { return fast ? 16 : 24; }
 
-// Memory of the calling thread, kept from call to call.
+// Memory of the calling thread; later calls reuse it.
 struct Workspace {
   dbf::TokenBlock first, second;
   Vector before, between, after, shift;

@@ -4,6 +4,13 @@
 
 #include <arm_neon.h>
 
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "cpu_portable.h"
+#include "cpu_types.h"
+
 namespace dbf {
 
 namespace neon {
@@ -35,7 +42,7 @@ inline int64_t row_of(int64_t pass, int64_t position) { return pass * kRows + po
 #undef DBF_TARGET
 
 inline Peaks peaks(const float* values, int64_t groups) {
-  uint32x4_t value = vdupq_n_u32(0);  // as whole numbers, sizes are ordered alike, and NaN is the largest
+  uint32x4_t value = vdupq_n_u32(0);  // as integers, absolute values keep their order, and NaN is the largest
   float32x4_t group = vdupq_n_f32(0.0f);
   for (int64_t g = 0; g < groups; ++g) {
     const float32x4_t v = vabsq_f32(vld1q_f32(values + g * kGroup));
@@ -57,7 +64,7 @@ inline void build(const float* values, int64_t words, int bits, uint8_t* tables)
     const float pairs[4] = {-v[0] - v[1], v[0] - v[1], v[1] - v[0], v[0] + v[1]};
     const float32x4_t low = vld1q_f32(pairs);
     const float high[4] = {-v[2] - v[3], v[2] - v[3], v[3] - v[2], v[2] + v[3]};
-    uint32_t cut[kEntries];
+    uint32_t entries[kEntries];
     for (int quarter = 0; quarter < 4; ++quarter) {
       const int32x4_t sum = vcvtnq_s32_f32(vaddq_f32(low, vdupq_n_f32(high[quarter])));
       const uint32x4_t e = vreinterpretq_u32_s32(vaddq_s32(sum, vdupq_n_s32(1 << (bits - 1))));
@@ -65,9 +72,9 @@ inline void build(const float* values, int64_t words, int bits, uint8_t* tables)
                                        vandq_u32(vshlq_n_u32(e, 2), vdupq_n_u32(0x3F00)));
       const uint32x4_t p23 = vorrq_u32(vandq_u32(vshlq_n_u32(e, 4), vdupq_n_u32(0x3F0000)),
                                        vandq_u32(vshlq_n_u32(e, 6), vdupq_n_u32(0x3F000000)));
-      vst1q_u32(cut + 4 * quarter, vorrq_u32(p01, p23));
+      vst1q_u32(entries + 4 * quarter, vorrq_u32(p01, p23));
     }
-    const uint8x16x4_t plane = vld4q_u8(reinterpret_cast<const uint8_t*>(cut));
+    const uint8x16x4_t plane = vld4q_u8(reinterpret_cast<const uint8_t*>(entries));
     for (int p = 0; p < planes; ++p) vst1q_u8(tables + ((g / 4 * planes + p) * 4 + g % 4) * kEntries, plane.val[p]);
   }
 }

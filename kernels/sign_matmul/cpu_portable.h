@@ -1,6 +1,13 @@
-// Plain C++ for any processor: the tables as whole numbers, one look-up at a time. The readable one.
+// Plain C++ for any processor: tables of int32, one look-up at a time. Read this one first.
 
 #pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "cpu_types.h"
 
 namespace dbf {
 
@@ -10,13 +17,13 @@ inline Peaks portable_peaks(const float* values, int64_t groups) {
   Peaks peaks{0.0f, 0.0f};
   for (const float* v = values; v < values + groups * kGroup; v += kGroup) {
     for (int j = 0; j < kGroup; ++j)
-      if (!(std::fabs(v[j]) <= peaks.value)) peaks.value = std::fabs(v[j]);  // a NaN comes in, and stays
+      if (!(std::fabs(v[j]) <= peaks.value)) peaks.value = std::fabs(v[j]);  // true for NaN, which then stays
     peaks.group = std::max(peaks.group, (std::fabs(v[0]) + std::fabs(v[1])) + (std::fabs(v[2]) + std::fabs(v[3])));
   }
   return peaks;
 }
 
-// Entry e is (+-v0 +- v1) + (+-v2 +- v3), the sign of v_j given by bit j of e; every kernel adds in this order.
+// Entry e is (+-v0 +- v1) + (+-v2 +- v3), where bit j of e is the sign of v_j. Every kernel adds in this order.
 inline void portable_build(const float* values, int64_t words, int bits, uint8_t* tables) {
   auto* entries = reinterpret_cast<int32_t*>(tables);
   for (int64_t g = 0; g < words * kGroupsPerWord; ++g, entries += kEntries) {
@@ -66,7 +73,7 @@ inline void portable_float_to_half(const float* from, int64_t count, uint16_t* t
     if (!(size <= std::numeric_limits<float>::max())) {
       half = size != size ? 0x7E00 : 0x7C00;
     } else {
-      // Whole numbers of the half's last place; from 2^-14 on, the exponent counts on where the mantissa overflows.
+      // Count in units of the half's last place; from 2^-14 on, an overflow of the mantissa raises the exponent.
       const int exponent = size < 0x1p-14f ? -14 : std::ilogb(size);
       const float places = std::nearbyint(std::ldexp(size, 10 - exponent));
       const int bits = size < 0x1p-14f ? static_cast<int>(places) : static_cast<int>(places) + (exponent + 14) * 1024;

@@ -1,16 +1,16 @@
-// The product with a packed sign matrix on CPUs: everything that is the same for all instruction sets.
+// The product with a packed sign matrix on CPUs, for any instruction set.
 //
 //     y[m, n] = unit[m] * sum over groups g of four columns of table[m, g][four sign bits of row n]
 //
-// Four neighbouring columns have 16 possible signed sums. They are computed once per token, then every row of the sign
-// matrix replaces four additions by one look-up and one addition; the four sign bits are the index (bit 1 = +1, least
-// significant bit = first column; layout of dbf_compile/signs.py). Signs meet nothing but look-ups and additions.
+// Four neighbouring columns have 16 possible signed sums: a look-up table (LUT), built once per token. Every row of the
+// sign matrix then replaces four additions by one look-up and one addition. Its four sign bits are the index (bit 1 = +1,
+// least significant bit = first column; layout of dbf_compile/signs.py). Signs meet nothing but look-ups and additions.
 //
-// Entries are whole numbers in units of one token: sums of whole numbers are exact in any order, so a result depends
-// neither on threads nor on tiles nor on the instruction set, and entries can be cut into bytes, of which a vector
-// register looks up 64 at once. They have `bits` bits: 24 (the errors of a float32 sum) or 16 (about 1e-4).
+// Entries are whole numbers in a unit of the token. Sums of whole numbers are exact in any order, so a result depends
+// neither on threads nor on tiles nor on the instruction set; and entries can be split into bytes, of which a vector
+// register looks up 64 at once. An entry has `bits` bits: 24 (the error of a float32 sum) or 16 (about 1e-4).
 //
-// This file and those it includes know nothing of torch.
+// cpu_types.h <- cpu_portable.h, cpu_avx.h, cpu_neon.h (both around cpu_bytes.h) <- this file. None includes torch.
 
 #pragma once
 
@@ -23,61 +23,8 @@
 #include <string>
 #include <vector>
 
-namespace dbf {
-
-constexpr int64_t kWordBits = 32;
-constexpr int64_t kGroup = 4;                          // columns that share one table
-constexpr int64_t kEntries = 16;                       // 2 ^ kGroup signed sums
-constexpr int64_t kGroupsPerWord = kWordBits / kGroup;
-constexpr int64_t kRows = 16;                          // rows whose words lie side by side
-constexpr int64_t kBlocks = 4;                         // blocks of kRows rows that are computed at once
-constexpr int64_t kTileRows = kRows * kBlocks;
-constexpr int64_t kTokensAtOnce = 8;                   // at most, in one call of a kernel
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Four blocks of 16 rows: words[b][w * kRows + r] is word w of row r of block b.
-struct Tile {
-  const uint32_t* words[kBlocks];
-  int64_t count;           // words of a row
-  int64_t prefetch_bytes;  // how far ahead of `words` the next tile lies
-};
-
-// The tables of some tokens, all alike in size.
-struct Tables {
-  const uint8_t* data;
-  int64_t stride;       // bytes from one token to the next
-  const double* units;  // of one token each
-};
-
-// The largest size of an activation, and the largest sum of the sizes of a group.
-struct Peaks {
-  float value;  // infinite or NaN if any activation is
-  float group;
-};
-
-// An instruction set: how tables look in memory, and how they are built and used.
-struct Kernel {
-  const char* name;
-  // Bytes of the tables of one token.
-  int64_t (*table_bytes)(int64_t words, int bits);
-  Peaks (*peaks)(const float* values, int64_t groups);
-  // Fills the tables of one token from words * 32 values in units; an entry is the rounded sum, biased to be positive.
-  void (*build)(const float* values, int64_t words, int bits, uint8_t* tables);
-  // y[t * kTileRows + r] = units[t] * the sum of row r, for a few tokens and all rows of a tile.
-  void (*multiply)(const Tile& tile, const Tables& tables, int64_t tokens, int bits, float* y);
-  void (*half_to_float)(const uint16_t* from, int64_t count, float* to);
-  void (*float_to_half)(const float* from, int64_t count, uint16_t* to);
-};
-
-// The sum of `lookups` biased entries, in units, without the bias.
-inline float finish(double sum, int64_t lookups, int bits, double unit) {
-  return static_cast<float>((sum - static_cast<double>(lookups) * static_cast<double>(int64_t(1) << (bits - 1))) * unit);
-}
-
-}  // namespace dbf
-
 #include "cpu_portable.h"
+#include "cpu_types.h"
 #if defined(__x86_64__)
 #include "cpu_avx.h"
 #elif defined(__aarch64__)
@@ -86,12 +33,12 @@ inline float finish(double sum, int64_t lookups, int bits, double unit) {
 
 namespace dbf {
 
-// The kernels that this processor can run, fastest first.
+// The kernels that this processor runs, fastest first.
 inline std::vector<const Kernel*> usable_kernels() {
   std::vector<const Kernel*> kernels;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2");  // and with it F16C, on every processor there is
+  const bool avx2 = __builtin_cpu_supports("avx2");  // every processor with AVX2 has F16C
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni"))
@@ -105,7 +52,7 @@ inline std::vector<const Kernel*> usable_kernels() {
   return kernels;
 }
 
-// The kernel that $DBF_CPU_ISA names, else the fastest; null where this processor does not have the named one.
+// The kernel that $DBF_CPU_ISA names, else the fastest; null if this processor does not run the named one.
 inline const Kernel* choose_kernel() {
   static const std::vector<const Kernel*> usable = usable_kernels();
   const char* wanted = std::getenv("DBF_CPU_ISA");
@@ -121,7 +68,7 @@ inline std::string usable_names() {
   return names;
 }
 
-// Memory that is kept from call to call: fresh pages would cost more than the product of a small layer.
+// Memory that is reused by later calls: fresh pages would cost more than the product of a small layer.
 template <typename T>
 class Scratch {
  public:
@@ -135,8 +82,8 @@ class Scratch {
   std::vector<uint8_t> memory_;
 };
 
-// A sign matrix in memory, int32 words [rows, words]. Interleaved, every full block of 16 rows holds word 0 of all 16,
-// then word 1 of all 16, and so on; the rows behind the last full block lie one after the other, as all do otherwise.
+// A sign matrix in memory, int32 words [rows, words]. Interleaved: every full block of 16 rows holds word 0 of all 16 rows,
+// then word 1 of all 16, and so on; the rows of an incomplete last block are stored one by one. Else all rows are.
 struct Signs {
   const uint32_t* words;
   int64_t rows, columns, count;
@@ -157,12 +104,12 @@ struct Signs {
                                                       : words[row * count + w];
   }
 
-  // Tile `index`; what does not lie interleaved is copied to `scratch`, of scratch_words() words.
+  // Tile `index`; rows that are not interleaved are copied to `scratch`, of scratch_words() words.
   Tile tile(int64_t index, uint32_t* scratch) const {
     Tile tile{{}, count, kTileRows * count * 4};
     const int64_t last = ceil_div(rows, kRows) - 1;
     for (int64_t b = 0; b < kBlocks; ++b) {
-      // Past the end stands the last block again: its result is not looked at.
+      // Past the end, repeat the last block; nobody reads its result.
       const int64_t block = std::min(index * kBlocks + b, last), first = block * kRows;
       if (interleaved && first + kRows <= rows) {
         tile.words[b] = words + first * count;
@@ -180,7 +127,7 @@ struct Signs {
   int64_t scratch_words() const { return kTileRows * count; }
 };
 
-// The tables of a block of tokens, and what else the product needs to know of these.
+// The look-up tables of a block of tokens, with the unit of each token and whether it is finite.
 class TokenBlock {
  public:
   void reserve(const Kernel& kernel, int64_t tokens, int64_t columns, int bits) {
@@ -195,18 +142,18 @@ class TokenBlock {
     finite_.resize(tokens);
   }
 
-  // Where the values of a token go, before build(token).
+  // The activations of a token, to be written before build(token).
   float* values(int64_t token) { return values_ + token * words_ * kWordBits; }
 
   void build(int64_t token) {
     float* z = values(token);
     const int64_t count = words_ * kWordBits, groups = words_ * kGroupsPerWord;
-    std::fill(z + columns_, z + count, 0.0f);  // columns that pad the last word count as zero
+    std::fill(z + columns_, z + count, 0.0f);  // the columns that pad the last word
     Peaks peaks = kernel_->peaks(z, groups);
     units_[token] = 0.0;
     finite_[token] = peaks.value <= std::numeric_limits<float>::max();
     if (!finite_[token]) return;
-    // Far from 1, sums or factors would leave the range of float32.
+    // Sums of very large values, and factors for very small ones, would overflow float32.
     const float range = peaks.value > 0x1p100f ? 0x1p-64f : peaks.value < 0x1p-60f ? 0x1p64f : 1.0f;
     if (range != 1.0f) {
       for (int64_t k = 0; k < count; ++k) z[k] *= range;
@@ -214,8 +161,8 @@ class TokenBlock {
     }
     float factor = 0.0f;
     if (peaks.group > 0.0f) {
-      // With 24 bits a power of two: what float32 holds exactly stays exact. 8388000 instead of 2^23 - 1 leaves room
-      // for the rounding of sums.
+      // With 24 bits a power of two, so that values which are exact in float32 stay exact. 8388000 instead of 2^23 - 1
+      // leaves room for the rounding of sums.
       factor = bits_ == 24 ? std::ldexp(1.0f, std::ilogb(8388000.0f / peaks.group)) : 32767.0f / peaks.group;
       units_[token] = 1.0 / (static_cast<double>(factor) * range);
     }
@@ -225,7 +172,7 @@ class TokenBlock {
 
   Tables tables(int64_t token) const { return {tables_ + token * stride_, stride_, units_.data() + token}; }
 
-  // What float32 arithmetic makes of infinite and undefined activations; finite ones change nothing beside them.
+  // The sum as float32 has it if an activation is infinite or NaN; the finite ones do not matter then.
   bool finite(int64_t token) const { return finite_[token]; }
   float sum_of_infinite(int64_t token, const Signs& signs, int64_t row) {
     const float* z = values(token);
@@ -250,8 +197,8 @@ class TokenBlock {
   std::vector<char> finite_;
 };
 
-constexpr int64_t kTableBudget = 1 << 20;   // tables in flight: half of a common second-level cache
-constexpr int64_t kLookUpsPerTask = 1 << 17;  // fewer are not worth waking a thread for
+constexpr int64_t kTableBudget = 1 << 20;   // bytes of tables at a time: half of a common second-level cache
+constexpr int64_t kLookUpsPerTask = 1 << 17;  // fewer do not pay for waking a thread
 
 inline int64_t tokens_per_block(const Kernel& kernel, int64_t columns, int bits) {
   const int64_t bytes = kernel.table_bytes(ceil_div(columns, kWordBits), bits);
@@ -259,9 +206,9 @@ inline int64_t tokens_per_block(const Kernel& kernel, int64_t columns, int bits)
 }
 
 // One product for a block of tokens.
-//   read(token, values)                      writes the `columns` activations of a token
-//   write(token, row, count, sums)           takes the sums of neighbouring rows; called once for each row
-//   parallel(count, grain, body(begin, end)) runs body over [0, count), on as many threads as it likes
+//   read(token, values)                      writes the `columns` activations of a token to `values`
+//   write(token, row, count, sums)           takes the sums of `count` rows from `row` on; each row comes once
+//   parallel(count, grain, body(begin, end)) runs body over [0, count) on any number of threads
 template <typename Parallel, typename Read, typename Write>
 void multiply_block(const Kernel& kernel, const Signs& signs, int bits, int64_t tokens, TokenBlock& block,
                     const Parallel& parallel, const Read& read, const Write& write) {

@@ -26,8 +26,35 @@ def build(compiler: str, path: Path, *flags: str, headers: Path = HEADERS) -> Pa
 def check(*command: str, kernels: set[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    found = {line.partition(":")[0] for line in done.stdout.splitlines() if "of 72 cases wrong" in line}
-    assert kernels <= found
+    checked = {line.partition(":")[0] for line in done.stdout.splitlines() if "of 72 cases wrong" in line}
+    assert kernels <= checked
+
+
+COMPILERS = {platform.machine(): cpp_build.compiler()}
+COMPILERS.setdefault("aarch64", shutil.which("aarch64-linux-gnu-g++"))
+INTRINSICS_OF = {"cpu_avx.h": "x86_64", "cpu_neon.h": "aarch64"}
+
+
+@pytest.mark.parametrize("processor", COMPILERS)
+@pytest.mark.parametrize("header", sorted(path.name for path in HEADERS.glob("*.h")))
+def test_every_header_compiles_alone(header: str, processor: str) -> None:
+    compiler = COMPILERS[processor]
+    if compiler is None or INTRINSICS_OF.get(header, processor) != processor:
+        pytest.skip(f"no compiler for {processor}, or the header is for another processor")
+    command = [
+        compiler,
+        *FLAGS,
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-fsyntax-only",
+        f"-I{HEADERS}",
+        "-x",
+        "c++",
+        "-",
+    ]
+    done = subprocess.run(command, input=f'#include "{header}"\n', capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.mark.skipif(cpp_build.compiler() is None, reason="this machine has no C++ compiler")
