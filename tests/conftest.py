@@ -1,9 +1,10 @@
-"""Caches of one test run: fresh, shared by all workers, gone afterwards; the user's own are neither read nor written."""
+"""Order of the tests, and caches of one run: fresh, shared by all workers, gone afterwards; the user's own stay untouched."""
 
 import os
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,17 @@ if _IS_CONTROLLER:
     os.environ["DBF_TEST_FOLDER"] = tempfile.mkdtemp(prefix="dbf_compile_tests_")
 _FOLDER = Path(os.environ["DBF_TEST_FOLDER"])
 
-# Before torch reads them, here and in every process that a test starts.
-# Threads that have nothing to do sleep. By default they spin for a while, and with a worker of the tests on every core
-# that is the time of others, for whom they wait in turn.
+# Set before torch reads them, here and in every process that a test starts.
+# Idle threads sleep. By default they spin for a while, which takes the core from another worker of the tests.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["DBF_CACHE_DIR"] = str(_FOLDER / "dbf")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_FOLDER / "inductor")
+
+
+def pytest_collection_modifyitems(items):
+    """Put the files with the most slow tests first: the last ones to run are short, and all workers end together."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 def pytest_sessionfinish(session):

@@ -2,49 +2,24 @@
 
 import pytest
 import torch
+from support.models.architectures import random_model
 from support.models.tiny import error_of
 from torch import nn
 
 from dbf_compile.integrations.experts import Experts, is_fused, unfuse_
 from dbf_compile.linear import dense_linears
 
-transformers = pytest.importorskip("transformers")
-
-SIZES = {
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "num_experts_per_tok": 2,
-    "pad_token_id": 0,
-}
+pytest.importorskip("transformers")
 
 
-def mixtral():
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, num_local_experts=4))
-
-
-def qwen():
-    config = transformers.Qwen3MoeConfig(**SIZES, num_experts=4, moe_intermediate_size=48, head_dim=16)
-    return transformers.Qwen3MoeForCausalLM(config)
-
-
-def gpt_oss():  # biases, weights [K, N], gate and up in turns
-    return transformers.GptOssForCausalLM(
-        transformers.GptOssConfig(**SIZES, num_local_experts=4, head_dim=16)
-    )
-
-
-@pytest.fixture(params=[mixtral, qwen, gpt_oss])
+@pytest.fixture(
+    params=["mixtral", "qwen3_moe", "gpt_oss"]
+)  # gpt_oss: biases, weights [K, N], gate and up interleaved
 def model(request):
-    torch.manual_seed(0)
-    made = request.param().eval().requires_grad_(False)
-    for parameter in made.parameters():
+    model = random_model(request.param).requires_grad_(False)
+    for parameter in model.parameters():
         parameter.copy_(torch.randn(parameter.shape) * 0.1)  # biases and sinks start at zero or nothing
-    return made
+    return model
 
 
 TOKENS = torch.arange(1, 21)[None]
@@ -72,8 +47,7 @@ def test_every_expert_is_two_linear_layers(model):
 
 
 def test_experts_that_no_token_goes_to_and_masked_places_are_left_out():
-    torch.manual_seed(0)
-    fused = mixtral().model.layers[0].mlp.experts.requires_grad_(False)
+    fused = random_model("mixtral").model.layers[0].mlp.experts.requires_grad_(False)
     x, index = torch.randn(5, 64), torch.tensor([[1, 4], [1, 1], [4, 4], [1, 4], [4, 1]])
     shares = torch.rand(5, 2)
     expected = fused(x, index.clamp_max(3), shares * (index < 4))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from support.models.architectures import SHARPER
+from support.models.tiny import tiny_llama
 from support.strategies import random_factors, random_factors_like, random_signs
 
 from dbf_compile.linear import DoubleBinaryLinear
@@ -116,18 +117,12 @@ def llama(factored: bool) -> torch.nn.Module:
 
     What comes out of attention's layers is summed over more columns than one program adds up.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=LLAMA_BLOCKS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=320,
-    )
-    model = LlamaForCausalLM(config).eval()
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "vocab_size": 320,
+    }  # heads of 64, as large models have
+    model = tiny_llama(LLAMA_BLOCKS, **sizes, max_position_embeddings=CACHED_TOKENS, pad_token_id=None)
     for block in model.model.layers if factored else []:
         attention, mlp = block.self_attn, block.mlp
         attention.q_proj, attention.k_proj, attention.v_proj = _as_one(

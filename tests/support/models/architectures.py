@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from support.models.tiny import LLAMA
 from support.strategies import random_factors_like
 
 from dbf_compile.linear import DoubleBinaryLinear, dense_linears, dense_weight, replace_everywhere
@@ -49,10 +50,10 @@ IMAGES = {
     "image_size": 32,
     "patch_size": 8,
 }
-# Class, configuration, factored layers, and the mode that is tried: blocks for most, since they depend on how a model
-# calls them.
+# Class, configuration, number of factored layers, and the mode that is tried: "block" for most, since it depends on how
+# a model calls its blocks.
 KINDS = {
-    "llama": ("LlamaForCausalLM", "LlamaConfig", GROUPED, 14, "block"),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA, 14, "block"),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**GROUPED, "head_dim": 16}, 14, "block"),
     "mistral": ("MistralForCausalLM", "MistralConfig", GROUPED, 14, "independent"),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", SLIDING, 14, "block"),
@@ -98,7 +99,7 @@ KINDS = {
 }
 
 
-# Of random queries and keys: else attention would look everywhere alike, and a wrong query would hardly be seen.
+# Factor of random queries and keys. Without it attention is almost uniform, and a wrong query would hardly be seen.
 SHARPER = 4.0
 
 
@@ -113,24 +114,25 @@ def random_model(name: str) -> torch.nn.Module:
 
 @torch.no_grad()
 def random_factored_model(name: str) -> torch.nn.Module:
-    """Return a model whose layers but the head have random factors.
+    """Return a model whose layers have random factors, all but the head.
 
-    Middle dimensions are odd, or more than one program of the GPU's kernel adds up.
+    Middle dimensions are odd, or wider than one program of the GPU's kernel sums.
     """
     model = random_model(name)
     layers = dense_linears(model)
-    layers = {key: one for key, one in layers.items() if one is not model.get_output_embeddings()}
+    head = model.get_output_embeddings()
+    layers = {key: layer for key, layer in layers.items() if layer is not head}
     for index, (key, layer) in enumerate(layers.items()):
         factors = random_factors_like(dense_weight(layer), (40, 1090, 33)[index % 3], seed=index)
-        made = DoubleBinaryLinear(factors, layer.bias)
+        replacement = DoubleBinaryLinear(factors, layer.bias)
         if key.endswith(("q_proj", "k_proj", "query", "key")):
-            made.scale_out *= SHARPER
-        replace_everywhere(model, layer, made)
+            replacement.scale_out *= SHARPER
+        replace_everywhere(model, layer, replacement)
     return model
 
 
 def settings_of(name: str) -> dict[str, bool]:
-    """Return what to say to a model beside its batch so that it keeps no cache."""
+    """Return the arguments of a call, beside the batch, that switch the cache off."""
     return {} if name in ("bert", "vit") else {"use_cache": False}
 
 

@@ -1,4 +1,4 @@
-"""A tiny random Llama as a folder of transformers, with a tokenizer and text; and how to compress it in a moment."""
+"""A tiny random Llama as a folder of transformers, with a tokenizer and text, and options to compress it in a moment."""
 
 from pathlib import Path
 from typing import Any
@@ -28,22 +28,22 @@ def tiny_tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    made = tokenizers.Tokenizer(
-        tokenizers.models.BPE({letter: place for place, letter in enumerate(alphabet)}, [])
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE({letter: token for token, letter in enumerate(alphabet)}, [])
     )
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=made)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def tiny_folder(path: Path, layers: int = 2, model: nn.Module | None = None) -> Path:
-    """Write a model with a tokenizer to a folder, and text beside it; return the folder."""
+    """Write a model and a tokenizer to a folder, and text beside it; return the folder."""
     model = tiny_llama(layers) if model is None else model
     model.save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
     generator = torch.Generator().manual_seed(0)
-    places = torch.randint(len(WORDS), (400,), generator=generator).tolist()
-    text_of(path).write_text(" ".join(WORDS[place] for place in places))
+    words = torch.randint(len(WORDS), (400,), generator=generator).tolist()
+    text_of(path).write_text(" ".join(WORDS[word] for word in words))
     return path
 
 
@@ -53,7 +53,7 @@ def text_of(folder: Path) -> Path:
 
 
 def weights_of(folder: Path) -> dict[str, bytes]:
-    """Return the content of all files that make up a model; reports hold times and are left out."""
+    """Return the content of all files of a model but its reports, which hold times."""
     return {
         path.name: path.read_bytes()
         for path in sorted(folder.iterdir())

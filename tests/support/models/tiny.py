@@ -1,5 +1,8 @@
 """Tiny random models, and options with which factoring them takes a moment."""
 
+import copy
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -7,6 +10,19 @@ import dbf_compile
 
 # Few iterations: these tests are about the compiler, not about quality.
 OPTIONS = {"bits_per_weight": 4.0, "iterations": 4, "progress": False}
+# Two query heads share a key; 172 is no multiple of 32. Any token may follow any other.
+LLAMA = {
+    "hidden_size": 64,
+    "intermediate_size": 172,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -26,30 +42,17 @@ class MLP(nn.Module):
         return x + self.down(torch.nn.functional.gelu(self.up(x)))
 
 
-def factored(model: nn.Module, **options: object) -> nn.Module:
+def factored(model: nn.Module, **options: Any) -> nn.Module:
     """Return a copy of ``model`` whose layers are factored; it runs without the compiler."""
-    import copy
-
     return dbf_compile.convert_(copy.deepcopy(model), **{**OPTIONS, **options})
 
 
-def tiny_llama(layers: int = 2) -> nn.Module:
+def tiny_llama(layers: int = 2, **sizes: Any) -> nn.Module:
+    """Return the Llama that all tests share; ``sizes`` are fields of its configuration that have to differ."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=172,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=256,
-        max_position_embeddings=128,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(LlamaConfig(**{**LLAMA, "num_hidden_layers": layers, **sizes})).eval()
 
 
 def tiny_gpt2() -> nn.Module:
