@@ -1,13 +1,15 @@
-"""The disk format: factors by layer name in one safetensors file; nobody else reads or writes it.
+"""The disk format of factors: one safetensors file, layers by name. No other module reads or writes it.
 
     tensor    "<layer>.<name>", name one of signs_in, signs_out, scale_in, scale_mid, scale_out
     header    "format": "dbf", "format_version": "1",
               "layers": JSON {layer: {"in_features": K, "mid_features": R, "out_features": N,
                                       "shares_first_stage_with": layer or null}},
-              and whatever other keys the user gave
+              and the user's own keys
 
-A layer that shares its first stage (signs_in, scale_in, scale_mid) names the layer that stores it and stores only
-signs_out and scale_out itself; the shared tensors come back as the same objects. Nothing is ever unpickled.
+A layer may share its first stage (signs_in, scale_in, scale_mid). It then names the layer that stores the first stage
+and stores only signs_out and scale_out. Loading returns shared tensors as the same objects. Nothing is ever unpickled.
+
+Shape letters: K in_features, R mid_features, N out_features.
 """
 
 from __future__ import annotations
@@ -26,38 +28,43 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dbf_compile.errors import CheckpointError, FactorsError
-from dbf_compile.factors import FIRST_STAGE, SCALE_DTYPES, TENSOR_NAMES, DoubleBinaryFactors
+from dbf_compile.factors import (
+    FIRST_STAGE,
+    SCALE_DTYPES,
+    SIGN_NAMES,
+    TENSOR_NAMES,
+    DoubleBinaryFactors,
+    factor_shapes,
+)
 from dbf_compile.files import appearing
-from dbf_compile.signs import words_per_row
 
 FORMAT, VERSION = "dbf", "1"
 RESERVED_KEYS = ("format", "format_version", "layers")
 
-_DTYPE_NAMES = {torch.int32: "I32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
-_SCALE_DTYPES = tuple(_DTYPE_NAMES[dtype] for dtype in SCALE_DTYPES)
+# safetensors' names of dtypes
+_SIGN_DTYPES = ("I32",)
+_SCALE_DTYPES = tuple(
+    {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}[dtype] for dtype in SCALE_DTYPES
+)
 _MAKE_AGAIN = "the file is damaged: save the factors again"
 _NOT_OURS = "pass a file written by dbf_compile.checkpoint.save"
 
 
 @dataclass(frozen=True)
 class _Layer:
+    """The entry of one layer in the header."""
+
     in_features: int
     mid_features: int
     out_features: int
     shares_first_stage_with: str | None = None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        k, r, n = self.in_features, self.mid_features, self.out_features
-        return {
-            "signs_in": (r, words_per_row(k)),
-            "signs_out": (n, words_per_row(r)),
-            "scale_in": (k,),
-            "scale_mid": (r,),
-            "scale_out": (n,),
-        }
+        """Return the shapes of the five tensors by name."""
+        return factor_shapes(self.in_features, self.mid_features, self.out_features)
 
     def keys(self, name: str) -> dict[str, str]:
-        """Return where the five tensors of the layer ``name`` are stored."""
+        """Return the keys under which the file stores the five tensors of the layer ``name``."""
         first = name if self.shares_first_stage_with is None else self.shares_first_stage_with
         return {tensor: f"{first if tensor in FIRST_STAGE else name}.{tensor}" for tensor in TENSOR_NAMES}
 
@@ -67,17 +74,17 @@ def save(
     path: str | os.PathLike[str],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write factors to a file, which appears whole or not at all and replaces what was there.
+    """Write factors to a file, atomically: the file is replaced as a whole or not at all.
 
     Args:
-        factors: layer name to factors; layers that share the tensors of their first stage, as those of
-            ``DoubleBinaryFactors.split`` do, share them in the file as well.
-        path: the file; its folder exists.
-        metadata: further strings for the header, such as the name of the model.
+        factors: layer name to factors. Layers that share the tensors of their first stage, such as those that
+            ``DoubleBinaryFactors.split`` returns, share them in the file as well.
+        path: the file; its folder must exist.
+        metadata: more strings for the header, such as the name of the model.
 
     Raises:
-        CheckpointError: nothing to save, factors without content (meta device), metadata under a reserved key
-            or not of strings, or the file cannot be written.
+        CheckpointError: ``factors`` is empty, factors are on the meta device, metadata has a reserved key or is no
+            string, or the file cannot be written.
     """
     path = Path(path)
     if not factors:
@@ -87,53 +94,53 @@ def save(
     layers: dict[str, _Layer] = {}
     tensors: dict[str, Tensor] = {}
     owners: dict[object, str] = {}
-    for name, made in factors.items():
-        if made.scale_in.device.type == "meta":
+    for name, layer in factors.items():
+        if layer.scale_in.device.type == "meta":
             raise CheckpointError(
                 f"factors of {name!r} on the meta device", "factors with content", "load or make them first"
             )
-        owner = owners.setdefault(_first_stage_of(made), name)
+        owner = owners.setdefault(_first_stage_of(layer), name)
         shared = None if owner == name else owner
-        layers[name] = _Layer(made.in_features, made.mid_features, made.out_features, shared)
+        layers[name] = _Layer(layer.in_features, layer.mid_features, layer.out_features, shared)
         for tensor, key in layers[name].keys(name).items():
-            # A copy: safetensors refuses views, and tensors that occur twice.
+            # Copied, because safetensors refuses views and tensors that occur twice.
             if key not in tensors:
-                tensors[key] = made.tensors()[tensor].detach().to("cpu", copy=True).contiguous()
+                tensors[key] = layer.tensors()[tensor].detach().to("cpu", copy=True).contiguous()
     write_tensors(tensors, _header(layers, metadata or {}), path)
 
 
 def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> dict[str, DoubleBinaryFactors]:
-    """Read factors from a file and check all of it before anything is returned.
+    """Read factors from a file; the whole file is checked before anything is returned.
 
     Args:
         path: a file written by :func:`save`.
-        device: where the tensors go.
+        device: where to put the tensors.
 
     Returns:
-        Layer name to factors, in the order of saving; a shared first stage is one set of tensors.
+        Layer name to factors, in the order of saving. Layers that share a first stage hold the same tensor objects.
 
     Raises:
-        CheckpointError: no such file, not of this format or of a newer version, or damaged in any way.
+        CheckpointError: the file does not exist, has another format or version, or is damaged.
     """
     with _opened(path) as file:
         layers = _read_layers(_read_header(file))
-        # Every tensor once: layers that name the same key get the same object.
+        # Each tensor is read once: layers that share a key get the same object.
         tensors = {key: _read_tensor(file, key).to(device) for key in _checked_keys(file, layers)}
-        return {name: _make(name, layer, tensors) for name, layer in layers.items()}
+        return {name: _factors_of(name, layer, tensors) for name, layer in layers.items()}
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Return the strings given to :func:`save` as ``metadata``; no tensor is read.
+    """Return the ``metadata`` that :func:`save` wrote, without reading a tensor.
 
     Raises:
-        CheckpointError: no such file, or not of this format.
+        CheckpointError: the file does not exist, or has another format or version.
     """
     with _opened(path) as file:
         return {key: value for key, value in _read_header(file).items() if key not in RESERVED_KEYS}
 
 
 def _first_stage_of(factors: DoubleBinaryFactors) -> object:
-    """Return a value that is equal for factors that share the memory of their first stage."""
+    """Return a key that is equal for factors whose first stages share memory."""
     tensors = (getattr(factors, name) for name in FIRST_STAGE)
     return tuple((t.device, t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors)
 
@@ -150,20 +157,20 @@ def _header(layers: Mapping[str, _Layer], metadata: Mapping[str, str]) -> dict[s
             raise CheckpointError(
                 f"metadata {key!r}: {value!r}", "strings", "convert it, for instance to JSON"
             )
-    described = json.dumps({name: asdict(layer) for name, layer in layers.items()})
-    return {"format": FORMAT, "format_version": VERSION, "layers": described, **metadata}
+    table = json.dumps({name: asdict(layer) for name, layer in layers.items()})
+    return {"format": FORMAT, "format_version": VERSION, "layers": table, **metadata}
 
 
 def write_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Path) -> None:
-    """Write a safetensors file, which appears whole or not at all and replaces what was there.
+    """Write a safetensors file, atomically: the file is replaced as a whole or not at all.
 
     Args:
         tensors: on the CPU, contiguous, none a view of another.
-        header: strings.
-        path: the file; its folder exists.
+        header: string metadata.
+        path: the file; its folder must exist.
 
     Raises:
-        CheckpointError: it cannot be written.
+        CheckpointError: the file cannot be written.
     """
     try:
         with appearing(path) as partial:
@@ -178,7 +185,7 @@ def write_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, str], path
 
 @contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """Yield the open file; every CheckpointError raised inside gets the path in front."""
+    """Yield the open file; a CheckpointError raised inside gets the path in front of its message."""
     path = Path(path)
     try:
         if not path.is_file():
@@ -201,7 +208,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
 
 
 def _looks_like_safetensors(path: Path) -> bool:
-    # Eight bytes give the length of the header, which is a JSON object.
+    # A safetensors file starts with eight bytes for the length of its header, a JSON object.
     try:
         with path.open("rb") as file:
             return file.read(9)[8:] == b"{"
@@ -228,8 +235,8 @@ def _read_header(file: Any) -> dict[str, str]:
 
 def _read_layers(header: Mapping[str, str]) -> dict[str, _Layer]:
     try:
-        described = json.loads(header["layers"])
-        layers = {name: _Layer(**entry) for name, entry in described.items()}
+        table = json.loads(header["layers"])
+        layers = {name: _Layer(**entry) for name, entry in table.items()}
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"an unreadable list of layers ({type(error).__name__}: {error})",
@@ -259,7 +266,7 @@ def _check_shared(name: str, layer: _Layer, layers: Mapping[str, _Layer]) -> Non
             _MAKE_AGAIN,
         )
     owner = layers[shared]
-    # One step only: chains are never written, and without them no cycle can arise.
+    # The owner must store its first stage itself: this rules out chains, and with them cycles.
     if owner.shares_first_stage_with is not None:
         raise CheckpointError(
             f"layer {name!r} shares its first stage with {shared!r}, which does not store one",
@@ -276,15 +283,15 @@ def _check_shared(name: str, layer: _Layer, layers: Mapping[str, _Layer]) -> Non
 
 
 def _checked_keys(file: Any, layers: Mapping[str, _Layer]) -> set[str]:
-    """Return the keys of all tensors, after comparing names, dtypes and shapes with what the layers need."""
-    found = set(file.keys())
+    """Return the keys of all tensors, after checking names, dtypes and shapes against the table of layers."""
+    stored = set(file.keys())
     for name, layer in layers.items():
         shapes = layer.shapes()
         for tensor, key in layer.keys(name).items():
-            if key not in found:
+            if key not in stored:
                 raise CheckpointError(f"no tensor {key!r}", f"all tensors of layer {name!r}", _MAKE_AGAIN)
             entry = file.get_slice(key)
-            dtypes = ("I32",) if tensor.startswith("signs") else _SCALE_DTYPES
+            dtypes = _SIGN_DTYPES if tensor in SIGN_NAMES else _SCALE_DTYPES
             if entry.get_dtype() not in dtypes:
                 raise CheckpointError(
                     f"{key!r} of dtype {entry.get_dtype()}", " or ".join(dtypes), _MAKE_AGAIN
@@ -293,24 +300,24 @@ def _checked_keys(file: Any, layers: Mapping[str, _Layer]) -> set[str]:
                 raise CheckpointError(
                     f"{key!r} of shape {tuple(entry.get_shape())}", str(shapes[tensor]), _MAKE_AGAIN
                 )
-    extra = found - {key for name, layer in layers.items() for key in layer.keys(name).values()}
+    extra = stored - {key for name, layer in layers.items() for key in layer.keys(name).values()}
     if extra:
         raise CheckpointError(
             f"{len(extra)} tensors that belong to no layer, such as {min(extra)!r}",
             "tensors of its layers",
             _MAKE_AGAIN,
         )
-    return found
+    return stored
 
 
 def _read_tensor(file: Any, key: str) -> Tensor:
     tensor: Tensor = file.get_tensor(key)
-    # Tensors are the mapped file itself. Layers on the CPU copy signs into another order; a scale that is not copied as
-    # well would keep all of the file in memory beside them.
+    # Tensors are views of the memory-mapped file. Layers on the CPU copy signs into another order; a scale that is not
+    # copied as well would keep the whole file mapped.
     return tensor.clone() if tensor.is_floating_point() else tensor
 
 
-def _make(name: str, layer: _Layer, tensors: Mapping[str, Tensor]) -> DoubleBinaryFactors:
+def _factors_of(name: str, layer: _Layer, tensors: Mapping[str, Tensor]) -> DoubleBinaryFactors:
     try:
         return DoubleBinaryFactors(**{tensor: tensors[key] for tensor, key in layer.keys(name).items()})
     except FactorsError as error:

@@ -9,23 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from dbf_compile.errors import DBFError, FactorsError
+from dbf_compile.formulas import factored_bits
 from dbf_compile.signs import check_words, padding_is_zero, unpack_signs, words_per_row
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-SCALE_BITS = 16  # the factorizer stores scales in half precision
 SIGN_NAMES = ("signs_in", "signs_out")
-FIRST_STAGE = ("signs_in", "scale_in", "scale_mid")  # what layers that read one input may have in common
+FIRST_STAGE = ("signs_in", "scale_in", "scale_mid")  # layers that read one input may share these
 TENSOR_NAMES = (*SIGN_NAMES, "scale_in", "scale_mid", "scale_out")
 
 
 @dataclass(frozen=True, eq=False)
 class DoubleBinaryFactors:
-    """The five tensors of a double binary factorization; checked when made, never changed.
+    """The five tensors of a double binary factorization; immutable, and checked by the constructor.
 
     ``W[n, k] ≈ scale_out[n] · Σ_r signs_out[n, r] · scale_mid[r] · signs_in[r, k] · scale_in[k]``
 
@@ -80,13 +81,13 @@ class DoubleBinaryFactors:
         return {name: getattr(self, name) for name in TENSOR_NAMES}
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the weight the factors stand for, shape [N, K], computed in ``dtype``."""
+        """Return the weight [N, K] that the factors stand for, computed in ``dtype``."""
         outer = unpack_signs(self.signs_out, self.mid_features, dtype) * self.scale_mid.to(dtype)
         inner = unpack_signs(self.signs_in, self.in_features, dtype) * self.scale_in.to(dtype)
         return self.scale_out.to(dtype)[:, None] * (outer @ inner)
 
     def bits(self) -> int:
-        """Return the stored bits: all words, padding included, and all scales."""
+        """Return the number of stored bits: all words of signs, padding included, and all scales."""
         return sum(8 * tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
     def bits_per_weight(self) -> float:
@@ -96,7 +97,11 @@ class DoubleBinaryFactors:
     def to(
         self, device: torch.device | str | None = None, scale_dtype: torch.dtype | None = None
     ) -> DoubleBinaryFactors:
-        """Return the factors on ``device`` with scales of ``scale_dtype``; ``None`` keeps what is there."""
+        """Return the factors on ``device`` with scales of ``scale_dtype``; None changes nothing.
+
+        Raises:
+            FactorsError: ``scale_dtype`` is no dtype for scales, or a scale overflows in it.
+        """
         device = self.scale_in.device if device is None else device
         dtype = self.scale_in.dtype if scale_dtype is None else scale_dtype
         return DoubleBinaryFactors(
@@ -108,57 +113,78 @@ class DoubleBinaryFactors:
         )
 
     @staticmethod
-    def stack(parts: Sequence[DoubleBinaryFactors]) -> DoubleBinaryFactors:
-        """Return the factors of the stacked rows of ``parts``; undoes :meth:`split`.
+    def stack(groups: Sequence[DoubleBinaryFactors]) -> DoubleBinaryFactors:
+        """Return the factors of the stacked rows of ``groups``; the inverse of :meth:`split`.
 
         Raises:
-            FactorsError: the parts do not share the tensors of their first stage.
+            FactorsError: the groups do not share the tensors of their first stage.
         """
-        first = parts[0]
-        if any(getattr(part, name) is not getattr(first, name) for part in parts for name in FIRST_STAGE):
+        first = groups[0]
+        if any(getattr(group, name) is not getattr(first, name) for group in groups for name in FIRST_STAGE):
             raise FactorsError(
-                "parts with first stages of their own",
-                "parts that came out of one split()",
+                "groups of rows with first stages of their own",
+                "groups that one split() returned",
                 "factor the stacked weight instead",
             )
-        if len(parts) == 1:
+        if len(groups) == 1:
             return first
         return DoubleBinaryFactors(
             first.signs_in,
-            torch.cat([part.signs_out for part in parts]),
+            torch.cat([group.signs_out for group in groups]),
             first.scale_in,
             first.scale_mid,
-            torch.cat([part.scale_out for part in parts]),
+            torch.cat([group.scale_out for group in groups]),
         )
 
     def split(self, out_features: Sequence[int]) -> Iterator[DoubleBinaryFactors]:
-        """Yield the factors of consecutive groups of rows; the first stage is shared, not copied.
+        """Yield the factors of consecutive groups of rows; they share the first stage without a copy.
 
         Args:
-            out_features: rows of each part; their sum is N.
+            out_features: number of rows of each group; their sum is N.
 
         Raises:
-            FactorsError: the parts do not add up to N.
+            FactorsError: the groups do not add up to N.
         """
         if sum(out_features) != self.out_features:
             raise FactorsError(
-                f"parts of {list(out_features)} rows for {self.out_features} out_features",
-                f"parts that add up to {self.out_features}",
+                f"groups of {list(out_features)} rows for {self.out_features} out_features",
+                f"groups that add up to {self.out_features}",
                 "pass the out_features of the stacked layers",
             )
         start = 0
-        for rows in out_features:
-            part = slice(start, start + rows)
+        for count in out_features:
+            rows = slice(start, start + count)
             yield DoubleBinaryFactors(
-                self.signs_in, self.signs_out[part], self.scale_in, self.scale_mid, self.scale_out[part]
+                self.signs_in, self.signs_out[rows], self.scale_in, self.scale_mid, self.scale_out[rows]
             )
-            start += rows
+            start += count
+
+
+def factor_shapes(in_features: int, mid_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the five tensors by name, in the order of :class:`DoubleBinaryFactors`."""
+    return {
+        "signs_in": (mid_features, words_per_row(in_features)),
+        "signs_out": (out_features, words_per_row(mid_features)),
+        "scale_in": (in_features,),
+        "scale_mid": (mid_features,),
+        "scale_out": (out_features,),
+    }
+
+
+def factor_dtypes(scale_dtype: torch.dtype = torch.float16) -> dict[str, torch.dtype]:
+    """Return the dtypes of the five tensors by name; the factorizer makes scales in float16."""
+    return {name: torch.int32 if name in SIGN_NAMES else scale_dtype for name in TENSOR_NAMES}
 
 
 def move_factors(
     factors: Mapping[str, DoubleBinaryFactors], devices: Mapping[str, torch.device]
 ) -> dict[str, DoubleBinaryFactors]:
-    """Return factors by name, each on its device; tensors that several share are moved once and stay shared."""
+    """Return the factors of several layers, each on its device; shared tensors are moved once and stay shared.
+
+    Args:
+        factors: by layer name.
+        devices: by layer name, for every layer of ``factors``.
+    """
     moved: dict[tuple[int, torch.device], Tensor] = {}
 
     def move(tensor: Tensor, device: torch.device) -> Tensor:
@@ -168,22 +194,22 @@ def move_factors(
         return moved[key]
 
     return {
-        name: DoubleBinaryFactors(*(move(tensor, devices[name]) for tensor in made.tensors().values()))
-        for name, made in factors.items()
+        name: DoubleBinaryFactors(*(move(tensor, devices[name]) for tensor in layer.tensors().values()))
+        for name, layer in factors.items()
     }
 
 
+@lru_cache(maxsize=2**16)  # budgets ask for the same sizes many times
 def stored_bits(in_features: int, mid_features: int, out_features: int) -> int:
-    """Return the bits of factors of these sizes with 16-bit scales.
+    """Return the number of stored bits of factors of these sizes with 16-bit scales.
 
     ``32 · (R · ceil(K / 32) + N · ceil(R / 32)) + 16 · (K + R + N)``
     """
-    words = mid_features * words_per_row(in_features) + out_features * words_per_row(mid_features)
-    return 32 * words + SCALE_BITS * (in_features + mid_features + out_features)
+    return factored_bits(in_features, mid_features, out_features)
 
 
 def mid_features_for(bits_per_weight: float, in_features: int, out_features: int) -> int:
-    """Return the largest R whose stored bits, scales and padding counted, do not exceed the target.
+    """Return the largest R whose stored bits, scales and padding counted, fit ``bits_per_weight``.
 
     Returns 0 where not even one middle feature fits.
     """
@@ -203,7 +229,7 @@ def _check_scale(name: str, scale: Tensor) -> None:
         raise FactorsError(
             f"{name} of dtype {scale.dtype} and shape {tuple(scale.shape)}",
             f"a non-empty vector of {', '.join(str(dtype) for dtype in SCALE_DTYPES)}",
-            "build the factors with dbf_compile.factorize or load them from a checkpoint",
+            "make factors with dbf_compile.factorize, or load them from a checkpoint",
         )
     if scale.device.type != "meta" and not bool(torch.isfinite(scale).all()):
         raise FactorsError(
@@ -227,6 +253,6 @@ def _check_signs(name: str, words: Tensor, rows: int, cols: int) -> None:
     if words.device.type != "meta" and not padding_is_zero(words, cols):
         raise FactorsError(
             f"{name} with bits set behind column {cols}",
-            "padding bits of 0",
+            "0 in all padding bits",
             "pack with dbf_compile.signs.pack_signs",
         )

@@ -106,7 +106,7 @@ def test_parts_of_two_factorizations_are_not_stacked() -> None:
 
 @pytest.mark.parametrize("rows", [[1, 1], [4], [], [1, 1, 2]])
 def test_parts_that_do_not_add_up_are_refused(rows: list[int]) -> None:
-    with pytest.raises(FactorsError, match="parts that add up to 3"):
+    with pytest.raises(FactorsError, match="groups that add up to 3"):
         list(random_factors(4, 4, 3).split(rows))
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from dbf_compile.errors import WeightError
 from dbf_compile.factorizer.importance import Importance
 from dbf_compile.factorizer.weighted import WeightedWeight
+from dbf_compile.formulas import onebit_bits
 from dbf_compile.signs import pack_signs, unpack_signs
 
 POWER_ITERATIONS = 5
@@ -110,8 +111,8 @@ class OneBitFactors:
         return self.scale_out.to(dtype)[:, None] * signs * self.scale_in.to(dtype)
 
     def bits(self) -> int:
-        """Return the stored bits: all words, padding included, and both scales."""
-        return sum(8 * t.numel() * t.element_size() for t in (self.signs, self.scale_in, self.scale_out))
+        """Return the number of stored bits: all words of signs, padding included, and both scales."""
+        return onebit_bits(self.scale_in.numel(), self.scale_out.numel())
 
     def bits_per_weight(self) -> float:
         """Return ``bits() / (N · K)``."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,11 +24,10 @@ from transformers.models.auto import modeling_auto
 
 from dbf_compile.checkpoint import write_tensors
 from dbf_compile.errors import CheckpointError, ConversionError
-from dbf_compile.factors import FIRST_STAGE, TENSOR_NAMES, DoubleBinaryFactors
+from dbf_compile.factors import FIRST_STAGE, TENSOR_NAMES, DoubleBinaryFactors, factor_dtypes, factor_shapes
 from dbf_compile.files import write_text
 from dbf_compile.integrations.transformers import DBFConfig, Layers
 from dbf_compile.linear import WEIGHT_PLACEHOLDER, dense_weight
-from dbf_compile.signs import words_per_row
 
 _WEIGHTS = "model.safetensors"
 _WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
@@ -242,13 +242,9 @@ def _part_of(factors: Callable[[str], DoubleBinaryFactors], layer: str, part: st
 
 
 def _part_size(part: str, layer: nn.Module, mid_features: int) -> int:
-    rows, columns = dense_weight(layer).shape
-    words = {
-        "signs_in": mid_features * words_per_row(columns),
-        "signs_out": rows * words_per_row(mid_features),
-    }
-    scales = {"scale_in": columns, "scale_mid": mid_features, "scale_out": rows}
-    return 4 * words[part] if part in words else 2 * scales[part]
+    out_features, in_features = dense_weight(layer).shape
+    shape = factor_shapes(in_features, mid_features, out_features)[part]
+    return math.prod(shape) * factor_dtypes()[part].itemsize
 
 
 def _shards(pieces: Iterable[Piece], max_shard_size: int) -> Iterator[list[Piece]]:

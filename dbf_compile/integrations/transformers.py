@@ -26,7 +26,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dbf_compile.errors import CheckpointError, ConversionError, FactorsError
-from dbf_compile.factors import FIRST_STAGE, TENSOR_NAMES, DoubleBinaryFactors
+from dbf_compile.factors import (
+    FIRST_STAGE,
+    TENSOR_NAMES,
+    DoubleBinaryFactors,
+    factor_dtypes,
+    factor_shapes,
+)
 from dbf_compile.integrations.experts import unfuse_
 from dbf_compile.linear import (
     WEIGHT_PLACEHOLDER,
@@ -35,7 +41,6 @@ from dbf_compile.linear import (
     dense_weight,
     replace_everywhere,
 )
-from dbf_compile.signs import words_per_row
 
 METHOD, VERSION = "dbf", 1
 _DAMAGED = "the folder is damaged: compress the model again"
@@ -229,18 +234,9 @@ def _parameter(bias: object) -> nn.Parameter | None:
 
 
 def _empty(in_features: int, mid_features: int, out_features: int) -> DoubleBinaryFactors:
-    def words(rows: int, columns: int) -> Tensor:
-        return torch.empty(rows, words_per_row(columns), dtype=torch.int32, device="meta")
-
-    def scale(size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.float16, device="meta")
-
+    shapes, dtypes = factor_shapes(in_features, mid_features, out_features), factor_dtypes()
     return DoubleBinaryFactors(
-        words(mid_features, in_features),
-        words(out_features, mid_features),
-        scale(in_features),
-        scale(mid_features),
-        scale(out_features),
+        **{name: torch.empty(shape, dtype=dtypes[name], device="meta") for name, shape in shapes.items()}
     )
 
 
