@@ -1,14 +1,14 @@
 """One layer on the CPU: dbf in every accuracy and instruction set against torch's and llama.cpp's products.
 
-All contenders of a shape take turns in one process, each call on the next of so many weights that none is in a cache;
-reading as much memory, front to back, is one of them.
-Weights are random; times do not depend on their values. A layer of dbf is both stages with scales and bias; peers
-multiply by the dense matrix that it stands for. "compiled" is a square layer through torch.compile, guards included.
+All contenders of a shape take turns in one process. Every call uses the next of many weights, so that none is in a
+cache. One contender only reads as much memory, front to back. Weights are random; times do not depend on their values. A
+layer of dbf is both stages with scales and bias; peers multiply by the dense matrix that it replaces. "compiled" is a
+square layer through torch.compile, guards included.
 
     make bench-cpu                 all shapes, one and two threads, 512 tokens on the first shape
     python benchmarks/bench_cpu.py --shapes 4096x4096 --threads 1
 
-llama.cpp's types join in where the package llama-cpp-python is installed: pip install llama-cpp-python
+llama.cpp takes part where its package is installed: pip install llama-cpp-python
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class Contender(NamedTuple):
     """A layer with many weights.
 
     Args:
-        name: for the table.
+        name: in the table.
         bits: stored bits per weight.
-        bytes: of one weight.
-        run: multiplies by the weight of this number.
+        bytes: size of one weight.
+        run: multiplies by the weight of this index.
         count: number of weights.
-        error: relative to float64 over all rows.
+        error: of the result, relative to float64.
     """
 
     name: str
@@ -69,9 +69,13 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="NxK")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1])
-    parser.add_argument("--prefill", nargs="*", type=int, default=[16, 512], help="tokens on the first shape")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of measuring, per contender")
-    parser.add_argument("--megabytes", type=int, default=400, help="of weights, per contender")
+    parser.add_argument(
+        "--prefill", nargs="*", type=int, default=[16, 512], help="numbers of tokens on the first shape"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="duration of the measurement of a contender"
+    )
+    parser.add_argument("--megabytes", type=int, default=400, help="size of all weights of a contender")
     arguments = parser.parse_args()
     print(f"{processor()}; {versions()}; commit {commit()}")
     if not cpu_kernel.available():
@@ -130,7 +134,7 @@ def measure(N: int, K: int, M: int, threads: int, seconds: float, megabytes: int
 
 
 def interleave_calls(contenders: list[Contender], seconds: float) -> dict[str, list[float]]:
-    """Call the contenders in turn, for 5 ms each, until each had its time; return seconds per call."""
+    """Call the contenders in turn, 5 ms each, until each had ``seconds``; return the seconds of every call."""
     samples: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     spent = dict.fromkeys(samples, 0.0)
     position = dict.fromkeys(samples, 0)
@@ -157,7 +161,7 @@ def make_contenders(N: int, K: int, M: int, budget: int) -> list[Contender]:
     x = torch.randn(M, K)
     contenders: list[Contender] = []
     for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp16")):
-        # fp16 on many tokens takes seconds: nobody runs it.
+        # fp16 on many tokens takes seconds and is not used in practice.
         if M < 100 or dtype != torch.float16:
             contenders.append(torch_linear(x, N, dtype, f"torch {name}", budget))
     contenders += torch_packed(x, N, budget)
@@ -172,24 +176,24 @@ def torch_linear(x: Tensor, N: int, dtype: torch.dtype, name: str, budget: int) 
     size = N * K * dtype.itemsize
     first = torch.randn(N, K)
     weights = [first.to(dtype) for _ in range(copies(budget, size))]
-    given = x.to(dtype)
-    error = relative_error(F.linear(given, weights[0]), x.double() @ first.double().T)
+    operand = x.to(dtype)
+    error = relative_error(F.linear(operand, weights[0]), x.double() @ first.double().T)
     return Contender(
-        name, 8 * dtype.itemsize, size, lambda i: F.linear(given, weights[i]), len(weights), error
+        name, 8 * dtype.itemsize, size, lambda i: F.linear(operand, weights[i]), len(weights), error
     )
 
 
 def torch_packed(x: Tensor, N: int, budget: int) -> list[Contender]:
-    """The weight-only products of torch: int8 per row, int4 in groups of 128; activations in bf16."""
+    """Return torch's weight-only products: int8 per row, int4 in groups of 128; activations in bf16."""
     K = x.shape[1]
-    given, weight = x.bfloat16(), torch.randn(N, K)
+    operand, weight = x.bfloat16(), torch.randn(N, K)
     truth = x.double() @ weight.double().T
-    found = []
+    products = []
     scale8 = weight.abs().amax(1) / 127
     int8 = (weight / scale8[:, None]).round().to(torch.int8)
     weights8, scales8 = [int8.clone() for _ in range(copies(budget, N * K))], scale8.bfloat16()
-    run8 = lambda i: torch._weight_int8pack_mm(given, weights8[i], scales8)  # noqa: E731
-    found.append(
+    run8 = lambda i: torch._weight_int8pack_mm(operand, weights8[i], scales8)  # noqa: E731
+    products.append(
         Contender(
             "torch int8",
             8 + 16 / K,
@@ -211,8 +215,8 @@ def torch_packed(x: Tensor, N: int, budget: int) -> list[Contender]:
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1)
         weights4 = [packed.clone() for _ in range(copies(budget, N * K // 2))]
         pairs = torch.stack([scale.T, zero.T], -1).contiguous().bfloat16()
-        run4 = lambda i: torch.ops.aten._weight_int4pack_mm_for_cpu(given, weights4[i], group, pairs)  # noqa: E731
-        found.append(
+        run4 = lambda i: torch.ops.aten._weight_int4pack_mm_for_cpu(operand, weights4[i], group, pairs)  # noqa: E731
+        products.append(
             Contender(
                 "torch int4 (128)",
                 4 + 32 / group,
@@ -222,7 +226,7 @@ def torch_packed(x: Tensor, N: int, budget: int) -> list[Contender]:
                 relative_error(run4(0), truth),
             )
         )
-    return found
+    return products
 
 
 def dbf_layers(x: Tensor, N: int, bits: float, budget: int) -> list[Contender]:
@@ -241,7 +245,7 @@ def dbf_layers(x: Tensor, N: int, bits: float, budget: int) -> list[Contender]:
         return (*signs, *scales)
 
     base = tensors()
-    # Signs are taken as interleaved: any words are.
+    # Random words are valid interleaved signs.
     layers = [tuple(tensor.clone() for tensor in base) for _ in range(copies(budget, size))]
     bias = torch.rand(N)
     truth = dbf_compile.ops.double_binary_linear(
@@ -265,7 +269,9 @@ def dbf_layers(x: Tensor, N: int, bits: float, budget: int) -> list[Contender]:
             found.append(Contender(name, 8 * size / (N * K), size, run, len(layers), error))
     os.environ.pop("DBF_CPU_ISA", None)
     for accuracy in ("exact", "fast"):
-        if M > 1 or N != K:  # compiling takes longer than measuring, and adds the same to every shape
+        if (
+            M > 1 or N != K
+        ):  # compiling takes longer than measuring, and the overhead is the same for every shape
             break
         torch.compiler.reset()
         compiled = torch.compile(
@@ -302,7 +308,7 @@ def usable_isas() -> list[str]:
 
 
 def ggml_types(x: Tensor, N: int, budget: int) -> list[Contender]:
-    """The products of llama.cpp, from the library inside llama-cpp-python; none where that is missing."""
+    """Return products of llama.cpp, called in the library inside llama-cpp-python; none where that is missing."""
     from ggml import load, make_product
 
     library = load()
@@ -326,9 +332,9 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
 
 
 def reader(budget: int) -> Contender:
-    """Reading 64 MB of memory, the rate that products with weights are measured against.
+    """Return a contender that reads 64 MB of memory, the rate that products are compared with.
 
-    The dot product of one half with the other is the fastest reader of torch.
+    The dot product of one half with the other is torch's fastest way to read memory.
     """
     size = 64 << 20
     halves = [torch.ones(2, size // 8) for _ in range(copies(budget, size))]
@@ -336,7 +342,7 @@ def reader(budget: int) -> Contender:
 
 
 def plot(rows: list[dict]) -> None:
-    """Draw the speed with one token on one thread, shape by shape."""
+    """Draw the speed with one token on one thread, one plot a shape."""
     import matplotlib
 
     matplotlib.use("Agg")

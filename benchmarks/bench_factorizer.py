@@ -1,18 +1,18 @@
-"""The factorizer against the authors' own and against other ways to spend the bits of a weight.
+"""The factorizer against the authors' own, and against other ways to spend the bits of a weight.
 
     make bench-factorizer                                    everything, about an hour on two cores
     python benchmarks/bench_factorizer.py --part targets     every matrix of MiniLM at 1, 1.5 and 2 bits
     python benchmarks/bench_factorizer.py --part best        the preset "best" too, on two matrices
     python benchmarks/bench_factorizer.py --part curves      error against bits, 0.5 to 4, with a plot
     python benchmarks/bench_factorizer.py --part precision   products of a GPU's TF32 and bfloat16, emulated
-    python benchmarks/bench_factorizer.py --part seeds       means over seeds, where single ones decide: 1 bit and less, very small matrices
-    python benchmarks/bench_factorizer.py --part recovery    weights that are double binary products: how many are found
+    python benchmarks/bench_factorizer.py --part seeds       means over seeds, where a single seed decides: 1 bit and less, very small matrices
+    python benchmarks/bench_factorizer.py --part recovery    double binary products: how many are recovered exactly
     python benchmarks/bench_factorizer.py --part models      embeddings and perplexity of whole models
     python benchmarks/bench_factorizer.py --part large       one 4096 x 4096 matrix
 
-Bits are what is stored: signs with padding, and scales. The authors' factors get the middle dimension that makes true
-bits equal. Each matrix is factored in a process with one thread, by all methods in turn, on as many processes as there
-are cores. HQQ joins in where its package is installed: pip install --no-deps hqq einops termcolor
+Bits are the stored bits per weight: signs with padding, and scales. The authors' factors get the middle dimension at
+which stored bits are equal. All methods factor a matrix in turn, in a process with one thread; there are as many
+processes as cores. HQQ takes part where its package is installed: pip install --no-deps hqq einops termcolor
 """
 
 from __future__ import annotations
@@ -28,25 +28,21 @@ from typing import Any, NamedTuple
 
 import torch
 from factorizer_models import encoder_rows, language_matrices, language_rows, load_encoder
+from factorizer_peers import RoundedProducts, error_and_bits
 from measure import RESULTS, commit, processor, versions, write_results
-from official_admm import official
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from dbf_compile.calibration.calibrate import calibrate
 from dbf_compile.compression.layers import MIN_MID_FEATURES
 from dbf_compile.factorizer.factorize import FactorizerConfig, factorize, weighted_error
 from dbf_compile.factorizer.importance import Importance
-from dbf_compile.factorizer.projection import onebit
-from dbf_compile.factors import mid_features_for, stored_bits
+from dbf_compile.factors import mid_features_for
 from dbf_compile.linear import dense_linears, dense_weight
 from dbf_compile.options import PRESETS
 
-GROUP = 64
-
 
 class Matrix(NamedTuple):
-    """A weight to factor, with the importance of its rows and columns."""
+    """A weight [N, K] to factor, with the importance of its rows and columns."""
 
     name: str
     weight: Tensor
@@ -54,7 +50,7 @@ class Matrix(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What one process does: one matrix at one number of bits, by these methods."""
+    """One matrix at one number of bits, to be factored by these methods in one process."""
 
     matrix: Matrix
     bits: float
@@ -83,7 +79,7 @@ def main() -> None:
 
 
 def targets() -> None:
-    """Every matrix of the encoder's blocks: error and time of the authors' factorizer and of the presets."""
+    """Measure error and time of the authors' factorizer and of the presets, for every matrix of the encoder's blocks."""
     tasks = [
         Task(matrix, bits, ("official", "fast", "balanced"))
         for matrix in encoder_matrices()
@@ -96,7 +92,7 @@ def targets() -> None:
 
 
 def best() -> None:
-    """All presets, the one without a time limit among them, on two matrices."""
+    """Measure all presets on two matrices, the slowest included."""
     chosen = ("layer.2.attention.self.query", "layer.2.attention.output.dense")
     matrices = [matrix for matrix in encoder_matrices() if matrix.name.endswith(chosen)]
     methods = ("official", *PRESETS)
@@ -106,7 +102,7 @@ def best() -> None:
 
 
 def curves() -> None:
-    """Error against stored bits, for a few matrices of every kind."""
+    """Measure error against stored bits, for a few matrices of every kind."""
     chosen = ("layer.2.attention.self.query", "layer.2.intermediate.dense")
     matrices = [matrix for matrix in encoder_matrices() if matrix.name.endswith(chosen)]
     generator = torch.Generator().manual_seed(0)
@@ -130,7 +126,7 @@ def curves() -> None:
 
 
 def precision() -> None:
-    """Errors with products as a GPU makes them: operands of 11 (TF32) or 8 (bfloat16) bits, sums in float32."""
+    """Measure errors with a GPU's products: operands of 11 (TF32) or 8 (bfloat16) bits, sums in float32."""
     chosen = ("layer.2.attention.self.query", "layer.2.intermediate.dense", "layer.2.output.dense")
     rows = []
     for matrix in encoder_matrices():
@@ -139,7 +135,7 @@ def precision() -> None:
         for bits in (2.0, 1.0):
             errors = {}
             for name, digits in (("float32", None), ("tf32", 10), ("bfloat16", 7)):
-                with _Rounded(digits):
+                with RoundedProducts(digits):
                     errors[name] = error_and_bits("fast", matrix.weight, matrix.importance, bits)[0]
             ratios = {name: round(error / errors["float32"], 5) for name, error in errors.items()}
             rows.append({"matrix": matrix.name, "bits": bits, "error": errors["float32"], **ratios})
@@ -147,7 +143,7 @@ def precision() -> None:
 
 
 def seeds() -> None:
-    """Where seeds decide: means over several, at 1 bit and less, of very small matrices."""
+    """Measure means over seeds where a single seed decides: at 1 bit and less, and for very small matrices."""
     matrices = [matrix for matrix in encoder_matrices() if "layer" in matrix.name]
     cases = [(matrix, bits, 4) for bits in (1.0, 0.75, 0.5) for matrix in matrices]
     for matrix in (Matrix(*item) for item in language_matrices()):
@@ -173,43 +169,23 @@ def seeds() -> None:
     write_results("factorizer_seeds", list(show(iter(rows))))
 
 
-class _Rounded(TorchFunctionMode):
-    """Rounds what goes into products to so many binary digits behind the first, to nearest."""
-
-    def __init__(self, digits: int | None) -> None:
-        super().__init__()
-        self._dropped = None if digits is None else 23 - digits
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._dropped and getattr(function, "__name__", "") in ("matmul", "mm", "bmm", "__matmul__"):
-            args = tuple(self._round(arg) if isinstance(arg, Tensor) else arg for arg in args)
-        return function(*args, **(kwargs or {}))
-
-    def _round(self, operand: Tensor) -> Tensor:
-        if operand.dtype != torch.float32:
-            return operand
-        words, dropped = operand.contiguous().view(torch.int32), self._dropped
-        half = (1 << (dropped - 1)) - 1 + ((words >> dropped) & 1)  # ties to even
-        return ((words + half) & ~((1 << dropped) - 1)).view(torch.float32)
-
-
 def recovery() -> None:
-    """How many of the weights that are double binary products are found in one call."""
+    """Count the double binary products that one call recovers exactly."""
     rows = []
     for size, mid_features in ((16, 2), (32, 4), (32, 8), (64, 8), (96, 8), (128, 16), (128, 32)):
         errors = []
         for seed in range(12):
             weight = planted(size, mid_features, seed)
             errors.append(weighted_error(weight, factorize(weight, mid_features)))
-        # Scales rounded to float16 leave about 3e-7; two components that became one leave about 1 / mid_features.
-        found = sum(error < 1e-5 for error in errors)
-        rows.append({"size": size, "mid_features": mid_features, "weights": len(errors), "found": found})
+        # Rounding scales to float16 leaves about 3e-7; two components that merged leave about 1 / mid_features.
+        recovered = sum(error < 1e-5 for error in errors)
+        rows.append({"size": size, "mid_features": mid_features, "weights": len(errors), "found": recovered})
     write_results("factorizer_recovery", list(show(rows)))
     print(f"{sum(row['found'] for row in rows)} of {sum(row['weights'] for row in rows)} found")
 
 
 def planted(size: int, mid_features: int, seed: int) -> Tensor:
-    """Return a random double binary product, scales from 0.5 to 1.5."""
+    """Return a random double binary product [size, size] with scales from 0.5 to 1.5."""
     generator = torch.Generator().manual_seed(seed)
     out, into = (
         torch.randn(shape, generator=generator).sign()
@@ -220,7 +196,7 @@ def planted(size: int, mid_features: int, seed: int) -> Tensor:
 
 
 def models() -> None:
-    """Whole models: uniform and allocated budgets, every form of importance."""
+    """Measure whole models with equal and allocated budgets, for every form of importance."""
     write_results("factorizer_encoder", list(show(encoder_rows())))
     rows = list(show(language_rows()))
     if rows:
@@ -228,7 +204,7 @@ def models() -> None:
 
 
 def large() -> None:
-    """What a matrix of a large model costs, 4096 x 4096 at 2 bits: all of ``fast`` on a GPU, 3 of its turns on a CPU."""
+    """Measure the cost of a 4096 x 4096 matrix at 2 bits: all of ``fast`` on a GPU, three of its iterations on a CPU."""
     weight = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0))
     name = "factorizer_large"
     if torch.cuda.is_available():
@@ -244,17 +220,17 @@ def large() -> None:
 
 
 def cost(weight: Tensor, precision: str) -> dict[str, Any]:
-    """Factor a matrix at 2 bits, and return time, memory and error."""
+    """Factor a matrix at 2 bits; return time, memory and error."""
     N, K = weight.shape
     mid_features = mid_features_for(2.0, K, N)
     if weight.is_cuda:
-        factorize(weight, mid_features, None, FactorizerConfig(iterations=1, sweeps=0))  # starts libraries
+        factorize(weight, mid_features, None, FactorizerConfig(iterations=1, sweeps=0))  # loads libraries
         torch.cuda.reset_peak_memory_stats()
     before = peak_memory(weight.device)
     start = time.perf_counter()
     whole, few = FactorizerConfig(iterations=PRESETS["fast"]), FactorizerConfig(iterations=3, sweeps=0)
-    config = whole if weight.is_cuda else few  # whose time is multiplied
-    factors = factorize(weight, mid_features, None, config)  # its scales have come to the host: all is done
+    config = whole if weight.is_cuda else few  # times are multiplied
+    factors = factorize(weight, mid_features, None, config)  # returns when its scales are on the host
     seconds = (time.perf_counter() - start) / config.iterations
     return {
         "shape": f"{N}x{K}",
@@ -272,7 +248,7 @@ def cost(weight: Tensor, precision: str) -> dict[str, Any]:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes taken so far: by tensors on a GPU, by the process on a CPU."""
+    """Return the peak memory so far in bytes: of tensors on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource
@@ -287,7 +263,7 @@ def show(rows) -> Iterator[dict[str, Any]]:
 
 
 def encoder_matrices() -> list[Matrix]:
-    """Return the weights of MiniLM with importances measured on the calibration sentences."""
+    """Return the weights of MiniLM with their importance for the calibration sentences."""
     model, batches = load_encoder()
     importance = calibrate(model, batches)
     return [
@@ -298,13 +274,13 @@ def encoder_matrices() -> list[Matrix]:
 
 
 def fits(matrix: Matrix, bits: float) -> bool:
-    """Return whether ``bits`` leave room for signs: scales alone are more than that in the smallest matrices."""
+    """Return whether ``bits`` leave room for signs: in the smallest matrices scales alone take more."""
     out_features, in_features = matrix.weight.shape
     return mid_features_for(bits, in_features, out_features) >= MIN_MID_FEATURES
 
 
 def run(tasks: list[Task]) -> list[dict[str, Any]]:
-    """Work the tasks, large ones first, and return a row for each."""
+    """Run the tasks in parallel, large ones first; return a row for every method of each."""
     tasks = sorted(tasks, key=lambda task: -task.bits * task.matrix.weight.numel())
     workers = max(1, os.cpu_count() or 1)
     with multiprocessing.get_context("spawn").Pool(
@@ -314,14 +290,14 @@ def run(tasks: list[Task]) -> list[dict[str, Any]]:
 
 
 def measured(task: Task) -> list[dict[str, Any]]:
-    """Return a row for every method of a task that is there to be run."""
+    """Return a row for every method of a task that is installed."""
     weight, importance = task.matrix.weight, task.matrix.importance
     rows = []
     for method in task.methods:
         start = time.process_time()
-        found = error_and_bits(method, weight, importance, task.bits, task.seed)
-        if found is not None:
-            error, bits = found
+        result = error_and_bits(method, weight, importance, task.bits, task.seed)
+        if result is not None:
+            error, bits = result
             rows.append(
                 {
                     "matrix": task.matrix.name,
@@ -336,51 +312,8 @@ def measured(task: Task) -> list[dict[str, Any]]:
     return rows
 
 
-def error_and_bits(
-    method: str, weight: Tensor, importance: Importance | None, bits: float, seed: int = 0
-) -> tuple[float, float] | None:
-    """Return the weighted error of a method and the bits it stores per weight; None where it is not installed."""
-    out_features, in_features = weight.shape
-    if method == "onebit":
-        single = onebit(weight, importance)
-        return weighted_error(weight, single, importance), single.bits_per_weight()
-    if method[:-1] in ("rtn", "hqq"):
-        stored = int(method[-1])
-        dense = round_to_nearest(weight, stored) if method.startswith("rtn") else hqq(weight, stored)
-        if dense is None:
-            return None
-        return weighted_error(weight, dense, importance), stored + 2 * 16 / GROUP
-    mid_features = mid_features_for(bits, in_features, out_features)
-    true_bits = stored_bits(in_features, mid_features, out_features) / weight.numel()
-    if method == "official":
-        return official(weight, mid_features, importance, seed), true_bits
-    config = FactorizerConfig(iterations=PRESETS[method], seed=seed)
-    factors = factorize(weight, mid_features, importance, config)
-    return weighted_error(weight, factors, importance), true_bits
-
-
-def round_to_nearest(weight: Tensor, bits: int) -> Tensor:
-    """Return ``weight`` on 2^bits levels from the least to the largest entry of every group of 64 in a row."""
-    groups = weight.reshape(-1, GROUP)
-    low, high = groups.amin(1, keepdim=True).half().float(), groups.amax(1, keepdim=True)
-    step = ((high - low) / (2**bits - 1)).half().float().clamp_min(1e-7)
-    levels = ((groups - low) / step).round().clamp(0, 2**bits - 1)
-    return (low + levels * step).reshape(weight.shape)
-
-
-def hqq(weight: Tensor, bits: int) -> Tensor | None:
-    """Return what HQQ's package makes of ``weight`` in groups of 64 along the rows."""
-    try:
-        from hqq.core.quantize import Quantizer
-    except ImportError:
-        return None
-    options = {"nbits": bits, "group_size": GROUP, "axis": 1, "device": "cpu", "compute_dtype": torch.float32}
-    words, meta = Quantizer.quantize(weight, **options)
-    return Quantizer.dequantize(words, meta).reshape(weight.shape)
-
-
 def summarize(rows: list[dict[str, Any]], methods: tuple[str, ...]) -> None:
-    """Print medians of error and time as shares of the authors', and the worst matrix."""
+    """Print the median error and time relative to the authors', and the worst matrix."""
     base = {(row["matrix"], row["target"]): row for row in rows if row["method"] == "official"}
     for method in methods:
         for bits in sorted({row["target"] for row in rows}, reverse=True):
@@ -400,7 +333,7 @@ def summarize(rows: list[dict[str, Any]], methods: tuple[str, ...]) -> None:
 
 
 def plot_curves(rows: list[dict[str, Any]]) -> None:
-    """Draw error against bits, one picture a matrix."""
+    """Draw error against bits, one plot a matrix."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -415,12 +348,12 @@ def plot_curves(rows: list[dict[str, Any]]) -> None:
     for axis, name in zip(axes.flat, names, strict=False):
         mine = [row for row in rows if row["matrix"] == name]
         for method, (style, color) in lines.items():
-            found = sorted((row["bits"], row["error"]) for row in mine if row["method"] == method)
-            axis.plot(*zip(*found, strict=True), style, color=color, label=method, markersize=4)
+            curve = sorted((row["bits"], row["error"]) for row in mine if row["method"] == method)
+            axis.plot(*zip(*curve, strict=True), style, color=color, label=method, markersize=4)
         for method, (style, color) in points.items():
-            found = sorted((row["bits"], row["error"]) for row in mine if row["method"].startswith(method))
-            if found:
-                axis.plot(*zip(*found, strict=True), style, color=color, label=method, markersize=8)
+            curve = sorted((row["bits"], row["error"]) for row in mine if row["method"].startswith(method))
+            if curve:
+                axis.plot(*zip(*curve, strict=True), style, color=color, label=method, markersize=8)
         axis.set_yscale("log")
         axis.set_title(name, fontsize=9)
         axis.set_xlabel("stored bits per weight")

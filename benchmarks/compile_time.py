@@ -1,7 +1,7 @@
-"""Seconds until the first result: backend="dbf" with its factors made, against backend="inductor".
+"""Seconds until the first result: backend="dbf" with factors in the cache, against backend="inductor".
 
-Every figure comes from a process of its own: cold with Inductor's caches empty, warm with those the cold one left.
-Both backends take turns in every round. Factors and the C++ kernel are made once before and timed apart.
+Every figure comes from a process of its own: "cold" with empty caches of Inductor, "warm" with those of the cold process.
+Both backends take turns in every round. Factors and the C++ kernel are made once beforehand and timed apart.
 
     make bench
 """
@@ -44,25 +44,25 @@ def main() -> None:
 
 
 def measure(model: str, rounds: int, scratch: Path) -> list[dict]:
-    """Return one row per backend and state of the caches, and print them."""
+    """Measure a model; print and return one row per backend and state of the caches."""
     first = process(model, "dbf", scratch, scratch / "discarded")
     print(
         f"\n{model}: once per machine, building the C++ kernel {first['kernel build']:.1f} s; "
         f"once per weight, factoring {first['factors']:.1f} s"
     )
-    found: dict[tuple[str, str], list[dict]] = {}
+    results: dict[tuple[str, str], list[dict]] = {}
     for turn in range(rounds):
         for backend in BACKENDS:
             for state in ("cold", "warm"):
                 result = process(model, backend, scratch, scratch / f"{model}-{backend}-{turn}")
-                found.setdefault((state, backend), []).append(result)
+                results.setdefault((state, backend), []).append(result)
     rows = []
     print(f"{'':6}{'backend':10}{'total':>8}{'ratio':>8}   " + "".join(f"{stage:>14}" for stage in STAGES))
     for state in ("cold", "warm"):
-        base = statistics.median(item["total"] for item in found[state, "inductor"])
+        base = statistics.median(item["total"] for item in results[state, "inductor"])
         for backend in BACKENDS:
             medians = {
-                key: statistics.median(item[key] for item in found[state, backend])
+                key: statistics.median(item[key] for item in results[state, backend])
                 for key in ("total", *STAGES)
             }
             ratio = medians["total"] / base
@@ -122,7 +122,7 @@ def work(model_name: str, backend: str) -> dict[str, float]:
     timed("passes", dbf_compile.compiler.backend, "run_pipeline")
     timed("factors", LayerFactorizer, "make")
     timed("kernel build", cpu_kernel, "build")
-    options = {"iterations": 20, "progress": False}  # quality is not the question here
+    options = {"iterations": 20, "progress": False}  # quality does not matter here
     if backend == "dbf":
         timed("inductor", inductor, "compile_graph")
         run = torch.compile(model, backend="dbf", fullgraph=True, options=options)

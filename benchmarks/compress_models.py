@@ -1,14 +1,14 @@
 """Perplexity of compressed language models against bits: independent and block-corrected, beside OneBit and rounding.
 
     python benchmarks/train_python_model.py        the larger model, once
-    make bench-compress                            both models; the seconds of both tables add up to 3 hours
+    make bench-compress                            both models, about 3 hours
     python benchmarks/compress_models.py --model stories260K --bits 2
 
-Bits are what is stored of the factored weights, scales and padding counted; all ways leave the same weights dense. The
-peers are asked for the very layers that are factored: one sign per weight and rank-one magnitudes (OneBit), and rounding
-to 2 bits to nearest in groups of 64 (2 bits, a scale and a zero in 16 bits each: 2.5). Ours is measured at their bits,
-too, beside the round ones. The text to judge by is not that to calibrate with. Every way of ours goes through ``compress``
-and ``from_pretrained`` as a user's does.
+Bits are the stored bits per factored weight, scales and padding included; all ways leave the same weights dense. The
+peers replace the same layers: OneBit stores one sign per weight and rank-one magnitudes; rounding to nearest stores 2
+bits per weight, and a scale and a zero of 16 bits each for every 64 weights, 2.5 bits in all. Ours is measured at the
+peers' bits as well. Evaluation uses other text than calibration. All our models pass through ``compress`` and
+``from_pretrained``, as a user's do.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench_factorizer import GROUP, round_to_nearest
 from factorizer_models import STORIES, TEXT
+from factorizer_peers import GROUP, round_to_nearest
 from measure import commit, processor, versions, write_results
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -36,14 +36,14 @@ from dbf_compile.linear import dense_linears, dense_weight
 
 PYTHON = Path(__file__).parents[1] / "out" / "python10m"
 BITS = (2.0, 1.0, 4.0, 3.0, 1.5)
-LENGTH, JUDGING = 512, 32
-# Name: folder, text to calibrate with and how many windows of it, text to judge by, and how many windows of it are left
-# out: those of the calibration, where both are one text.
+LENGTH, EVALUATION_WINDOWS = 512, 32
+# Name: folder, text and number of windows for calibration, text for evaluation, and the number of its first windows that
+# are skipped, because calibration used them.
 MODELS = {
     "stories260K": (STORIES, TEXT, 64, TEXT, 64),
     "python10m": (PYTHON, PYTHON / "train.txt", 24, PYTHON / "valid.txt", 0),
 }
-# What compress is asked for: stages are added one by one.
+# Options of compress; stages are added one by one.
 WAYS: dict[str, dict[str, Any]] = {
     "independent": {"mode": "independent", "distill": 0},
     "independent, distilled": {"mode": "independent"},
@@ -52,7 +52,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "block, tuned, refined": {"mode": "block", "distill": 0},
     "block": {"mode": "block"},
 }
-ALL_STAGES_AT = 2.0  # the other bits get the two that are compared
+ALL_STAGES_AT = 2.0  # at other bits only "independent" and "block"
 
 
 def main() -> None:
@@ -75,30 +75,30 @@ def main() -> None:
 
 
 def model_rows(name: str, bits: list[float] | None) -> Iterator[dict[str, Any]]:
-    """Yield a row for every way to compress one model, at ``bits`` or at all of BITS and those of the peers."""
+    """Yield a row for every way to compress one model, at ``bits``; by default at BITS and at those of the peers."""
     folder, calibration, windows, text, skipped = MODELS[name]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     dense = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
-    judging = list(dbf_compile.token_batches(text, tokenizer, length=LENGTH, count=skipped + JUDGING))[
-        skipped:
-    ]
-    calibrating = list(dbf_compile.token_batches(calibration, tokenizer, length=LENGTH, count=windows))
+    evaluation = list(
+        dbf_compile.token_batches(text, tokenizer, length=LENGTH, count=skipped + EVALUATION_WINDOWS)
+    )[skipped:]
+    batches = list(dbf_compile.token_batches(calibration, tokenizer, length=LENGTH, count=windows))
 
     def row(way: str, true_bits: float, model: nn.Module, seconds: float) -> dict[str, Any]:
-        found = compare(dense, model, judging)
+        metrics = compare(dense, model, evaluation)
         return {
             "model": name,
             "way": way,
             "bits": round(true_bits, 4),
-            "perplexity": round(found["perplexity"], 3),
-            "nats_lost": round(found["compressed"] - found["dense"], 4),
-            "kl": round(found["kl"], 4),
-            "top1_agreement": round(found["top1_agreement"], 4),
+            "perplexity": round(metrics["perplexity"], 3),
+            "nats_lost": round(metrics["compressed"] - metrics["dense"], 4),
+            "kl": round(metrics["kl"], 4),
+            "top1_agreement": round(metrics["top1_agreement"], 4),
             "seconds": round(seconds, 1),
         }
 
     yield row("dense", 32.0, dense, 0.0)
-    importance = dbf_compile.calibrate(dense, calibrating)
+    importance = dbf_compile.calibrate(dense, batches)
     targets = list(bits or BITS)
     for peer, approximate in PEERS.items():
         began = time.perf_counter()
@@ -111,9 +111,9 @@ def model_rows(name: str, bits: list[float] | None) -> Iterator[dict[str, Any]]:
         for way in ways:
             began = time.perf_counter()
             with tempfile.TemporaryDirectory() as place:
-                made = dbf_compile.compress(
+                compressed = dbf_compile.compress(
                     folder,
-                    Path(place) / "made",
+                    Path(place) / "compressed",
                     bits=target,
                     data=calibration,
                     length=LENGTH,
@@ -124,8 +124,8 @@ def model_rows(name: str, bits: list[float] | None) -> Iterator[dict[str, Any]]:
                     **WAYS[way],
                 )
                 seconds = time.perf_counter() - began
-                model = AutoModelForCausalLM.from_pretrained(made.folder).eval()
-                yield row(way, made.report["bits"]["factored"], model, seconds)
+                model = AutoModelForCausalLM.from_pretrained(compressed.folder).eval()
+                yield row(way, compressed.report["bits"]["factored"], model, seconds)
 
 
 def replaced(
@@ -133,7 +133,7 @@ def replaced(
     importance: dict[str, Importance],
     approximate: Callable[[Tensor, Importance], tuple[Tensor, int]],
 ) -> tuple[nn.Module, float]:
-    """Return a copy with approximations of the weights that would be factored, and the bits they are stored in."""
+    """Return a copy in which the weights to be factored are approximated, and its stored bits per weight."""
     model = copy.deepcopy(dense)
     layers = dense_linears(model)
     stored = weights = 0
@@ -141,20 +141,20 @@ def replaced(
     for job in LayerFactorizer(config).jobs(model):
         for name in job.names:
             weight = dense_weight(layers[name])
-            found, bits = approximate(weight, importance[name])
-            weight.copy_(found)
+            approximation, bits = approximate(weight, importance[name])
+            weight.copy_(approximation)
             stored, weights = stored + bits, weights + weight.numel()
     return model, stored / weights
 
 
 def one_sign(weight: Tensor, importance: Importance) -> tuple[Tensor, int]:
-    """OneBit's form: ``diag(scale_out) · signs · diag(scale_in)``, fitted with the importance."""
-    made = onebit(weight, importance)
-    return made.dense(), made.bits()
+    """Return OneBit's approximation ``diag(scale_out) · signs · diag(scale_in)``, fitted with the importance, and its bits."""
+    single = onebit(weight, importance)
+    return single.dense(), single.bits()
 
 
 def rounded(weight: Tensor, importance: Importance) -> tuple[Tensor, int]:
-    """Two bits to nearest, a minimum and a step in 16 bits for every 64 weights."""
+    """Return ``weight`` rounded to 2 bits, with a minimum and a step of 16 bits for every 64 weights, and its bits."""
     return round_to_nearest(weight, 2), 2 * weight.numel() + 32 * weight.numel() // GROUP
 
 

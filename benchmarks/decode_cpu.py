@@ -1,10 +1,10 @@
-"""A whole Llama on the CPU: tokens per second of prefill and decode, memory, time to load; weights are random.
+"""A whole Llama with random weights on the CPU: tokens per second of prefill and decode, memory, time to load.
 
-Every variant is read from a checkpoint by a process of its own; variants take turns. The memory of the model is what
-the resident memory grows by from a process that has run a tiny model of the same kind, and so has loaded all libraries:
-rows of the embedding that no token has read are not in it, for they are still in the file. The size of the weights is
-that of all tensors. Decoding is greedy with a static cache, one token after the other, as `generate` does it: prefill eager, decoding
-compiled. dbf keeps embeddings dense in bfloat16; "+ head" factors the output head as well.
+A process of its own reads every variant from a checkpoint; variants take turns. The memory of a model is the growth of the
+resident memory, after a tiny model of the same kind has loaded all libraries. Rows of the embedding that no token has read
+are still in the file and do not count. The size of the weights is that of all tensors. Decoding is greedy with a static
+cache, one token at a time, as `generate` does it: prefill eager, decoding compiled. dbf keeps embeddings dense in
+bfloat16; "+ head" factors the output head as well.
 
     python benchmarks/decode_cpu.py                          all models and variants
     python benchmarks/decode_cpu.py --models llama-3.2-1b --variants "bf16 inductor" "dbf 2 bit"
@@ -83,10 +83,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--prompt", type=int, default=128, help="tokens")
-    parser.add_argument("--new", type=int, default=64, help="tokens that are decoded and timed")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
+    parser.add_argument("--new", type=int, default=64, help="tokens to decode")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--profile", action="store_true", help="show where the time of decoding goes")
+    parser.add_argument(
+        "--profile", action="store_true", help="print the operators that take most of the time of decoding"
+    )
     parser.add_argument("--worker", nargs=3, metavar=("MODEL", "VARIANT", "FOLDER"), help=argparse.SUPPRESS)
     parser.add_argument("--writer", nargs=3, metavar=("MODEL", "VARIANT", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -106,22 +108,22 @@ def main() -> None:
 
 
 def measure(model: str, folder: Path, arguments: argparse.Namespace) -> list[dict]:
-    found: dict[str, list[dict]] = {}
+    results: dict[str, list[dict]] = {}
     for variant in arguments.variants:
         checkpoint = folder / variant
         checkpoint.mkdir()
         process("--writer", model, variant, checkpoint, arguments)
-        # Leaves what Inductor compiled in its cache and the file in the system's, and is not counted.
+        # Not counted: fills the cache of Inductor and the page cache.
         process("--worker", model, variant, checkpoint, arguments)
     for _ in range(arguments.rounds):
         for variant in arguments.variants:
             printed = process("--worker", model, variant, folder / variant, arguments)
-            found.setdefault(variant, []).append(json.loads(printed.splitlines()[-1]))
+            results.setdefault(variant, []).append(json.loads(printed.splitlines()[-1]))
     print(f"\n{model}, prompt of {arguments.prompt}, {arguments.new} new tokens")
     print(f"{'':20}" + "".join(f"{name:>22}" for name in MEASURES))
     medians = {
-        variant: {name: statistics.median(result[name] for result in results) for name in MEASURES}
-        for variant, results in found.items()
+        variant: {name: statistics.median(run[name] for run in runs) for name in MEASURES}
+        for variant, runs in results.items()
     }
     base = medians.get("bf16 inductor")
     rows = []
@@ -142,7 +144,7 @@ def measure(model: str, folder: Path, arguments: argparse.Namespace) -> list[dic
                 **{name: round(value, 2) for name, value in values.items()},
             }
         )
-        for line in found[variant][-1].get("profile", []):
+        for line in results[variant][-1].get("profile", []):
             print("    " + line)
     return rows
 
@@ -174,12 +176,14 @@ def work(model_name: str, variant: str, folder: str, arguments: argparse.Namespa
     torch.compiler.reset()
     gc.collect()
     before = resident_mb()
-    found = run(MODELS[model_name], variant, Path(folder), arguments.prompt, arguments.new, arguments.profile)
-    return {**found, "model_mb": found["process_mb"] - before}
+    result = run(
+        MODELS[model_name], variant, Path(folder), arguments.prompt, arguments.new, arguments.profile
+    )
+    return {**result, "model_mb": result["process_mb"] - before}
 
 
 def run(sizes: dict, variant: str, folder: Path, prompt_length: int, new: int, profile: bool) -> dict:
-    """Read a model, run it and time it."""
+    """Read a model; return the speed and the memory of prefill and decoding."""
     import torch
     from transformers import StaticCache
 
@@ -239,7 +243,7 @@ def run(sizes: dict, variant: str, folder: Path, prompt_length: int, new: int, p
 
 
 def write(sizes: dict, variant: str, folder: Path) -> None:
-    """Write a checkpoint of random weights, its layers factored as the variant says."""
+    """Write a checkpoint of random weights; the variant decides which layers are factored."""
     import torch
     from safetensors.torch import save_file
 
@@ -255,14 +259,14 @@ def write(sizes: dict, variant: str, folder: Path) -> None:
         )
     dense = {
         name: torch.empty(parameter.shape, dtype=parameter.dtype).normal_(std=0.02)
-        for name, parameter in model.named_parameters()  # a tied one once
+        for name, parameter in model.named_parameters()  # tied ones appear once
         if name.rpartition(".")[0] not in factored
     }
     save_file(dense, folder / DENSE)
 
 
 def read(sizes: dict, variant: str, folder: Path):
-    """Return the model of a checkpoint; dense weights stay mapped from the file, as transformers leaves them."""
+    """Return the model of a checkpoint; dense weights stay mapped from the file, as transformers maps them."""
     import torch
     from safetensors.torch import load_file
 
@@ -282,7 +286,7 @@ def read(sizes: dict, variant: str, folder: Path):
 
 
 def meta_model(sizes: dict):
-    """Return a model without memory."""
+    """Return a model on the meta device."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -305,7 +309,7 @@ def factored_layers(model, variant: str) -> dict:
 
 
 def random_factors(layer, bits: float):
-    """Return factors of random signs, as many as the layer would have at these bits per weight."""
+    """Return random factors of a layer at ``bits`` per weight."""
     import torch
 
     from dbf_compile import DoubleBinaryFactors
@@ -314,9 +318,9 @@ def random_factors(layer, bits: float):
 
     K, N = layer.in_features, layer.out_features
     R = mid_features_for(bits, K, N)
-    R = R // 32 * 32 or R  # whole words, as compress chooses them
+    R = R // 32 * 32 or R  # whole words, as `compress` chooses
     signs = [
-        # Whole words are random at once; what lies behind the last column of a row is packed.
+        # Rows of whole words are random words; others are packed, for bits behind the last column are zero.
         torch.randint(-(2**31), 2**31, (rows, columns // 32), dtype=torch.int32)
         if columns % 32 == 0
         else pack_signs(torch.randint(0, 2, (rows, columns), dtype=torch.int8) * 2 - 1)
@@ -328,13 +332,13 @@ def random_factors(layer, bits: float):
 
 
 def weights_mb(model) -> float:
-    """Return the size of all parameters and buffers in units of 10^6 bytes; tied ones count once."""
+    """Return the size of all parameters and buffers in 10^6 bytes; tied ones count once."""
     tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) / 1e6
 
 
 def resident_mb() -> float:
-    """Return the resident memory of this process in units of 10^6 bytes."""
+    """Return the resident memory of this process in 10^6 bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmRSS"):
             return int(line.split()[1]) * 1024 / 1e6

@@ -1,4 +1,4 @@
-"""Whole models for bench_factorizer: MiniLM's embeddings and the tiny Llama's perplexity, by bits, budget, importance; all "fast"."""
+"""Whole models for bench_factorizer: embeddings of MiniLM and perplexity of a tiny Llama, by bits, budget and importance."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from dbf_compile.factors import stored_bits
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 STORIES, TEXT = DATA / "models" / "stories260K", DATA / "text" / "tinystories-valid-a.txt"
-WINDOW, CALIBRATING, JUDGING = 512, 32, 64
+WINDOW, CALIBRATION_WINDOWS, EVALUATION_WINDOWS = 512, 32, 64
 
-# Forms that both budgets are compared for: all but variants of one.
+# Both budgets are compared for these forms of importance; the others are variants of one of them.
 BOTH_BUDGETS = ("none", "input only", "diagonal", "whole input", "kronecker", "kronecker, tempered")
 
-Known = Mapping[str, Importance]
+Importances = Mapping[str, Importance]
 
 
 def load_encoder() -> tuple[nn.Module, list[dict[str, Tensor]]]:
@@ -36,11 +36,11 @@ def load_encoder() -> tuple[nn.Module, list[dict[str, Tensor]]]:
 
 
 def encoder_rows() -> Iterator[dict[str, Any]]:
-    """Yield how near the embeddings of compressed encoders are to the dense one's."""
+    """Yield how close the embeddings of compressed encoders are to those of the dense one."""
     model, batches = load_encoder()
     _, tokens = demo.load(blocks=1)
     dense = embeddings(model, tokens)
-    forms: dict[str, Known] = {
+    forms: dict[str, Importances] = {
         "none": {},
         "input only": dbf_compile.calibrate(model, batches, loss=None),
         "diagonal": dbf_compile.calibrate(model, batches),
@@ -50,35 +50,35 @@ def encoder_rows() -> Iterator[dict[str, Any]]:
     forms["kronecker"] = kronecker
     forms["kronecker, tempered"] = {name: item.tempered() for name, item in kronecker.items()}
     for bits in (2.0, 1.0):
-        for form, known in forms.items():
+        for form, importance in forms.items():
             for budget in ("equal", "allocated"):
-                made, true_bits = compressed(model, bits, known, budget)
-                found = embeddings(made, tokens)
-                pairs = torch.triu_indices(len(found), len(found), 1)
-                near = spearman((found @ found.T)[*pairs], (dense @ dense.T)[*pairs])
+                encoder, true_bits = compressed(model, bits, importance, budget)
+                vectors = embeddings(encoder, tokens)
+                pairs = torch.triu_indices(len(vectors), len(vectors), 1)
+                agreement = spearman((vectors @ vectors.T)[*pairs], (dense @ dense.T)[*pairs])
                 yield {
                     "model": "all-MiniLM-L6-v2",
                     "importance": form,
                     "budget": budget,
                     "bits": round(true_bits, 4),
-                    "cosine": round(float((found * dense).sum(1).mean()), 4),
-                    "rank_agreement": round(near, 4),
+                    "cosine": round(float((vectors * dense).sum(1).mean()), 4),
+                    "rank_agreement": round(agreement, 4),
                     "pairs": pairs.shape[1],
                 }
 
 
 def embeddings(model: nn.Module, tokens: Callable[..., dict[str, Tensor]]) -> Tensor:
-    """Return the embeddings of the sentences to judge by."""
-    parts = [EVALUATION[start : start + 16] for start in range(0, len(EVALUATION), 16)]
-    return torch.cat([demo.embed(model, tokens(part)) for part in parts])
+    """Return the embeddings of the evaluation sentences."""
+    batches = [EVALUATION[start : start + 16] for start in range(0, len(EVALUATION), 16)]
+    return torch.cat([demo.embed(model, tokens(batch)) for batch in batches])
 
 
 def language_matrices() -> list[tuple[str, Tensor, Importance]]:
-    """Return name, weight and importance of three weights of the tiny Llama; none where it is not at hand."""
+    """Return name, weight and importance of three weights of the tiny Llama; none where its files are missing."""
     if not STORIES.exists():
         return []
-    model, calibrating, _ = load_language()
-    importance = dbf_compile.calibrate(model, calibrating)
+    model, batches, _ = load_language()
+    importance = dbf_compile.calibrate(model, batches)
     names = ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
     layers = dict(model.named_modules())
     return [
@@ -89,24 +89,32 @@ def language_matrices() -> list[tuple[str, Tensor, Importance]]:
 
 
 def load_language() -> tuple[nn.Module, list[dict[str, Tensor]], Tensor]:
-    """Return the tiny Llama, its calibration batches, and the windows to judge by."""
+    """Return the tiny Llama, its calibration batches, and the windows of tokens for evaluation."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(STORIES).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(STORIES)
-    batches = list(dbf_compile.token_batches(TEXT, tokenizer, length=WINDOW, count=CALIBRATING + JUDGING))
-    return model, batches[:CALIBRATING], torch.cat([batch["input_ids"] for batch in batches[CALIBRATING:]])
+    batches = list(
+        dbf_compile.token_batches(
+            TEXT, tokenizer, length=WINDOW, count=CALIBRATION_WINDOWS + EVALUATION_WINDOWS
+        )
+    )
+    return (
+        model,
+        batches[:CALIBRATION_WINDOWS],
+        torch.cat([batch["input_ids"] for batch in batches[CALIBRATION_WINDOWS:]]),
+    )
 
 
 def language_rows() -> Iterator[dict[str, Any]]:
-    """Yield the perplexity of compressed tiny Llamas; nothing where the data is not at hand."""
+    """Yield the perplexity of compressed tiny Llamas; nothing where the files are missing."""
     if not STORIES.exists():
         print(f"no {STORIES}: the part with perplexities is left out")
         return
-    model, calibrating, judging = load_language()
-    calibrate = partial(dbf_compile.calibrate, model, calibrating)
+    model, batches, windows = load_language()
+    calibrate = partial(dbf_compile.calibrate, model, batches)
     diagonal, kronecker = calibrate(), calibrate(form="kronecker")
-    forms: dict[str, Known] = {
+    forms: dict[str, Importances] = {
         "none": {},
         "input only": calibrate(loss=None),
         "data-free": dbf_compile.calibrate(model, None),
@@ -120,32 +128,34 @@ def language_rows() -> Iterator[dict[str, Any]]:
         "kronecker, shrunk 0.2": {name: item.shrunk(0.2) for name, item in kronecker.items()},
         "kronecker, tempered": {name: item.tempered() for name, item in kronecker.items()},
     }
-    dense = perplexity(model, judging)
+    dense = perplexity(model, windows)
     yield language_row("dense", "", 32.0, dense, dense)
     for bits in (4.0, 3.0, 2.0):
-        for form, known in forms.items():
+        for form, importance in forms.items():
             for budget in ("equal", "allocated"):
                 if budget == "allocated" and form not in BOTH_BUDGETS:
                     continue
-                made, true_bits = compressed(model, bits, known, budget)
-                yield language_row(form, budget, true_bits, perplexity(made, judging), dense)
+                llama, true_bits = compressed(model, bits, importance, budget)
+                yield language_row(form, budget, true_bits, perplexity(llama, windows), dense)
 
 
-def language_row(form: str, budget: str, bits: float, found: float, dense: float) -> dict[str, Any]:
+def language_row(form: str, budget: str, bits: float, compressed: float, dense: float) -> dict[str, Any]:
     return {
         "model": "stories260K",
         "importance": form,
         "budget": budget,
         "bits": round(bits, 4),
-        "perplexity": round(found, 3),
-        "nats_lost": round(math.log(found / dense), 4),
+        "perplexity": round(compressed, 3),
+        "nats_lost": round(math.log(compressed / dense), 4),
     }
 
 
-def compressed(model: nn.Module, bits: float, importance: Known, budget: str) -> tuple[nn.Module, float]:
+def compressed(
+    model: nn.Module, bits: float, importance: Importances, budget: str
+) -> tuple[nn.Module, float]:
     """Return a compressed copy of ``model`` and the stored bits per weight of its factored layers.
 
-    An allocated budget gets as many bits as equal ones come to, which on small weights is less than was asked for.
+    An allocated budget gets as many bits as the equal ones use, which on small weights is less than ``bits``.
     """
     options: dict[str, Any] = {"bits_per_weight": bits, "preset": "fast", "progress": False}
     config = dbf_compile.CompressionConfig(**options)
@@ -155,8 +165,9 @@ def compressed(model: nn.Module, bits: float, importance: Known, budget: str) ->
         equal = sum(stored_bits(job.in_features, job.mid_features, job.out_features) for job in jobs) / sum(
             job.size for job in jobs
         )
-        found = dbf_compile.allocate(model, importance, **{**options, "bits_per_weight": equal})
-        allocation = found.mid_features
+        allocation = dbf_compile.allocate(
+            model, importance, **{**options, "bits_per_weight": equal}
+        ).mid_features
     factors = dbf_compile.factorize_model(model, config, importance, allocation)
     tensors = {t.data_ptr(): t for item in factors.values() for t in item.tensors().values()}
     stored = sum(8 * tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -1,6 +1,6 @@
-"""llama.cpp's matrix products, called in the library that llama-cpp-python brings: a peer for bench_cpu.
+"""Matrix products of llama.cpp, called in the library inside llama-cpp-python: a peer for bench_cpu.
 
-Weights lie in plain buffers; llama.cpp can also re-pack some types at load, which this does not use.
+Weights lie in plain buffers. llama.cpp can re-pack some types at load; that is not used here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class _InitParams(Structure):
 
 
 class _Plan(Structure):
-    # Fields behind these are zero: no callback that ends a computation.
+    # The fields behind these stay zero: no callback may end a computation.
     _fields_ = (
         ("work_size", c_size_t),
         ("work_data", c_void_p),
@@ -78,8 +78,8 @@ def load() -> Any | None:
 def make_product(library: Any, type_name: str, x: Tensor, N: int, count: int, threads: int) -> Product:
     """Return ``x [M, K]`` times ``count`` weights [N, K] of a type.
 
-    Quantizing takes long and times do not depend on values: all weights repeat the same 256 rows, whose error against
-    the rows before rounding is given.
+    All weights repeat the same 256 rows, since quantizing takes long and times do not depend on values. The error is
+    that of these rows, relative to the rows before rounding.
     """
     M, K = x.shape
     kind = TYPES[type_name]
@@ -87,8 +87,8 @@ def make_product(library: Any, type_name: str, x: Tensor, N: int, count: int, th
     context = library.ggml_init(
         _InitParams(count * (size + (1 << 16)) + (64 << 20) + 8 * M * (N + K), None, False)
     )
-    given = library.ggml_new_tensor_2d(context, TYPES["F32"], K, M)
-    ctypes.memmove(library.ggml_get_data(given), x.contiguous().data_ptr(), 4 * M * K)
+    operand = library.ggml_new_tensor_2d(context, TYPES["F32"], K, M)
+    ctypes.memmove(library.ggml_get_data(operand), x.contiguous().data_ptr(), 4 * M * K)
     distinct = torch.randn(min(N, 256), K)
     graphs, results, first = [], [], None
     for _ in range(count):
@@ -102,7 +102,7 @@ def make_product(library: Any, type_name: str, x: Tensor, N: int, count: int, th
             first = data
         else:
             ctypes.memmove(data, first, library.ggml_nbytes(tensor))
-        result = library.ggml_mul_mat(context, tensor, given)
+        result = library.ggml_mul_mat(context, tensor, operand)
         graph = library.ggml_new_graph_custom(context, 8, False)
         library.ggml_build_forward_expand(graph, result)
         graphs.append(graph)
@@ -112,10 +112,10 @@ def make_product(library: Any, type_name: str, x: Tensor, N: int, count: int, th
     plan.work_data = ctypes.cast(work, c_void_p)
 
     def run(index: int) -> int:
-        assert work  # is kept alive by this
+        assert work  # keeps the buffer alive
         return int(library.ggml_graph_compute(graphs[index], ctypes.byref(plan)))
 
-    weakref.finalize(run, library.ggml_free, context)  # the weights go with the last reader
+    weakref.finalize(run, library.ggml_free, context)  # frees the weights with the last reader
     run(0)
     y = torch.empty(M, N)
     ctypes.memmove(y.data_ptr(), library.ggml_get_data(results[0]), 4 * M * N)

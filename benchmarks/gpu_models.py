@@ -1,4 +1,4 @@
-"""Whole models with random weights on one NVIDIA GPU, for bench_gpu: their sizes, their layers, and how fast they decode."""
+"""Whole models with random weights on one NVIDIA GPU, for bench_gpu: sizes, layers, speed of decoding."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from decode_cpu import factored_layers, meta_model, random_factors
 from gpu_timing import DEVICE, DRY_RUN, synchronize
 from torch import Tensor, nn
 
-from dbf_compile import DoubleBinaryFactors, DoubleBinaryLinear, inductor
+from dbf_compile import DoubleBinaryFactors, DoubleBinaryLinear
+from dbf_compile.compiler import inductor
 
 _QWEN3 = SIZES["qwen3-0.6b"]
 _LLAMA2 = {**SIZES["llama-2-7b, 4 layers"], "num_hidden_layers": 32}
-# Llamas of these sizes: Qwen3 would also norm queries and keys.
+# All are built as Llamas of these sizes; a real Qwen3 also normalizes queries and keys.
 MODELS = {
     "llama-2-7b": _LLAMA2,
     "llama-3-8b": {
@@ -51,12 +52,12 @@ SMALL_MODEL = {
     "vocab_size": 96,
 }
 DEFAULT_VARIANTS = ("bf16 inductor", "dbf 1 bit", "dbf 1.5 bit", "dbf 2 bit")
-# With Inductor's experimental combo_kernels: what has nothing to do with each other shares a launch.
+# "combined": Inductor's experimental combo_kernels, which launch independent operations together.
 VARIANTS = (*DEFAULT_VARIANTS, "dbf 1 bit, combined", "dbf 2 bit, combined", "bf16 inductor, combined")
 
 
 def layers(model: str) -> dict[str, tuple[int, int]]:
-    """Return rows and columns of a block's layers, those that read the same input as one."""
+    """Return rows and columns of a block's layers; layers that read the same input count as one."""
     sizes = MODELS[model]
     hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
     heads, shared = sizes["num_attention_heads"], sizes["num_key_value_heads"]
@@ -70,26 +71,26 @@ def layers(model: str) -> dict[str, tuple[int, int]]:
 
 
 def shapes() -> dict[str, list[str]]:
-    """Return the layers of all models: rows x columns to whose they are."""
-    found: dict[str, list[str]] = {}
+    """Return which layers have which shape: "rows x columns" to their names."""
+    names: dict[str, list[str]] = {}
     for model in MODELS:
         for layer, (N, K) in layers(model).items():
-            found.setdefault(f"{N}x{K}", []).append(f"{model} {layer}")
-    return found
+            names.setdefault(f"{N}x{K}", []).append(f"{model} {layer}")
+    return names
 
 
 def random_device_factors(N: int, K: int, bits: float) -> DoubleBinaryFactors:
-    """Return factors of a layer of N rows and K columns, on the device."""
+    """Return random factors of a layer of N rows and K columns, on the device."""
     with torch.device(DEVICE):
         return random_factors(nn.Linear(K, N, device="meta"), bits)
 
 
 def time_model(name: str, variant: str, new: int) -> dict:
-    """Decode with a model of random weights and time the tokens."""
+    """Return the speed and the memory of decoding with a model of random weights."""
     from transformers import StaticCache
 
     torch.compiler.reset()
-    gc.collect()  # the model before, which has cycles
+    gc.collect()  # frees the previous model, which has reference cycles
     if not DRY_RUN:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -114,7 +115,7 @@ def time_model(name: str, variant: str, new: int) -> dict:
             return token
 
         start = time.perf_counter()
-        token = decode(token, prompt, 4)  # compiles, records the graph
+        token = decode(token, prompt, 4)  # compiles and records the graph
         compile_seconds = time.perf_counter() - start
         times = []
         for index in range(repeats):
@@ -135,7 +136,7 @@ def time_model(name: str, variant: str, new: int) -> dict:
 
 
 def compile_settings(variant: str) -> dict:
-    """Return the backend and its options; ``torch.compile`` takes either a mode or options."""
+    """Return the arguments of ``torch.compile``, which takes either a mode or options."""
     combined = {"combo_kernels": variant.endswith(", combined")}
     if variant.startswith("dbf"):
         return {"backend": "dbf", "options": {"mode": "reduce-overhead", "inductor": combined}}
@@ -143,7 +144,7 @@ def compile_settings(variant: str) -> dict:
 
 
 def random_model(sizes: dict, variant: str) -> nn.Module:
-    """Return a Llama of random weights on the device, its layers factored as the variant says, embeddings and head dense."""
+    """Return a Llama of random weights on the device; the variant decides which layers are factored."""
     model = meta_model(sizes)
     # Layers that read the same input are factored as one, and share their first stage.
     together: dict[str, list[str]] = {}

@@ -1,8 +1,7 @@
-"""Timing on one NVIDIA GPU, for bench_gpu, tune_gpu and one_launch: CUDA graphs that take turns, and what the device is.
+"""Timing on one NVIDIA GPU, for bench_gpu, tune_gpu and one_launch: interleaved CUDA graphs, and the name of the device.
 
-With ``--dry-run`` these programs do all that they do on the CPU, on small sizes, kernels that they launch themselves in
-Triton's interpreter: a device is not there to find out that a line of them is wrong. Times mean nothing then and are not
-written, and what would be left out on a device is an error.
+With ``--dry-run`` these programs run every line on the CPU, on small sizes; kernels run in Triton's interpreter. So a
+mistake is seen without a GPU. Times mean nothing then and are not written; a contender that fails is an error.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import time
 from collections.abc import Callable
 
 if "--dry-run" in sys.argv:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined, Triton's own too
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined, Triton's own included
 
 import torch
 from measure import commit, write_results
@@ -24,14 +23,14 @@ DEVICE = "cpu" if DRY_RUN else "cuda"
 
 
 def announce() -> None:
-    """Say where figures come from, or that there is no device."""
+    """Print device, versions and commit; exit if there is no device."""
     if not DRY_RUN and not torch.cuda.is_available():
         raise SystemExit("no CUDA device here: run this on a machine with one, or with --dry-run")
     print(f"{gpu()}; {versions()}; commit {commit()}", flush=True)
 
 
 def report(name: str, rows: list[dict]) -> None:
-    """Write a table of results, with the device and its versions; a dry run has none."""
+    """Write a table of results with the device and its versions; a dry run writes none."""
     if DRY_RUN:
         print(f"dry run: {len(rows)} rows of {name} not written", flush=True)
         return
@@ -44,14 +43,14 @@ def report(name: str, rows: list[dict]) -> None:
 def interleaved_graphs(
     calls: dict[str, tuple[Callable[[int], object], int]], rounds: int
 ) -> dict[str, float]:
-    """Time calls in CUDA graphs that take turns; who cannot be captured is left out and said so.
+    """Time calls as CUDA graphs that take turns; a call that cannot be captured is reported and left out.
 
     Args:
-        calls: by name, a function of the number of a weight, and how many weights there are.
-        rounds: turns of each.
+        calls: by name, a function of the index of a weight, and the number of weights.
+        rounds: timings of each.
 
     Returns:
-        By name, the median time of one call in microseconds.
+        The median time of one call in microseconds, by name.
     """
     graphs = {}
     for name, (call, count) in calls.items():
@@ -67,14 +66,14 @@ def interleaved_graphs(
 
 
 def leave_out(name: str, error: Exception) -> None:
-    """Say that a contender is not measured, and why."""
+    """Print that a contender is not measured, and why; a dry run raises the error."""
     if DRY_RUN:
         raise error
     print(f"{name} left out: {type(error).__name__}: {str(error).partition(chr(10))[0]}", flush=True)
 
 
 def _capture(call: Callable[[int], object], count: int) -> Callable[[], object]:
-    """Return a CUDA graph of ``count`` calls, each on another weight."""
+    """Return a CUDA graph of ``count`` calls, one for each weight."""
     if DRY_RUN:
         return lambda: [call(index) for index in range(count)]
     stream = torch.cuda.Stream()
@@ -90,7 +89,7 @@ def _capture(call: Callable[[int], object], count: int) -> Callable[[], object]:
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    """Return the time of one call on the device."""
+    """Return the milliseconds that one call takes on the device."""
     if DRY_RUN:
         before = time.perf_counter()
         call()
@@ -104,7 +103,7 @@ def milliseconds(call: Callable[[], object]) -> float:
 
 
 def copy_bandwidth() -> float:
-    """Return how fast the device copies memory, in GB/s, bytes read and written both counted."""
+    """Return the rate at which the device copies memory, in GB/s; bytes read and bytes written both count."""
     source = torch.empty(1 << (20 if DRY_RUN else 30), dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     times = [milliseconds(lambda: target.copy_(source)) for _ in range(12)]

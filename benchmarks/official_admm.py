@@ -1,7 +1,7 @@
-"""The authors' factorizer as their notebooks have it, kept for comparison: the same steps in the same order.
+"""The authors' factorizer, for comparison: the steps of their notebooks in the same order.
 
 Source: Boža and Macko, "Addition is almost all you need" (arXiv 2505.11076), notebooks of github.com/usamec/double_binary,
-written anew. Two inverses and three solves a half step, projections by five power iterations from a random start.
+rewritten. A half step takes two inverses and three solves; a projection takes five power iterations from a random start.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ITERATIONS, INNER, RIDGE = 260, 3, 0.03
 
 @torch.no_grad()
 def official(weight: Tensor, mid_features: int, importance: Importance | None, seed: int = 0) -> float:
-    """Return the weighted error of the authors' factors in float32, before any rounding of scales."""
+    """Return the weighted error of the authors' float32 factors, before scales are rounded."""
     torch.manual_seed(seed)
     target = WeightedWeight.of(weight, importance).matrix
     if target.shape[0] >= target.shape[1]:
@@ -31,8 +31,8 @@ def official(weight: Tensor, mid_features: int, importance: Importance | None, s
         left, left_dual = (item.T for item in _half_step(right.T / scale, target.T, left.T, left_dual.T, rho))
         scale = left.norm(dim=0) + 1e-12
         right, right_dual = _half_step(left / scale, target, right, right_dual, rho)
-    missed = target - (left / scale) @ right
-    return float(missed.square().sum() / target.square().sum())
+    residual = target - (left / scale) @ right
+    return float(residual.square().sum() / target.square().sum())
 
 
 def _half_step(
@@ -40,14 +40,14 @@ def _half_step(
 ) -> tuple[Tensor, Tensor]:
     normal = basis.T @ basis
     normal = normal + torch.diag(torch.ones_like(normal.diag())) * normal.diag().mean() * RIDGE
-    wanted = basis.T @ target
+    projected = basis.T @ target
     identity = torch.eye(normal.shape[0])
     inverse, first = torch.inverse(normal + identity), torch.inverse(normal + identity * rho)
-    solution = first @ (wanted + rho * (primal - dual))
+    solution = first @ (projected + rho * (primal - dual))
     for _ in range(INNER - 1):
         primal = _project(solution + dual)
         dual = dual + (solution - primal)
-        solution = inverse @ (wanted + (primal - dual))
+        solution = inverse @ (projected + (primal - dual))
     primal = _project(solution + dual)
     return primal, dual + (solution - primal)
 

@@ -55,7 +55,7 @@ def signs_of(signs_ptr, unit, N, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W
 
 
 @triton.jit
-def add_up(
+def add_up(  # noqa: PLR0913  a kernel
     x_ptr, scale_ptr, words, y_ptr, unit, N, K: tl.constexpr, X_SPLIT_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr
 ):  # fmt: skip
     """Store what a unit adds to y, float32 [SPLIT_K, N]; x is the sum of X_SPLIT_K rows [X_SPLIT_K, K], times a scale."""
@@ -69,7 +69,7 @@ def add_up(
 
 
 @triton.jit
-def stage_kernel(
+def stage_kernel(  # noqa: PLR0913  a kernel
     x_ptr, signs_ptr, scale_ptr, y_ptr, N, K: tl.constexpr, X_SPLIT_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
     WAITS: tl.constexpr, TELLS: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +89,7 @@ def stage_kernel(
 
 
 @triton.jit
-def layer_kernel(
+def layer_kernel(  # noqa: PLR0913  a kernel
     x_ptr, signs_in_ptr, h_ptr, scale_mid_ptr, signs_out_ptr, y_ptr, arrived_ptr, R: tl.constexpr, N, K: tl.constexpr,
     PROGRAMS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip

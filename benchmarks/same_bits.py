@@ -1,4 +1,4 @@
-"""Hashes of what the factorizer and ``compress`` produce: two versions that print the same lines produce the same bits.
+"""Hashes of the results of the factorizer and of ``compress``: versions that print equal lines produce equal bits.
 
     python benchmarks/same_bits.py            six matrices at four sizes, and stories260K where ../shared is present
 
@@ -36,7 +36,7 @@ def main() -> None:
             print(f"{rows} x {columns}, {bits} bits: {_hash(factors.tensors())}", flush=True)
     model = SHARED / "models" / "stories260K"
     if not model.is_dir():
-        print("stories260K: not there, left out")
+        print(f"no {model}: stories260K is left out")
         return
     for mode in ("independent", "block"):
         with tempfile.TemporaryDirectory() as folder:

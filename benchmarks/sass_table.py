@@ -1,8 +1,8 @@
-"""What the Triton kernels become on each architecture, without a GPU: instructions of the main loop, registers, spills.
+"""Machine code of the Triton kernels on each architecture, without a GPU: instructions of the main loop, registers, spills.
 
-A row is one kernel for a matrix of 4096 x 4096: for few tokens as it is launched by default, for many with each of its tiles, and what writes signs out.
-For NVIDIA the machine code is disassembled; "per sign" counts all instructions of the loop, or of a kernel without one,
-for all tokens of a tile. Nothing is run.
+A row is one kernel for a matrix of 4096 x 4096: the decode kernel with its default settings, the prefill kernel with each
+of its tiles, and the kernel that dequantizes signs. For NVIDIA the machine code is disassembled. "Per sign" counts all
+instructions of the loop (of the kernel, if it has none) for all tokens of a tile. Nothing is run.
 
     python benchmarks/sass_table.py
 """
@@ -36,8 +36,8 @@ def main() -> None:
     widths = {key: max(len(str(entry[key])) for entry in [*rows, {key: key}]) for key in rows[0]}
     for entry in ({key: key for key in rows[0]}, *rows):
         print("  ".join(str(entry[key]).rjust(width) for key, width in widths.items()))
-    common = {"triton": triton.__version__}
-    print(f"\nwritten to {write_results('sass', [{**entry, **common} for entry in rows])}")
+    version = {"triton": triton.__version__}
+    print(f"\nwritten to {write_results('sass', [{**entry, **version} for entry in rows])}")
 
 
 def cases() -> list[tuple]:
@@ -61,8 +61,10 @@ def row(target: int | str, kernel: object, M: int, dtype: str, settings: dict[st
     decode = kernel is decode_kernel
     columns = settings["BLOCK_W"] * 32 if decode else settings["BLOCK_K"]
     signs = settings["BLOCK_N"] * columns // (32 * settings["num_warps"])
-    found = {
-        "kernel": {decode_kernel: "decode", prefill_kernel: "prefill", dequantize_kernel: "expand"}[kernel],
+    common = {
+        "kernel": {decode_kernel: "decode", prefill_kernel: "prefill", dequantize_kernel: "dequantize"}[
+            kernel
+        ],
         "target": f"sm_{target}" if isinstance(target, int) else target,
         "tokens": "" if kernel is dequantize_kernel else M,
         "dtype": dtype,
@@ -71,12 +73,12 @@ def row(target: int | str, kernel: object, M: int, dtype: str, settings: dict[st
         "signs_per_thread": signs,
     }
     if isinstance(target, str):
-        # Of the whole kernel: waves of 64 threads, and no tool here that tells its loops.
+        # Counts of the whole kernel, for waves of 64 threads: there is no tool here that finds its loops.
         names = re.findall(r"^\s+(v_\w+|ds_\w+|scratch_\w+)", compiled.asm["amdgcn"], re.M)
         counts = collections.Counter(names)
         total = lambda pattern: sum(n for name, n in counts.items() if re.match(pattern, name))  # noqa: E731
         return {
-            **found,
+            **common,
             "instructions_per_sign": "",
             "additions": total(r"v_add_f32") + 2 * total(r"v_pk_add_f32"),
             "multiplications": total(r"v_(pk_)?(mul|fma|mac|fmac)_f32"),
@@ -87,11 +89,11 @@ def row(target: int | str, kernel: object, M: int, dtype: str, settings: dict[st
             "spills": total(r"scratch_"),
         }
     code = sass.disassemble(compiled.asm["cubin"])
-    loops = [loop for loop in sass.innermost_loops(code) if len(loop) > 30]  # not those that wait
+    loops = [loop for loop in sass.innermost_loops(code) if len(loop) > 30]  # shorter ones only wait
     loop = loops[0] if loops else sass.instructions(code)
     names = collections.Counter(one.name for one in loop)
     return {
-        **found,
+        **common,
         "instructions_per_sign": round(len(loop) / signs, 2),
         "additions": sum(one.additions() for one in loop),
         "multiplications": sum(one.multiplies() and not one.multiplies_matrices() for one in loop),

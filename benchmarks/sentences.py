@@ -1,4 +1,4 @@
-"""Sentences of the demo, written for it: some to calibrate on, others to judge by."""
+"""Sentences written for the demo: one set for calibration, one for evaluation."""
 
 CALIBRATION = (
     "The ferry leaves at seven and the last bus meets it at the pier.",

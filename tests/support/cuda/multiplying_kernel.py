@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 @triton.jit
-def multiplying_kernel(
+def multiplying_kernel(  # noqa: PLR0913  a kernel
     x_ptr,
     signs_ptr,
     y_ptr,
