@@ -15,13 +15,22 @@ from dbf_compile.compression.budgets import Allocation
 from dbf_compile.compression.curves import allocate
 from dbf_compile.compression.layers import convert_, factorize_model
 from dbf_compile.errors import DBFError
+from dbf_compile.evaluation import evaluate
 from dbf_compile.factorizer.factorize import FactorizerConfig, factorize, weighted_error
 from dbf_compile.factorizer.importance import Importance
 from dbf_compile.factors import DoubleBinaryFactors
-from dbf_compile.generation import generate
+from dbf_compile.generation import Generation, generate
+from dbf_compile.inspection import inspect
 from dbf_compile.integrations.on_import import when_imported
 from dbf_compile.linear import DoubleBinaryLinear
-from dbf_compile.options import CompileOptions, CompressionConfig, CompressOptions
+from dbf_compile.options import (
+    AllocationConfig,
+    CalibrationConfig,
+    CompileOptions,
+    CompressionConfig,
+    CompressOptions,
+    EvaluationConfig,
+)
 from dbf_compile.run.compress import Compressed, compress
 
 __version__ = "0.1.0"
@@ -31,6 +40,8 @@ when_imported("transformers.quantizers.auto", partial(import_module, "dbf_compil
 
 __all__ = [
     "Allocation",
+    "AllocationConfig",
+    "CalibrationConfig",
     "CompileOptions",
     "CompressOptions",
     "Compressed",
@@ -38,15 +49,19 @@ __all__ = [
     "DBFError",
     "DoubleBinaryFactors",
     "DoubleBinaryLinear",
+    "EvaluationConfig",
     "FactorizerConfig",
+    "Generation",
     "Importance",
     "allocate",
     "calibrate",
     "compress",
     "convert_",
+    "evaluate",
     "factorize",
     "factorize_model",
     "generate",
+    "inspect",
     "load",
     "read_metadata",
     "save",

@@ -17,24 +17,25 @@ from dbf_compile.files import cache_folder
 from dbf_compile.kernels import cpp_build
 from dbf_compile.kernels.sign_matmul import cpu_kernel
 
-_EXTRAS = {
-    "transformers": "compressing and loading models",
-    "accelerate": "device_map and models larger than a device",
-    "peft": "LoRA adapters",
-    "datasets": "text from the Hub",
-    "lm_eval": "dbf-compile eval --tasks",
-    "ray": "workers on a cluster",
+# Package to the extra that installs it, and what it brings.
+EXTRAS = {
+    "transformers": ("hf", "compressing and loading models of transformers, generation, evaluation"),
+    "accelerate": ("hf", "device_map, and models larger than a device"),
+    "lm_eval": ("eval", "dbf-compile eval --tasks"),
+    "peft": ("lora", "LoRA adapters on factored layers"),
+    "ray": ("ray", "workers on a cluster"),
+    "datasets": ("data", "text from datasets of the Hub"),
 }
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The state of one thing that the package uses.
 
     Attributes:
-        name: what.
-        state: "good", "slow" (works, but not as fast as it could) or "missing".
-        detail: what was found, or what to do.
+        name: of the thing.
+        state: "good", "slow" (it works, but not as fast as it could) or "missing".
+        detail: its version or place, or what to do.
         needed: whether nothing works without it.
     """
 
@@ -45,7 +46,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at the processor, the compiler, GPUs, folders and packages of this machine."""
+    """Examine the processor, the compiler, GPUs, folders and packages of this machine."""
     return list(_findings())
 
 
@@ -61,29 +62,29 @@ def _findings() -> Iterator[Finding]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             built = cpu_kernel.available()
-        wanted = os.environ.get("DBF_CPU_ISA", "the best of this processor")
-        detail = f"built; instruction set: {wanted}; torch uses {torch.backends.cpu.get_cpu_capability()}"
+        isa = os.environ.get("DBF_CPU_ISA", "the best of this processor")
+        detail = f"built; instruction set: {isa}; torch uses {torch.backends.cpu.get_cpu_capability()}"
         if not built:
             detail = str(caught[0].message) if caught else "they cannot be built"
         yield Finding("CPU kernels", "good" if built else "slow", detail)
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
-            found = torch.cuda.get_device_properties(index)
-            memory = f"{found.total_memory / 2**30:.0f} GiB"
-            yield Finding(f"GPU {index}", "good", f"{found.name}, {memory}, sm_{found.major}{found.minor}")
-        yield _package("triton", "the GPU kernels", needed=True)
+            gpu = torch.cuda.get_device_properties(index)
+            memory = f"{gpu.total_memory / 2**30:.0f} GiB"
+            yield Finding(f"GPU {index}", "good", f"{gpu.name}, {memory}, sm_{gpu.major}{gpu.minor}")
+        yield _package("triton", "for the GPU kernels: pip install triton", needed=True)
     else:
         yield Finding("GPU", "good", "none that torch can see; the CPU kernels are used")
     yield _writable()
-    for name, use in _EXTRAS.items():
-        yield _package(name, use)
+    for name, (extra, use) in EXTRAS.items():
+        yield _package(name, f"for {use}: pip install 'dbf-compile[{extra}]'")
 
 
-def _package(name: str, use: str, needed: bool = False) -> Finding:
+def _package(name: str, advice: str, needed: bool = False) -> Finding:
     try:
         return Finding(name, "good", metadata.version(name))
     except metadata.PackageNotFoundError:
-        return Finding(name, "missing", f"for {use}: pip install {name.replace('_', '-')}", needed)
+        return Finding(name, "missing", advice, needed)
 
 
 def _writable() -> Finding:

@@ -1,19 +1,83 @@
-"""How far a compressed model is from the dense one, and how well either predicts text."""
+"""Evaluation of a model: perplexity on text, distance from the dense model, tasks of lm-eval."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-import torch
 from torch import nn
 
 from dbf_compile.calibration.batches import token_batches
 from dbf_compile.calibration.compare import compare
 from dbf_compile.calibration.model_io import to_device
 from dbf_compile.errors import OptionError
+from dbf_compile.keywords import EvaluationKeywords
 from dbf_compile.machine import chosen_device
+from dbf_compile.options import EvaluationConfig
+from dbf_compile.records import resolve
+
+Model = str | Path | nn.Module
+
+
+def evaluate(
+    model: Model,
+    data: str | Path | Iterable[Any] | None = None,
+    *,
+    dense: Model | None = None,
+    tokenizer: Any = None,
+    config: EvaluationConfig | None = None,
+    **options: Unpack[EvaluationKeywords],
+) -> dict[str, Any]:
+    """Measure a model: perplexity and distance from the dense model on text, and tasks of lm-eval.
+
+    Args:
+        model: folder of a model, compressed or not, its name on the Hub, or the model itself.
+        data: text, cut into windows that do not overlap; as for ``token_batches``. None: tasks alone.
+        dense: the dense model, for KL and top-1 agreement.
+        tokenizer: of the model; None for that of its folder.
+        config: context length, windows, tasks, device.
+        **options: fields of ``config`` as keywords, which win over it.
+
+    Returns:
+        With data: "context_length", "windows", "perplexity", "compressed" (nats a token), "measure"; with a dense model also
+        "dense" (nats a token), "kl" (nats) and "top1_agreement". With tasks: their metrics by "task/metric".
+
+    Raises:
+        OptionError: neither data nor tasks; lm-eval is missing or does not know a task; an unknown or ill-typed option.
+        ConversionError: no model, no tokenizer, or too little text.
+    """
+    settings = resolve(EvaluationConfig, config, options)
+    if data is None and not settings.tasks:
+        raise OptionError("neither data nor tasks", "one of them", "pass --data text.txt, or --tasks piqa")
+    manager = None
+    if settings.tasks:
+        from dbf_compile.integrations import lm_eval
+
+        manager = lm_eval.task_manager(settings.tasks, settings.include_path)
+    device, trust = chosen_device(settings.device), settings.trust_remote_code
+    if tokenizer is None:
+        tokenizer = _tokenizer_of(model, trust)
+    # lm-eval puts the end-of-text token in front of what has nothing in front.
+    if settings.tasks and tokenizer.eos_token_id is None:
+        raise OptionError(
+            f"tasks={list(settings.tasks)} with a tokenizer of {model} that has no end-of-text token",
+            "a tokenizer with eos_token",
+            "set eos_token in its tokenizer_config.json",
+        )
+    opened = _opened(model, trust).to(device)
+    results: dict[str, Any] = {}
+    if data is not None:
+        windows = token_batches(data, tokenizer, length=settings.length, count=settings.windows)
+        batches = [to_device(batch, device) for batch in windows]
+        other = None
+        if dense is not None:
+            other = _opened(dense, trust).to(device)
+        results |= {"context_length": settings.length, "windows": len(batches)}
+        results |= compare(other, opened, batches)
+    if settings.tasks:
+        results |= lm_eval.run_tasks(opened, tokenizer, settings.tasks, manager, settings.limit)
+    return results
 
 
 def evaluate_folder(
@@ -21,95 +85,26 @@ def evaluate_folder(
     *,
     data: str | Path | None = None,
     dense: str | Path | None = None,
-    length: int = 2048,
-    windows: int = 10_000,
-    tasks: Sequence[str] = (),
-    include_path: str | Path | None = None,
-    limit: int | None = None,
-    device: torch.device | str | None = None,
-    trust_remote_code: bool = False,
+    **options: Unpack[EvaluationKeywords],
 ) -> dict[str, Any]:
-    """Measure a model in a folder: perplexity and distance from the dense model on text, and tasks of lm-eval.
+    """Call :func:`evaluate`, under its former name; without data and tasks the result is empty."""
+    if data is None and not options.get("tasks"):
+        return {}
+    return evaluate(model, data, dense=dense, **options)
 
-    Args:
-        model: folder of a model, compressed or not, or its name on the Hub.
-        data: path of a text, cut into windows that do not overlap.
-        dense: the dense model, for KL and top-1 agreement.
-        length: tokens of a window, which is the context length the perplexity belongs to.
-        windows: at most so many.
-        tasks: names of tasks of lm-eval, for which its package is to be installed.
-        include_path: a folder with tasks of one's own, as YAML files of lm-eval.
-        limit: examples of a task at most.
-        device: where to; None for a GPU where there is one.
-        trust_remote_code: as of ``from_pretrained``.
 
-    Returns:
-        What :func:`compare` returns, "context_length" and "windows"; for tasks their metrics by "task/metric".
-
-    Raises:
-        OptionError: lm-eval is wanted and not installed, or does not know a task.
-    """
+def _tokenizer_of(model: Model, trust_remote_code: bool) -> Any:
     from dbf_compile.integrations import pretrained
 
-    manager = _checked_tasks(tasks, include_path) if tasks else None
-    folder = pretrained.local_folder(model)
-    tokenizer = pretrained.tokenizer_of(folder, trust_remote_code)
-    if tasks and tokenizer.eos_token_id is None:  # lm-eval puts it in front of what has nothing in front
-        raise OptionError(
-            f"tasks={list(tasks)} with a tokenizer of {folder} that has no end-of-text token",
-            "a tokenizer with eos_token",
-            "set eos_token in its tokenizer_config.json",
-        )
-    found: dict[str, Any] = {}
-    where = chosen_device(device)
-    loaded = pretrained.open_any(folder, trust_remote_code).to(where)
-    if data is not None:
-        given = [to_device(each, where) for each in token_batches(data, tokenizer, length=length, count=windows)]
-        other = None
-        if dense is not None:
-            other = pretrained.open_any(pretrained.local_folder(dense), trust_remote_code).to(where)
-        found |= {"context_length": length, "windows": len(given), **compare(other, loaded, given)}
-    if tasks:
-        found |= _task_results(loaded, tokenizer, tasks, manager, limit)
-    return found
+    folder = None if isinstance(model, nn.Module) else pretrained.local_folder(model)
+    return pretrained.tokenizer_of(folder, trust_remote_code)
 
 
-def _checked_tasks(tasks: Sequence[str], include_path: str | Path | None) -> Any:
-    """Return lm-eval's ``TaskManager`` after looking for the tasks: before a model is loaded, which takes minutes."""
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise OptionError(
-            f"tasks={list(tasks)} without lm-eval ({error})",
-            "lm-eval installed",
-            "pip install 'dbf-compile[eval]'",
-        ) from error
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
-    if unknown:
-        raise OptionError(
-            f"tasks {unknown}",
-            "tasks, groups and tags of lm-eval",
-            "see lm-eval ls tasks, or pass include_path",
-        )
-    return manager
+def _opened(model: Model, trust_remote_code: bool) -> nn.Module:
+    """Return a model in evaluation mode."""
+    from dbf_compile.integrations import pretrained
 
-
-def _task_results(
-    model: nn.Module, tokenizer: Any, tasks: Sequence[str], manager: Any, limit: int | None
-) -> dict[str, Any]:
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    results = simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer),
-        tasks=list(tasks),
-        task_manager=manager,
-        limit=limit,
-    )["results"]
-    return {
-        f"{task}/{metric.split(',')[0]}": value
-        for task, metrics in results.items()
-        for metric, value in metrics.items()
-        if isinstance(value, float)
-    }
+    if isinstance(model, nn.Module):
+        return model.eval()
+    opened: nn.Module = pretrained.open_any(pretrained.local_folder(model), trust_remote_code)
+    return opened

@@ -169,18 +169,10 @@ def weight_bytes(model: nn.Module) -> int:
 def _compilation(model: nn.Module, compiled: bool) -> dict[str, Any]:
     if not compiled:
         return {"disable_compile": True}
-    from transformers import CompileConfig
+    from dbf_compile.integrations import pretrained
 
     factored = any(isinstance(layer, DoubleBinaryLinear) for layer in model.modules())
-    device = next(model.parameters()).device
-    config: Any = CompileConfig(
-        backend="dbf" if factored else "inductor",
-        mode="reduce-overhead" if device.type == "cuda" else None,
-        fullgraph=False,
-        dynamic=False,
-    )
-    config._compile_all_devices = True  # transformers leaves the CPU out otherwise
-    return {"cache_implementation": "static", "compile_config": config}
+    return pretrained.compile_options("dbf" if factored else "inductor", next(model.parameters()).device)
 
 
 class _AfterTwo:

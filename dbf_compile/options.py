@@ -1,56 +1,63 @@
-"""Options: what a user may set, checked once, at the door.
+"""Options: the records of all that a user may set. A record checks itself however it is made.
 
-``CompressionConfig`` says how weights become factors, ``CompileOptions`` adds what the compiler needs, and
-``CompressOptions`` what the compression of a whole model needs. All come from plain dictionaries through :func:`parse`,
-which refuses unknown keys and wrong types.
+``CompressionConfig`` says how weights become factors. ``AllocationConfig``, ``CompressOptions`` and ``CompileOptions`` extend
+it for ``allocate``, ``compress`` and the backend; ``CalibrationConfig`` and ``EvaluationConfig`` stand alone. Functions take
+a record as ``config``, its fields as keywords (:mod:`dbf_compile.keywords`), or both: keywords win. See :func:`dbf_compile.records.resolve`.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+
+import torch
 
 from dbf_compile.errors import OptionError
+from dbf_compile.records import Record, option
 
 # Heads and embeddings are a large part of small models and lose most; users expect them untouched.
 DENSE_BY_DEFAULT = ("*lm_head", "*embed_out", "*predictions.decoder", "*output_projection", "*proj_out")
 MIN_BITS, MAX_BITS = 0.05, 16.0
 ACCURACIES = ("exact", "fast")
-MODES, BUDGETS = ("auto", "independent", "block"), ("equal", "allocated")
+MODES, BUDGETS = ("auto", "independent", "sequential"), ("equal", "allocated")
+CURVATURES = ("diagonal", "input", "kronecker")
+LOSSES = ("auto", "model", "next_token", "sampled", "output")
 PRESETS = {"fast": 250, "balanced": 600, "best": 6000}  # iterations of the factorizer
+RESUME = ("auto", "required", "never")
+
+_MODE_ALIASES = {"block": "sequential"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressionConfig:
+class CompressionConfig(Record):
     """How dense weights become factors.
 
     Args:
-        bits_per_weight: stored bits per weight of every layer, scales and padding counted; 0.05 to 16.
-        overrides: bits per weight for layers whose name matches a pattern (``fnmatch``); the first match wins.
-        skip: name patterns of layers that stay dense.
-        merge_shared_inputs: factor layers that read one input (q/k/v, gate/up) as one stacked weight.
-        preset: "fast", "balanced" or "best": how long the factorizer searches, about 1 : 2.4 : 24.
-        iterations: iterations of the factorizer; None for those of the preset.
-        seed: seed of the start; equal seeds give equal factors.
-        cache_dir: folder of the factor cache; None for the user's cache folder.
-        progress: show a progress bar while factoring.
+        bits_per_weight: Stored bits per weight of every layer, scales and padding counted; 0.05 to 16.
+        overrides: Bits per weight for layers whose name matches a pattern (``fnmatch``); the first match wins.
+        skip: Name patterns of layers that stay dense. Embeddings, and matrices too small to gain, always do.
+        merge_shared_inputs: Factor layers that read one input (q/k/v, gate/up) as one stacked weight.
+        preset: How long the factorizer searches: "fast", "balanced" or "best", about 1 : 2.4 : 24.
+        iterations: ADMM iterations of the factorizer; None for those of the preset.
+        seed: Seed of the random start; equal seeds give equal factors.
+        cache_dir: Folder of the factor cache; None for the user's cache folder.
+        progress: Show progress bars.
     """
 
     bits_per_weight: float = 2.0
-    overrides: Mapping[str, float] = field(default_factory=dict)
+    overrides: Mapping[str, float] = option({})
     skip: tuple[str, ...] = DENSE_BY_DEFAULT
     merge_shared_inputs: bool = True
-    preset: str = "balanced"
-    iterations: int | None = None
-    seed: int = 0
-    cache_dir: str | None = None
-    progress: bool = True
+    preset: str = option("balanced", choices=tuple(PRESETS))
+    iterations: int | None = option(None, low=1)
+    seed: int = option(0, low=0, high=2**63 - 1)
+    cache_dir: str | None = option(None, changes_results=False)
+    progress: bool = option(True, changes_results=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, bits in (("bits_per_weight", self.bits_per_weight), *self.overrides.items()):
             if not MIN_BITS <= bits <= MAX_BITS:
                 raise OptionError(
@@ -58,15 +65,9 @@ class CompressionConfig:
                     f"{MIN_BITS} to {MAX_BITS}",
                     "use 2.0 for quality near dense, 1.0 for size",
                 )
-        if self.preset not in PRESETS:
-            raise OptionError(
-                f"preset={self.preset!r}", ", ".join(map(repr, PRESETS)), "leave it out for 'balanced'"
-            )
-        if self.iterations is not None and self.iterations < 1:
-            raise OptionError(f"iterations={self.iterations}", "1 or more", "leave it out and set preset")
 
     def bits_for(self, name: str) -> float:
-        """Return the bits per weight wanted for the layer ``name``."""
+        """Return the target bits per weight of the layer ``name``."""
         override = self.override_for(name)
         return self.bits_per_weight if override is None else override
 
@@ -80,48 +81,76 @@ class CompressionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressOptions(CompressionConfig):
-    """What ``compress(model, output, bits=..., ...)`` takes.
+class AllocationConfig(CompressionConfig):
+    """How ``allocate`` spreads bits over the weights of a model.
 
     Args:
-        mode: "independent": statistics once, then every weight on its own. "block": block after block, with inputs from
-            the compressed prefix and targets from the dense model. "auto": "block" where there is data.
-        length, windows: tokens of a window of text, and how many windows to calibrate and train with.
-        holdout: windows after those to judge by; 0 to judge nothing.
-        form: of importance: "diagonal", "input" or "kronecker"; see ``calibrate``.
-        temper: power of the spectrum of importances; None to take them as they are, 0.5 is a usual value.
-        budget: "equal" bits for all weights, or "allocated" by measured error curves.
-        tune: epochs in which the still dense weights of a block are tuned before a weight is factored ("block").
-        refine: epochs in which signs and scales of a block are refined at its end ("block").
-        distill: epochs in which scales learn the logits of the dense model at the end; 0 switches a stage off.
-        max_shard_size: bytes of a weight file.
+        multiple: Middle dimensions are multiples of this; the few weights that take the remainder are exempt.
+        floor: Least bits per weight of a layer; None for half of ``bits_per_weight``.
+        ceiling: Most bits per weight of a layer; None for twice ``bits_per_weight``.
+        depth_prior: Weights of block z (0 … 1) count exp(depth_prior · (z − ½)) times: measured curves undervalue the
+            last blocks of some large models, for which 0.6 was found.
     """
 
-    mode: str = "auto"
-    length: int = 512
-    windows: int = 64
-    holdout: int = 8
-    form: str = "diagonal"
-    temper: float | None = None
-    budget: str = "equal"
-    tune: int = 4
-    refine: int = 4
-    distill: int = 4
-    max_shard_size: int = 2 * 10**9
+    multiple: int = option(32, low=1)
+    floor: float | None = option(None, low=0)
+    ceiling: float | None = option(None, low=0)
+    depth_prior: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressOptions(CompressionConfig):
+    """How ``compress`` turns a pretrained model into a folder.
+
+    Args:
+        mode: "independent": statistics once, then every weight on its own. "sequential": block after block, with inputs
+            from the compressed prefix and targets from the dense model. "auto": sequential where there is data.
+        length: Tokens of a window of text.
+        windows: Windows to calibrate and train with.
+        holdout: Windows after those to judge with; 0 to judge nothing.
+        curvature: Form of the importance: "diagonal", "input" or "kronecker"; see ``calibrate``.
+        temper: Power of the spectrum of importances; None to leave them as measured, 0.5 is a usual value.
+        budget: "equal" bits for all weights, or "allocated" by measured error curves.
+        tune: Epochs in which the still dense weights of a block are tuned before a weight is factored (sequential).
+        refine: Epochs in which signs and scales of a block are refined at its end (sequential).
+        distill: Epochs in which scales learn the logits of the dense model at the end.
+        max_shard_size: Bytes of a weight file.
+        resume: "auto": continue an interrupted run. "required": fail without one. "never": start over.
+        workers: Weights that this process factors at a time; None for one a core, or one a GPU.
+        device: Where to compute, such as cuda or cpu; blocks are onloaded one at a time. None for a GPU if there is one.
+        trust_remote_code: Run code that comes with the model.
+        keep_work: Leave ``<output>.work`` there at the end.
+    """
+
+    mode: str = option("auto", choices=MODES)
+    length: int = option(512, low=2)
+    windows: int = option(64, low=1)
+    holdout: int = option(8, low=0)
+    curvature: str = option("diagonal", choices=CURVATURES)
+    temper: float | None = option(None, low=0, high=1)
+    budget: str = option("equal", choices=BUDGETS)
+    tune: int = option(4, low=0)
+    refine: int = option(4, low=0)
+    distill: int = option(4, low=0)
+    max_shard_size: int = option(2 * 10**9, low=1, changes_results=False)
+    resume: str = option("auto", choices=RESUME, changes_results=False)
+    workers: int | None = option(None, low=1, changes_results=False)
+    device: torch.device | str | None = option(None, changes_results=False)
+    trust_remote_code: bool = option(False, changes_results=False)
+    keep_work: bool = option(False, changes_results=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.mode, str):
+            object.__setattr__(self, "mode", _MODE_ALIASES.get(self.mode, self.mode))
         super().__post_init__()
-        for name, allowed in (("mode", MODES), ("budget", BUDGETS)):
-            if getattr(self, name) not in allowed:
-                raise OptionError(
-                    f"{name}={getattr(self, name)!r}", ", ".join(map(repr, allowed)), f"leave {name} out"
-                )
-        lowest = {"length": 2, "windows": 1, "holdout": 0, "tune": 0, "refine": 0, "distill": 0}
-        for name, low in (*lowest.items(), ("max_shard_size", 1)):
-            if getattr(self, name) < low:
-                raise OptionError(f"{name}={getattr(self, name)}", f"{low} or more", f"leave {name} out")
-        if self.temper is not None and not 0 <= self.temper <= 1:
-            raise OptionError(f"temper={self.temper}", "0 to 1, or None", "0.5 is a usual value")
+
+    def result_settings(self) -> dict[str, Any]:
+        """Return the fields on which results depend, by name."""
+        return {
+            item.name: getattr(self, item.name)
+            for item in fields(self)
+            if item.metadata.get("changes_results", True)
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,81 +158,74 @@ class CompileOptions(CompressionConfig):
     """What ``torch.compile(model, backend="dbf", options={...})`` takes.
 
     Args:
-        importance: layer name to ``Importance``; layers not named count all entries alike.
-        checkpoint: path of ready factors; layers that it holds are not factored.
-        accuracy: "exact" for sums as exact as float32 ones, "fast" to allow CPU kernels a relative error of 1e-4.
-        mode: mode of Inductor, such as "reduce-overhead"; ``torch.compile`` takes ``mode`` or ``options``, not both.
-        inductor: settings of Inductor for this compilation only.
+        importance: Layer name to ``Importance``; in other layers all entries count alike.
+        checkpoint: Path of ready factors; the layers in it are not factored again.
+        accuracy: "exact": sums as exact as float32 ones. "fast": CPU kernels may err by 1e-4, relative.
+        mode: Mode of Inductor, such as "reduce-overhead"; ``torch.compile`` takes ``mode`` or ``options``, not both.
+        inductor: Settings of Inductor for this compilation only.
     """
 
-    importance: Mapping[str, Any] = field(default_factory=dict)
+    importance: Mapping[str, Any] = option({})
     checkpoint: str | None = None
-    accuracy: str = "exact"
+    accuracy: str = option("exact", choices=ACCURACIES)
     mode: str | None = None
-    inductor: Mapping[str, Any] = field(default_factory=dict)
+    inductor: Mapping[str, Any] = option({})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig(Record):
+    """How ``calibrate`` measures importance.
+
+    Args:
+        loss: Name of a loss (:mod:`dbf_compile.calibration.losses`), or a function (model output, batch) -> scalar; None to
+            measure inputs only, which needs no backward pass.
+        curvature: "diagonal": a vector per side. "input": all of E[x xᵀ] [K, K]. "kronecker": matrices on both sides. From n
+            positions, off-diagonal entries of a matrix of d features are scaled by n / (n + d), as few positions exaggerate
+            them. A matrix takes 8 K² (8 N²) bytes while it is measured; heads always have vectors.
+        layers: Name patterns (``fnmatch``) of the layers to measure.
+        clip: Quantile of a batch's token norms, such as 0.999; longer tokens are scaled down to it. None: no clipping.
+        device: Where to compute. Blocks are onloaded one at a time and recomputed in the backward pass. None: the model
+            runs where it is, as a whole.
+        seed: Seed of random tokens and random losses.
+    """
+
+    loss: Callable[..., Any] | str | None = "auto"
+    curvature: str = option("diagonal", choices=CURVATURES)
+    layers: tuple[str, ...] = ("*",)
+    clip: float | None = None
+    device: torch.device | str | None = None
+    seed: int = option(0, low=0, high=2**63 - 1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.accuracy not in ACCURACIES:
+        if isinstance(self.loss, str) and self.loss not in LOSSES:
             raise OptionError(
-                f"accuracy={self.accuracy!r}",
-                " or ".join(map(repr, ACCURACIES)),
-                "leave it out for 'exact'",
+                f"loss={self.loss!r}",
+                ", ".join(map(repr, LOSSES)),
+                "pass one of them, a function, or None for inputs only",
             )
+        if self.clip is not None and not 0 < self.clip < 1:
+            raise OptionError(f"clip={self.clip!r}", "a number between 0 and 1", "0.999 is a usual value")
 
 
-_Config = TypeVar("_Config", bound=CompressionConfig)
-
-_CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "float": ("a number", lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)),
-    "float | None": ("a number or None", lambda v: v is None or _CHECKS["float"][1](v)),
-    "int": ("a whole number", lambda v: isinstance(v, int) and not isinstance(v, bool)),
-    "int | None": (
-        "a whole number or None",
-        lambda v: v is None or (isinstance(v, int) and not isinstance(v, bool)),
-    ),
-    "bool": ("True or False", lambda v: isinstance(v, bool)),
-    "str": ("a string", lambda v: isinstance(v, str)),
-    "str | None": ("a string, a path or None", lambda v: v is None or isinstance(v, (str, Path))),
-    "tuple[str, ...]": (
-        "a list of name patterns",
-        lambda v: isinstance(v, (list, tuple)) and all(isinstance(item, str) for item in v),
-    ),
-    "Mapping[str, float]": (
-        "a dictionary from name pattern to number",
-        lambda v: (
-            isinstance(v, Mapping)
-            and all(isinstance(k, str) and _CHECKS["float"][1](n) for k, n in v.items())
-        ),
-    ),
-    "Mapping[str, Any]": (
-        "a dictionary with string keys",
-        lambda v: isinstance(v, Mapping) and all(isinstance(k, str) for k in v),
-    ),
-}
-
-
-def parse(kind: type[_Config], given: Mapping[str, Any]) -> _Config:
-    """Build a configuration from a dictionary and refuse what it does not know.
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(Record):
+    """How ``evaluate`` judges a model.
 
     Args:
-        kind: CompressionConfig or one that extends it.
-        given: option name to value.
-
-    Raises:
-        OptionError: an unknown key (the known ones are listed), a value of the wrong type or range.
+        length: Context length: tokens of a window.
+        windows: Windows at most; they do not overlap.
+        tasks: Names of tasks of lm-eval, whose package must be installed.
+        include_path: Folder with tasks of your own, as YAML files of lm-eval.
+        limit: Examples of a task at most.
+        device: Where to compute, such as cuda or cpu; None for a GPU if there is one.
+        trust_remote_code: Run code that comes with the model.
     """
-    types = {item.name: str(item.type) for item in fields(kind)}
-    values: dict[str, Any] = {}
-    for name, value in given.items():
-        if name not in types:
-            close = difflib.get_close_matches(str(name), types, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "remove it"
-            raise OptionError(f"unknown option {name!r}", ", ".join(sorted(types)), hint)
-        allowed, check = _CHECKS[types[name]]
-        if not check(value):
-            raise OptionError(f"option {name}={value!r}", allowed, f"pass {name} as {allowed}")
-        if types[name] == "str | None" and value is not None:
-            value = str(value)
-        values[name] = tuple(value) if types[name] == "tuple[str, ...]" else value
-    return kind(**values)
+
+    length: int = option(2048, low=2)
+    windows: int = option(10_000, low=1)
+    tasks: tuple[str, ...] = ()
+    include_path: str | None = None
+    limit: int | None = option(None, low=1)
+    device: torch.device | str | None = None
+    trust_remote_code: bool = False

@@ -15,6 +15,7 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 from dbf_compile import cli
+from dbf_compile.cli_options import parse_settings
 from dbf_compile.errors import DBFError, OptionError
 
 SETTINGS = ["--windows", "8", "--length", "16", "--no-progress"]
@@ -124,14 +125,14 @@ def test_doctor_names_what_is_there_and_what_is_missing(monkeypatch, tmp_path):
 
 
 def test_settings_are_json_or_text():
-    assert cli._settings(["a=1", 'b=["x"]', "c=fast", "d=null"]) == {
+    assert parse_settings(["a=1", 'b=["x"]', "c=fast", "d=null"]) == {
         "a": 1,
         "b": ["x"],
         "c": "fast",
         "d": None,
     }
     with pytest.raises(OptionError, match="name=value"):
-        cli._settings(["distill"])
+        parse_settings(["distill"])
 
 
 def test_help_teaches_by_example():

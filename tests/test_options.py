@@ -1,4 +1,4 @@
-"""Options: defaults, patterns, and an error for every key and value that is not understood."""
+"""Options: defaults, patterns, one style of calling, and an error for every key and value that is not understood."""
 
 from __future__ import annotations
 
@@ -10,84 +10,200 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dbf_compile import keywords
 from dbf_compile.errors import OptionError
-from dbf_compile.options import MAX_BITS, MIN_BITS, CompileOptions, CompressionConfig, parse
+from dbf_compile.options import (
+    MAX_BITS,
+    MIN_BITS,
+    AllocationConfig,
+    CalibrationConfig,
+    CompileOptions,
+    CompressionConfig,
+    CompressOptions,
+    EvaluationConfig,
+)
+from dbf_compile.records import ALIASES, Record, describe, parse, resolve
 
-KINDS = (CompressionConfig, CompileOptions)
+KINDS: tuple[type[Record], ...] = (
+    CompressionConfig,
+    AllocationConfig,
+    CompileOptions,
+    CompressOptions,
+    CalibrationConfig,
+    EvaluationConfig,
+)
 FIELDS = [(kind, field.name) for kind in KINDS for field in dataclasses.fields(kind)]
+KEYWORDS = {
+    CompressionConfig: keywords.CompressionKeywords,
+    AllocationConfig: keywords.AllocationKeywords,
+    CompressOptions: keywords.CompressKeywords,
+    CalibrationConfig: keywords.CalibrationKeywords,
+    EvaluationConfig: keywords.EvaluationKeywords,
+}
 
-# One value per field that is right, other than the default.
-RIGHT: dict[str, Any] = {
-    "bits_per_weight": 1,
-    "overrides": {"*.down_proj": 3.0},
-    "skip": ["*head"],
-    "merge_shared_inputs": False,
-    "preset": "fast",
-    "iterations": 7,
-    "seed": 3,
-    "cache_dir": "/tmp/factors",
-    "progress": False,
-    "importance": {"layer": object()},
-    "checkpoint": "/tmp/model.safetensors",
-    "accuracy": "fast",
-    "mode": "reduce-overhead",
-    "inductor": {"max_autotune": True},
+# By field, or by (record, field) where two records differ: a right value other than the default, and wrong types.
+TRUTH = (False, (0, "yes", None))
+COUNT = (7, (1.0, "7", True, None))
+MAYBE_COUNT = (7, (1.0, "7", True))
+PATH = ("/tmp/here", (3, ["a"], True))
+DEVICE = ("cpu", (3, True, ["cuda"]))
+SHARE = (0.5, ("0.5", True, [0.5]))
+EXAMPLES: dict[Any, tuple[Any, tuple[Any, ...]]] = {
+    "bits_per_weight": (1, ("2", None, True, [2.0])),
+    "overrides": ({"*.down_proj": 3.0}, (None, 2.0, [("a", 2.0)], {"a": "2"}, {1: 2.0}, {"a": True})),
+    "skip": (["*head"], ("lm_head", None, [1], {"a": 1})),
+    "merge_shared_inputs": TRUTH,
+    "preset": ("fast", (None, 3, True)),
+    "iterations": MAYBE_COUNT,
+    "seed": COUNT,
+    "cache_dir": PATH,
+    "progress": TRUTH,
+    "importance": ({"layer": object()}, (None, [1], {1: object()})),
+    "checkpoint": PATH,
+    "accuracy": ("fast", (None, 3, True)),
+    "mode": ("independent", (None, 3, True)),
+    (CompileOptions, "mode"): ("reduce-overhead", (3, True)),
+    "inductor": ({"max_autotune": True}, (None, "x", {1: 2})),
+    "multiple": COUNT,
+    "floor": SHARE,
+    "ceiling": SHARE,
+    "depth_prior": (0.6, ("0.6", None, True)),
+    "length": COUNT,
+    "windows": COUNT,
+    "holdout": COUNT,
+    "curvature": ("kronecker", (None, 3, True)),
+    "temper": SHARE,
+    "budget": ("allocated", (None, 3)),
+    "tune": COUNT,
+    "refine": COUNT,
+    "distill": COUNT,
+    "max_shard_size": COUNT,
+    "resume": ("never", (None, 3)),
+    "workers": MAYBE_COUNT,
+    "device": DEVICE,
+    "trust_remote_code": (True, (0, "yes", None)),
+    "keep_work": (True, (0, "yes", None)),
+    "loss": ("sampled", (3, ["sampled"])),
+    "layers": (["*proj"], ("*", None, [1])),
+    "clip": (0.999, ("0.9", True)),
+    "tasks": (["piqa"], ("piqa", None, [1])),
+    "include_path": PATH,
+    "limit": MAYBE_COUNT,
 }
-WRONG: dict[str, tuple[Any, ...]] = {
-    "bits_per_weight": ("2", None, True, [2.0]),
-    "overrides": (None, 2.0, [("a", 2.0)], {"a": "2"}, {1: 2.0}, {"a": True}),
-    "skip": ("lm_head", None, [1], {"a": 1}),
-    "merge_shared_inputs": (0, "yes", None),
-    "preset": (None, 3, True),
-    "iterations": (1.0, "7", True),
-    "seed": (1.0, "7", False, None),
-    "cache_dir": (3, ["a"], True),
-    "progress": (1, "no", None),
-    "importance": (None, [1], {1: object()}),
-    "checkpoint": (3, b"a"),
-    "accuracy": (None, 3, True),
-    "mode": (3, True),
-    "inductor": (None, "x", {1: 2}),
-}
+LISTS = ("skip", "layers", "tasks")
+
+
+def examples(kind: type[Record], name: str) -> tuple[Any, tuple[Any, ...]]:
+    return EXAMPLES.get((kind, name), EXAMPLES.get(name, (None, ())))
 
 
 def test_every_field_has_its_examples() -> None:
-    assert set(RIGHT) == set(WRONG) == {name for _, name in FIELDS}
+    assert {name for _, name in FIELDS} == {name for name in EXAMPLES if isinstance(name, str)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_given_is_the_default(kind: type[CompressionConfig]) -> None:
-    assert parse(kind, {}) == kind()
+def test_nothing_given_is_the_default(kind: type[Record]) -> None:
+    assert parse(kind, {}) == kind() == resolve(kind, None, {})
 
 
 @pytest.mark.parametrize(("kind", "name"), FIELDS)
-def test_right_values_arrive(kind: type[CompressionConfig], name: str) -> None:
-    parsed = parse(kind, {name: RIGHT[name]})
-    wanted = tuple(RIGHT[name]) if name == "skip" else RIGHT[name]
-    assert getattr(parsed, name) == wanted != getattr(kind(), name)
-    assert parsed == dataclasses.replace(kind(), **{name: wanted})
+def test_right_values_arrive(kind: type[Record], name: str) -> None:
+    right = examples(kind, name)[0]
+    expected = tuple(right) if name in LISTS else right
+    for record in (
+        parse(kind, {name: right}),
+        kind(**{name: right}),
+        dataclasses.replace(kind(), **{name: right}),
+        resolve(kind, kind(), {name: right}),
+    ):
+        assert getattr(record, name) == expected != getattr(kind(), name)
+        assert record == dataclasses.replace(kind(), **{name: expected})
 
 
 @pytest.mark.parametrize(("kind", "name"), FIELDS)
-def test_wrong_types_are_refused_with_what_is_allowed(kind: type[CompressionConfig], name: str) -> None:
-    for value in WRONG[name]:
-        with pytest.raises(OptionError) as caught:
-            parse(kind, {name: value})
-        assert f"option {name}={value!r}" in str(caught.value)
-        assert f"pass {name} as {caught.value.allowed}" in str(caught.value)
+def test_wrong_types_are_refused_however_the_record_is_made(kind: type[Record], name: str) -> None:
+    ways = (
+        lambda value: parse(kind, {name: value}),
+        lambda value: kind(**{name: value}),
+        lambda value: dataclasses.replace(kind(), **{name: value}),
+        lambda value: resolve(kind, kind(), {name: value}),
+    )
+    for value in examples(kind, name)[1]:
+        for way in ways:
+            with pytest.raises(OptionError) as caught:
+                way(value)
+            assert f"option {name}={value!r}" in str(caught.value)
+            assert f"pass {name} as {caught.value.allowed}" in str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "name"), FIELDS)
+def test_strings_and_numbers_outside_their_range_are_refused(kind: type[Record], name: str) -> None:
+    limits = next(field.metadata for field in dataclasses.fields(kind) if field.name == name)
+    outside = [limits["low"] - 1] if limits.get("low") is not None else []
+    outside += [limits["high"] + 1] if limits.get("high") is not None else []
+    outside += ["nonsense"] if limits.get("choices") else []
+    for value in outside:
+        with pytest.raises(OptionError, match=f"{name}=.*allowed: .*leave {name} out"):
+            kind(**{name: value})
+
+
+@pytest.mark.parametrize("kind", KEYWORDS)
+def test_keywords_mirror_the_fields_of_their_record(kind: type[Record]) -> None:
+    names = {field.name for field in dataclasses.fields(kind)}
+    aliases = {alias for alias, name in ALIASES.items() if name in names}
+    assert set(KEYWORDS[kind].__annotations__) == names | aliases
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_unknown_key_is_refused_with_the_known_ones(kind: type[CompressionConfig]) -> None:
-    with pytest.raises(OptionError, match=r"unknown option 'colour'.*remove it") as caught:
-        parse(kind, {"colour": "red"})
+def test_every_field_has_a_help_text(kind: type[Record]) -> None:
+    described = describe(kind)
+    assert [item.name for item in described] == [field.name for field in dataclasses.fields(kind)]
+    assert all(item.help.endswith(".") or item.help[-1].isalnum() for item in described), described
+    assert {item.name: item.default for item in described} == {
+        field.name: getattr(kind(), field.name) for field in dataclasses.fields(kind)
+    }
+
+
+def test_bits_is_short_for_bits_per_weight() -> None:
+    assert parse(CompileOptions, {"bits": 3.0}).bits_per_weight == 3.0
+    assert parse(CompressOptions, {"form": "input"}).curvature == "input"
+    assert (
+        resolve(CompressionConfig, CompressionConfig(bits_per_weight=3.0), {"bits": 1.0}).bits_per_weight == 1
+    )
+    with pytest.raises(OptionError, match="both 'bits"):
+        parse(CompressionConfig, {"bits": 2.0, "bits_per_weight": 3.0})
+    with pytest.raises(OptionError, match="unknown option 'bits'"):
+        parse(CalibrationConfig, {"bits": 2.0})
+
+
+def test_block_is_an_alias_of_sequential() -> None:
+    assert CompressOptions(mode="block") == CompressOptions(mode="sequential")
+
+
+def test_keywords_win_over_the_config_and_other_records_serve_as_one() -> None:
+    config = CompressOptions(bits_per_weight=1.5, seed=3, mode="independent")
+    assert resolve(AllocationConfig, config, {"seed": 4}) == AllocationConfig(bits_per_weight=1.5, seed=4)
+    with pytest.raises(OptionError, match="config of type dict"):
+        resolve(CompressionConfig, {"bits": 2.0}, {})  # type: ignore[arg-type]
+
+
+def test_only_what_changes_results_is_part_of_the_fingerprint() -> None:
+    kept = set(CompressOptions().result_settings())
+    assert {"bits_per_weight", "mode", "seed", "curvature", "tune"} <= kept
+    assert kept.isdisjoint({"progress", "cache_dir", "workers", "device", "resume", "keep_work"})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_unknown_key_is_refused_with_the_known_ones(kind: type[Record]) -> None:
+    with pytest.raises(OptionError, match=r"unknown option 'xyzzy'.*remove it") as caught:
+        parse(kind, {"xyzzy": "red"})
     assert caught.value.allowed == ", ".join(sorted(field.name for field in dataclasses.fields(kind)))
 
 
 @pytest.mark.parametrize(("kind", "name"), FIELDS)
-def test_a_slip_of_the_pen_is_met_with_the_right_name(kind: type[CompressionConfig], name: str) -> None:
+def test_a_slip_of_the_pen_is_met_with_the_right_name(kind: type[Record], name: str) -> None:
     with pytest.raises(OptionError, match=f"did you mean '{name}'"):
-        parse(kind, {name[:-1]: RIGHT[name]})
+        parse(kind, {name[:-1]: examples(kind, name)[0]})
 
 
 def test_what_only_the_compiler_needs_is_unknown_to_the_compression() -> None:
@@ -149,6 +265,7 @@ def test_heads_stay_dense_unless_asked_for() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_options_cannot_be_changed(kind: type[CompressionConfig]) -> None:
+def test_options_cannot_be_changed(kind: type[Record]) -> None:
+    name = dataclasses.fields(kind)[0].name
     with pytest.raises(dataclasses.FrozenInstanceError):
-        kind().seed = 3  # type: ignore[misc]
+        setattr(kind(), name, 3)

@@ -1,12 +1,12 @@
-"""Calibration: what flows through each linear layer while a model reads sample batches.
+"""Calibration: second moments of the inputs and output gradients of each linear layer, from sample batches.
 
     input_second_moment        E[x²] [K],         or E[x xᵀ] [K, K]       over all positions of all batches
     output_grad_second_moment  E[(∂loss/∂y)²] [N], or E[δ δᵀ] [N, N]      the same, with a loss; δ = ∂loss/∂y
 
-Source: importances of Boža and Macko (arXiv 2505.11076), as in the authors' notebooks; they sum the means of
-single sequences, here every position counts alike. Clipping of tokens as in NanoQuant.
+Source: importances of Boža and Macko (arXiv 2505.11076). The authors' notebooks sum the means of single sequences; here
+every position counts alike. Clipping of tokens as in NanoQuant.
 
-Positions that a batch's ``attention_mask`` marks as padding do not count.
+Positions that the ``attention_mask`` of a batch marks as padding do not count.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +26,13 @@ from dbf_compile.calibration.batches import random_batches
 from dbf_compile.calibration.losses import Loss, loss_named
 from dbf_compile.calibration.model_io import attention_mask, call_model, to_device
 from dbf_compile.calibration.moments import Moment
-from dbf_compile.calibration.offload import _Run, blocks_of, offloaded, without_kv_cache
-from dbf_compile.errors import ConversionError, DBFError, OptionError
+from dbf_compile.calibration.offload import Recomputation, blocks_of, offloaded, without_kv_cache
+from dbf_compile.errors import ConversionError, DBFError
 from dbf_compile.factorizer.importance import Importance, diagonal_of
+from dbf_compile.keywords import CalibrationKeywords
 from dbf_compile.linear import dense_linears
-from dbf_compile.options import DENSE_BY_DEFAULT
-
-FORMS = ("diagonal", "input", "kronecker")
+from dbf_compile.options import DENSE_BY_DEFAULT, CalibrationConfig
+from dbf_compile.records import resolve
 
 _log = logging.getLogger(__name__)
 
@@ -41,80 +41,78 @@ def calibrate(
     model: nn.Module,
     batches: Iterable[Any] | None = None,
     *,
-    loss: Loss | str | None = "auto",
-    form: str = "diagonal",
-    layers: Sequence[str] = ("*",),
-    clip: float | None = None,
-    device: torch.device | str | None = None,
-    seed: int = 0,
+    config: CalibrationConfig | None = None,
+    **options: Unpack[CalibrationKeywords],
 ) -> dict[str, Importance]:
-    """Measure the importance of every dense linear layer that the batches reach.
+    """Measure the importance of every dense linear layer that the batches reach: E[x xᵀ] and E[δ δᵀ], δ = ∂loss/∂y.
 
-    The model runs in evaluation mode and is left as it was: modes, hooks, gradients and parameters. Gradients
-    flow through frozen models too, and none is kept. Equal arguments give equal results.
+    The model runs in evaluation mode and is left as it was: modes, hooks, gradients and parameters. Gradients flow through
+    frozen models too; none is kept. Equal arguments give equal results.
 
     Args:
         model: any module; its ``nn.Linear`` and Conv1D layers are measured.
         batches: tensors, sequences or mappings, called as ``model(t)``, ``model(*t)``, ``model(**t)``; see
-            :func:`~dbf_compile.calibration.batches.token_batches`. None for the data-free mode: uniformly
-            random tokens, for models whose configuration names a ``vocab_size``.
-        loss: a name of :mod:`~dbf_compile.calibration.losses`, or a function of (output of the model, batch) to
-            a scalar; None to measure inputs only, which needs no backward pass.
-        form: "diagonal" for a vector per side; "input" for whole E[x xᵀ]; "kronecker" for whole matrices on both
-            sides. From n positions, what lies off the diagonal of a matrix of d features is taken n / (n + d)
-            times, as few positions exaggerate how features go together. A whole matrix takes K² (N²) numbers of 8
-            bytes while it is measured: name few ``layers`` at a time where that is too much. Heads, which stay
-            dense by default and are wide, have vectors.
-        layers: patterns (``fnmatch``) of the names of the layers to measure.
-        clip: quantile, such as 0.999, of a batch's token norms above which tokens are scaled down to it, so that
-            no single one rules the statistics; None to take tokens as they are.
-        device: where to compute. The model's blocks are moved there one at a time and back, everything else for
-            as long as this takes; what a block has computed is computed again in the backward pass instead of
-            being kept. None to compute where the model is, as a whole.
-        seed: of random tokens and random losses.
+            :func:`~dbf_compile.calibration.batches.token_batches`. None for calibration without data: uniformly random
+            tokens, for models whose configuration has a ``vocab_size``.
+        config: loss, form of the curvature, layers, clipping, device and seed.
+        **options: fields of ``config`` as keywords, which win over it.
 
     Returns:
-        Layer name to importance, float32 on the device of the layer's input. Layers never reached are left out
-        and named in a warning. Gradient moments of all layers are divided by one common number, so that layers
-        can be compared.
+        Layer name to importance, float32 on the device of the layer's input. Layers that no batch reached are left out and
+        named in a warning. The gradient moments of all layers are divided by one number, so that layers can be compared.
 
     Raises:
+        OptionError: an unknown or ill-typed option.
         ConversionError: no batches, a batch of another type, a loss that is no scalar or has no gradient.
-        OptionError: an unknown ``loss`` or ``form``, a ``clip`` outside of 0 to 1.
         WeightError: activations or gradients are NaN or overflow; the message names the layer.
     """
-    if form not in FORMS:
-        raise OptionError(f"form={form!r}", ", ".join(FORMS), "use 'diagonal', the paper's importance")
-    if clip is not None and not 0 < clip < 1:
-        raise OptionError(f"clip={clip!r}", "a number between 0 and 1", "0.999 is a usual value")
-    generator = torch.Generator().manual_seed(seed)
+    settings = resolve(CalibrationConfig, config, options)
+    generator = torch.Generator().manual_seed(settings.seed)
+    loss = settings.loss
     criterion = loss_named(loss, model, generator) if isinstance(loss, str) else loss
     if batches is None:
         batches = random_batches(model, generator)
     meters = {
         name: _Meter(
-            Moment(_is_whole(name, form, ("input", "kronecker")), clip),
-            Moment(_is_whole(name, form, ("kronecker",)), clip),
+            Moment(_is_whole(name, settings.curvature, ("input", "kronecker")), settings.clip),
+            Moment(_is_whole(name, settings.curvature, ("kronecker",)), settings.clip),
         )
         for name in dense_linears(model)
-        if any(fnmatchcase(name, pattern) for pattern in layers)
+        if any(fnmatchcase(name, pattern) for pattern in settings.layers)
     }
-    # Every output gets this zero added. The gradient with respect to it passes through all outputs, where the
-    # hooks read it, and is the only one computed: no parameter and no input accumulates a .grad.
+    _measure(model, batches, meters, criterion, settings.device)
+    missed = [name for name, meter in meters.items() if not meter.inputs.positions]
+    if missed:
+        _log.warning(
+            "no batch reached these layers; all their features will count alike: %s", ", ".join(missed)
+        )
+    return _importances({name: meter for name, meter in meters.items() if meter.inputs.positions})
+
+
+def _measure(
+    model: nn.Module,
+    batches: Iterable[Any],
+    meters: Mapping[str, _Meter],
+    criterion: Loss | None,
+    device: torch.device | str | None,
+) -> None:
+    """Run the model on every batch: forward and, with a loss, backward. The meters accumulate moments."""
+    # Hooks add this zero to every output. Its gradient passes through all outputs, where the hooks read it. It is the only
+    # gradient that is computed: no parameter and no input accumulates a .grad.
     anchor = None if criterion is None else torch.zeros((), requires_grad=True)
-    run = _Run(anchor)
+    state = _HookState(anchor)
     empty = True
     with (
         without_kv_cache(model),
-        _measuring(model, meters, run),
-        offloaded(model, list(blocks_of(model, meters).values()), device, run),
+        _measuring(model, meters, state),
+        offloaded(model, list(blocks_of(model, meters).values()), device, state.recomputation),
         torch.set_grad_enabled(criterion is not None),
     ):
         for batch in batches:
             empty = False
             if device is not None:
                 batch = to_device(batch, device)
-            run.mask = attention_mask(batch)
+            state.mask = attention_mask(batch)
             output = call_model(model, batch)
             if criterion is not None and anchor is not None:
                 torch.autograd.grad(_scalar(criterion(output, batch)), anchor, allow_unused=True)
@@ -124,49 +122,55 @@ def calibrate(
             "one batch or more",
             "pass a list; a generator can be read only once",
         )
-    missed = [name for name, meter in meters.items() if not meter.inputs.positions]
-    if missed:
-        _log.warning(
-            "no batch reached these layers; all their features will count alike: %s", ", ".join(missed)
-        )
-    return _importances({name: meter for name, meter in meters.items() if meter.inputs.positions})
 
 
-def _is_whole(name: str, form: str, forms: Sequence[str]) -> bool:
-    return form in forms and not any(fnmatchcase(name, pattern) for pattern in DENSE_BY_DEFAULT)
+def _is_whole(name: str, curvature: str, curvatures: Sequence[str]) -> bool:
+    """Return whether a layer gets a matrix; heads, wide and dense by default, get vectors."""
+    return curvature in curvatures and not any(fnmatchcase(name, pattern) for pattern in DENSE_BY_DEFAULT)
 
 
 @dataclass
 class _Meter:
-    """What was measured at one layer."""
+    """The moments of one layer."""
 
     inputs: Moment
     output_grads: Moment
 
 
+@dataclass
+class _HookState:
+    """What the hooks of all layers need to know: the anchor, the padding of the current batch, and the pass."""
+
+    anchor: Tensor | None
+    mask: Tensor | None = None
+    recomputation: Recomputation = field(default_factory=Recomputation)
+
+
 def _importances(meters: Mapping[str, _Meter]) -> dict[str, Importance]:
     grads = {name: meter.output_grads.mean() for name, meter in meters.items()}
     peaks = [float(diagonal_of(grad).amax()) for grad in grads.values() if grad is not None]
-    # A constant factor has no effect, and with it float32 holds the result.
+    # A common factor has no effect; with it the moments fit float32.
     common = max((peak for peak in peaks if 0 < peak < float("inf")), default=1.0)
-    found = {}
+    importances = {}
     for name, meter in meters.items():
         grad = grads[name]
         moments = (meter.inputs.mean(), None if grad is None else grad / common)
         try:
-            found[name] = Importance(*(moment if moment is None else moment.float() for moment in moments))
+            importances[name] = Importance(
+                *(moment if moment is None else moment.float() for moment in moments)
+            )
         except DBFError as error:
             raise error.inside(name) from error
-    return found
+    return importances
 
 
 @contextmanager
-def _measuring(model: nn.Module, meters: Mapping[str, _Meter], run: _Run) -> Iterator[None]:
-    """Hook the meters on the layers and switch to evaluation mode; undo both at the end, come what may."""
+def _measuring(model: nn.Module, meters: Mapping[str, _Meter], state: _HookState) -> Iterator[None]:
+    """Hook the meters on their layers and set evaluation mode; both are undone at the end, after errors too."""
     modes = {module: module.training for module in model.modules()}
     layers = dense_linears(model)
     handles = [
-        layers[name].register_forward_hook(_forward_hook(meter, run), with_kwargs=True)
+        layers[name].register_forward_hook(_forward_hook(meter, state), with_kwargs=True)
         for name, meter in meters.items()
     ]
     try:
@@ -179,17 +183,18 @@ def _measuring(model: nn.Module, meters: Mapping[str, _Meter], run: _Run) -> Ite
             module.training = training
 
 
-def _forward_hook(meter: _Meter, run: _Run) -> Callable[..., Tensor | None]:
+def _forward_hook(meter: _Meter, state: _HookState) -> Callable[..., Tensor | None]:
     def hook(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
-        if not run.again:
-            meter.inputs.add(args[0] if args else next(iter(kwargs.values())), run.mask)
-        if run.anchor is None or not torch.is_grad_enabled():
+        recomputing = state.recomputation.running
+        if not recomputing:
+            meter.inputs.add(args[0] if args else next(iter(kwargs.values())), state.mask)
+        if state.anchor is None or not torch.is_grad_enabled():
             return None
-        anchored = output + run.anchor
-        if not run.again:
-            anchored.register_hook(partial(meter.output_grads.add, mask=run.mask))
+        anchored = output + state.anchor
+        if not recomputing:
+            anchored.register_hook(partial(meter.output_grads.add, mask=state.mask))
         return anchored
 
     return hook
@@ -205,6 +210,6 @@ def _scalar(loss: Any) -> Tensor:
         raise ConversionError(
             f"a loss of {got}",
             "a tensor with one entry that depends on the model's linear layers",
-            "reduce it with mean() or sum(); do not call it under torch.no_grad() or torch.inference_mode()",
+            "reduce it with mean() or sum(), outside torch.no_grad() and torch.inference_mode()",
         )
     return loss

@@ -1,16 +1,17 @@
-"""Losses of calibration: what the gradient moments of the layers are taken of.
+"""Losses for calibration: gradient moments of layers are moments of the gradient of a loss.
 
 | name | loss | for |
 |---|---|---|
-| ``"model"`` | what the model computes itself from the labels in the batch | anything with labels |
+| ``"model"`` | the loss that the model computes from labels in the batch | models with labelled batches |
 | ``"next_token"`` | cross-entropy of every token given those before it | causal language models |
 | ``"sampled"`` | cross-entropy of labels drawn from the model's own prediction | masked language models, classifiers |
 | ``"output"`` | ⟨g, output⟩, g standard normal | encoders: no labels, no prediction |
-| ``"auto"`` | the first of these that fits | |
+| ``"auto"`` | the first of these that fits the model and the batch | |
 
-The last two are surrogates for missing labels. E[(∂loss/∂y)²] is then the diagonal of the Fisher information of
-the model's prediction, or of Jᵀ J, J the Jacobian of the output: the curvature of half the squared change of the
-output. Both treat a position that matters to the output as important, whatever the label would have been.
+"sampled" and "output" stand in for missing labels. With "sampled", E[(∂loss/∂y)²] is the diagonal of the Fisher
+information of the model's prediction; with "output" it is that of Jᵀ J, J the Jacobian of the output, which is the
+curvature of half the squared change of the output. Both treat a position that matters to the output as important,
+whatever its label would have been.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from torch import Tensor, nn
 
 from dbf_compile.calibration.model_io import attention_mask, first_tensor, is_causal, token_ids
 from dbf_compile.errors import ConversionError, OptionError
+from dbf_compile.options import LOSSES
 
 Loss = Callable[[Any, Any], Tensor]
-LOSSES = ("auto", "model", "next_token", "sampled", "output")
 
 
 def loss_named(name: str, model: nn.Module, generator: torch.Generator) -> Loss:
@@ -34,11 +35,11 @@ def loss_named(name: str, model: nn.Module, generator: torch.Generator) -> Loss:
 
     Args:
         name: one of ``LOSSES``.
-        model: what "auto" decides on.
+        model: "auto" chooses by its kind.
         generator: on the CPU; the random losses draw from it.
 
     Raises:
-        OptionError: another name.
+        OptionError: an unknown name.
     """
     if name == "auto":
         return _Auto(model, generator)
@@ -58,6 +59,8 @@ def loss_named(name: str, model: nn.Module, generator: torch.Generator) -> Loss:
 
 
 class _Auto:
+    """The first loss that fits the output and the batch, in the order of the table above."""
+
     def __init__(self, model: nn.Module, generator: torch.Generator) -> None:
         self._generator = generator
         self._causal = is_causal(model)
@@ -73,10 +76,10 @@ class _Auto:
 
 
 def output_loss(output: Any, batch: Any) -> Tensor:
-    """Return ``output.loss``, which models of transformers compute themselves when given labels.
+    """Return ``output.loss``, which models of transformers compute from labels.
 
     Raises:
-        ConversionError: the output has none.
+        ConversionError: the output has no loss.
     """
     loss = getattr(output, "loss", None)
     if not isinstance(loss, Tensor):
@@ -89,14 +92,14 @@ def output_loss(output: Any, batch: Any) -> Tensor:
 
 
 def next_token_loss(output: Any, batch: Any) -> Tensor:
-    """Return the mean cross-entropy of each token given those before it; padding does not count.
+    """Return the mean cross-entropy, in nats, of each token given those before it; padding does not count.
 
     Args:
         output: logits [batch, tokens, vocabulary], or an object with ``logits``.
-        batch: token ids, or a mapping with ``input_ids`` and possibly ``attention_mask``.
+        batch: token ids [batch, tokens], or a mapping with ``input_ids`` and possibly ``attention_mask``.
 
     Raises:
-        ConversionError: no logits, no token ids, or sequences of a single token.
+        ConversionError: there are no logits or no token ids, or sequences have a single token.
     """
     logits, ids = _logits(output), token_ids(batch)
     if ids is None or ids.dim() != 2 or ids.shape[1] < 2 or logits.shape[:2] != ids.shape:
@@ -114,15 +117,15 @@ def next_token_loss(output: Any, batch: Any) -> Tensor:
 
 
 def sampled_loss(output: Any, batch: Any, generator: torch.Generator) -> Tensor:
-    """Return the mean cross-entropy of labels drawn from the model's own prediction.
+    """Return the mean cross-entropy, in nats, of labels drawn from the model's own prediction.
 
     Args:
         output: logits [..., classes], or an object with ``logits``.
-        batch: not looked at, except for an ``attention_mask``: padding does not count.
-        generator: draws the labels, on the CPU.
+        batch: its ``attention_mask``, where it has one, marks padding, which does not count.
+        generator: on the CPU; draws the labels.
 
     Raises:
-        ConversionError: no logits.
+        ConversionError: there are no logits.
     """
     logits = _logits(output)
     chances = torch.softmax(logits.detach().float(), dim=-1).cpu().flatten(0, -2)
@@ -134,36 +137,37 @@ def sampled_loss(output: Any, batch: Any, generator: torch.Generator) -> Tensor:
 
 
 def projected_output(output: Any, batch: Any, generator: torch.Generator) -> Tensor:
-    """Return ``⟨g, output⟩ / √size`` with g standard normal; of padded positions nothing counts.
+    """Return ``⟨g, output⟩ / √size`` with g standard normal; padding does not count.
 
     Args:
-        output: a tensor, an object with ``last_hidden_state``, or a sequence or mapping whose first tensor counts.
-        batch: not looked at, except for an ``attention_mask``.
-        generator: draws g, on the CPU.
+        output: a tensor, an object with ``last_hidden_state``, or a sequence or mapping, of which the first floating-point
+            tensor counts.
+        batch: its ``attention_mask``, where it has one, marks padding.
+        generator: on the CPU; draws g.
 
     Raises:
-        ConversionError: no floating-point tensor in the output.
+        ConversionError: the output has no floating-point tensor.
     """
-    found = first_tensor(output)
-    if found is None:
+    tensor = first_tensor(output)
+    if tensor is None:
         raise ConversionError(
             f"a model output of type {type(output).__name__} without a floating-point tensor",
             "a tensor, or an output that holds one",
             "pass loss=lambda output, batch: ...",
         )
-    weights = torch.randn(found.shape, generator=generator, dtype=torch.float32).to(found.device)
+    weights = torch.randn(tensor.shape, generator=generator, dtype=torch.float32).to(tensor.device)
     mask = attention_mask(batch)
-    if mask is not None and found.dim() == 3 and mask.shape == found.shape[:2]:
-        weights = weights * mask.to(found.device)[..., None]
-    return (weights * found.float()).sum() / math.sqrt(found.numel())
+    if mask is not None and tensor.dim() == 3 and mask.shape == tensor.shape[:2]:
+        weights = weights * mask.to(tensor.device)[..., None]
+    return (weights * tensor.float()).sum() / math.sqrt(tensor.numel())
 
 
 def _logits(output: Any) -> Tensor:
-    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(found, Tensor) or found.dim() < 2:
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or logits.dim() < 2:
         raise ConversionError(
             f"a model output of type {type(output).__name__} without logits",
             "logits [..., classes]",
             "use loss='output' for a model that predicts nothing",
         )
-    return found
+    return logits
