@@ -1,18 +1,21 @@
 """The durable cache of factors: made once per content, found again by any process.
 
-A key covers everything the factors depend on: the bytes of the weight, its importance, the middle dimension,
-the factorizer's settings and its source. A hit can therefore never be stale.
+A key covers everything the factors depend on: the bytes of the weight, its importance, the middle dimension, the
+factorizer's settings and its source. A hit can therefore never be stale.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
 
 from dbf_compile import checkpoint
+from dbf_compile.compression.jobs import FactorJob
 from dbf_compile.errors import CheckpointError
 from dbf_compile.factorizer.factorize import FactorizerConfig
 from dbf_compile.factorizer.importance import Importance
@@ -35,7 +38,7 @@ class FactorCache:
         self.folder = Path(folder) if folder is not None else cache_folder() / "factors"
 
     def get(self, key: str) -> DoubleBinaryFactors | None:
-        """Return the factors under ``key``, or None; a damaged file counts as absent and is made again."""
+        """Return the factors under ``key``, or None; a damaged file counts as absent."""
         path = self._path(key)
         if not path.exists():
             return None
@@ -53,6 +56,48 @@ class FactorCache:
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
+
+
+class CachedStore:
+    """A store of the factoring engine: results by content, kept in memory and in a :class:`FactorCache`.
+
+    Args:
+        cache: where results outlive the process.
+        config: the settings of the factorizer that the jobs will run with.
+    """
+
+    def __init__(self, cache: FactorCache, config: FactorizerConfig) -> None:
+        self._cache, self._config = cache, config
+        self._keys: dict[int, tuple[FactorJob, str]] = {}  # hashing reads the whole weight: once per job
+        self._factors: dict[str, DoubleBinaryFactors] = {}
+
+    def key(self, job: FactorJob) -> str:
+        """Return the hash of all that the factors of a job depend on."""
+        entry = self._keys.get(id(job))
+        if entry is None:
+            key = content_key(job.stacked, job.mid_features, job.importance, self._config)
+            entry = self._keys[id(job)] = (job, key)
+        return entry[1]
+
+    def has(self, key: str) -> bool:
+        """Return whether the factors are in memory or on disk; reads them."""
+        if key not in self._factors and (factors := self._cache.get(key)) is not None:
+            self._factors[key] = factors
+        return key in self._factors
+
+    @contextmanager
+    def claim(self, keys: Sequence[str]) -> Iterator[list[str]]:
+        """Yield the keys without factors. There are no locks: two processes may make the same factors."""
+        yield [key for key in keys if key not in self._factors]
+
+    def put(self, key: str, job: FactorJob, factors: DoubleBinaryFactors, seconds: float) -> None:
+        """Keep the factors in memory and on disk."""
+        self._cache.put(key, factors)
+        self._factors[key] = factors
+
+    def get(self, job: FactorJob) -> DoubleBinaryFactors:
+        """Return the factors of a job that has run, on the device of its weights."""
+        return self._factors[self.key(job)].to(job.weights[0].device)
 
 
 def content_key(

@@ -6,30 +6,31 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import Any
+from typing import Unpack
 
 from torch import nn
 
 from dbf_compile.compression.budgets import Allocation, ErrorCurve, allocate_bits
-from dbf_compile.compression.cache import FactorCache
+from dbf_compile.compression.cache import CachedStore, FactorCache
 from dbf_compile.compression.jobs import FactorJob, run_jobs
 from dbf_compile.compression.layers import LayerFactorizer
-from dbf_compile.errors import ConversionError
 from dbf_compile.factorizer.factorize import FactorizerConfig, weighted_error
 from dbf_compile.factorizer.importance import Importance, diagonal_of
 from dbf_compile.factorizer.weighted import WeightedWeight, squared_norm
-from dbf_compile.options import CompressionConfig, parse
+from dbf_compile.keywords import AllocationKeywords
+from dbf_compile.options import AllocationConfig, CompressionConfig
+from dbf_compile.records import resolve
+
+_FRACTIONS = (0.5, 1.0, 1.75)  # of the uniform R, where errors are measured
+_MEASURING = FactorizerConfig(iterations=50, sweeps=0)  # ranks layers as the whole search would
 
 
 def allocate(
     model: nn.Module,
     importance: Mapping[str, Importance] | None = None,
     *,
-    multiple: int = 32,
-    floor: float | None = None,
-    ceiling: float | None = None,
-    depth_prior: float = 0.0,
-    **options: Any,
+    config: CompressionConfig | None = None,
+    **options: Unpack[AllocationKeywords],
 ) -> Allocation:
     """Measure the error curves of a model's weights and allocate the bits to them.
 
@@ -37,27 +38,31 @@ def allocate(
         model: any module; its weights are read, not changed.
         importance: layer name to second moments, as made by ``calibrate`` with a loss. Where no gradient moments
             are known, relative errors of the layers' outputs count alike.
-        multiple, floor, ceiling: as for :func:`allocate_bits`.
-        depth_prior: p multiplies the weights of block z of 0 … 1 by exp(p (z − ½)): measured curves undervalue
-            the last blocks of some large models, for which 0.6 was found.
-        **options: fields of CompressionConfig; ``overrides`` fix the bits of the layers they name.
+        config: an ``AllocationConfig``, or another record of the same fields; ``overrides`` fix the bits of the layers they
+            name.
+        **options: fields of ``config`` as keywords, which win over it.
 
     Returns:
         The allocation, for ``factorize_model(..., allocation=...)`` and ``convert_(..., allocation=...)``.
 
     Raises:
-        OptionError: as for :func:`allocate_bits`.
+        OptionError: an unknown or ill-typed option, or as for :func:`~dbf_compile.compression.budgets.allocate_bits`.
         ConversionError: nothing to compress.
     """
-    config = parse(CompressionConfig, options)
-    curves = measure_curves(model, config, importance, depth_prior=depth_prior)
+    settings = resolve(AllocationConfig, config, options)
+    curves = measure_curves(model, settings, importance, depth_prior=settings.depth_prior)
     fixed = {
         job.name: bits
-        for job in LayerFactorizer(config).jobs(model)
-        if (bits := config.override_for(job.names[0])) is not None  # stacked layers have equal bits
+        for job in LayerFactorizer(settings).jobs(model)
+        if (bits := settings.override_for(job.names[0])) is not None  # stacked layers have equal bits
     }
     return allocate_bits(
-        curves, config.bits_per_weight, multiple=multiple, floor=floor, ceiling=ceiling, fixed=fixed
+        curves,
+        settings.bits_per_weight,
+        multiple=settings.multiple,
+        floor=settings.floor,
+        ceiling=settings.ceiling,
+        fixed=fixed,
     )
 
 
@@ -80,21 +85,16 @@ def measure_curves(
         ConversionError: nothing to compress.
     """
     jobs = LayerFactorizer(config, importance).jobs(model)
-    if not jobs:
-        raise ConversionError(
-            f"{type(model).__name__} without a linear layer to factor",
-            "nn.Linear or Conv1D layers that are neither skipped nor too small",
-            f"check skip={list(config.skip)} and bits_per_weight={config.bits_per_weight}",
-        )
     probes = [
         FactorJob(job.names, job.weights, job.importance, size)
         for job in jobs
         for size in _probed(job.mid_features)
     ]
-    made = run_jobs(probes, _MEASURING, FactorCache(config.cache_dir), config.progress)
+    store = CachedStore(FactorCache(config.cache_dir), _MEASURING)
+    run_jobs(probes, _MEASURING, store, config.progress)
     errors: dict[str, list[tuple[int, float]]] = {}
-    for probe, factors in zip(probes, made, strict=True):
-        error = weighted_error(probe.stacked, factors, probe.importance)
+    for probe in probes:
+        error = weighted_error(probe.stacked, store.get(probe), probe.importance)
         errors.setdefault(probe.name, []).append((probe.mid_features, max(error, 1e-12)))
     weights = _weights(jobs, depth_prior)
     return {
@@ -141,9 +141,3 @@ def _energy(job: FactorJob) -> float | None:
 def _block(name: str) -> int | None:
     found = re.search(r"\.(\d+)\.", name)
     return int(found[1]) if found else None
-
-
-_FRACTIONS = (0.5, 1.0, 1.75)  # of the uniform R, where errors are measured
-
-
-_MEASURING = FactorizerConfig(iterations=50, sweeps=0)  # ranks layers as the whole search would

@@ -1,26 +1,36 @@
-"""Factorization jobs: all cores busy, every result kept on disk the moment it is there."""
+"""The one factoring engine: all cores busy, every result in a store the moment it is there.
+
+The store decides what a result is called, whether it exists, and who makes it: the factor cache
+(:mod:`~dbf_compile.compression.cache`) by the content of the weight, the durable work of a run
+(:mod:`~dbf_compile.run.work`) by the names of the layers, under locks that other processes see.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dbf_compile.compression.cache import FactorCache, content_key
 from dbf_compile.errors import DBFError
 from dbf_compile.factorizer.factorize import FactorizerConfig, factorize_batch
 from dbf_compile.factorizer.importance import Importance
-from dbf_compile.factors import DoubleBinaryFactors, stored_bits
+from dbf_compile.factors import DoubleBinaryFactors
+from dbf_compile.machine import default_workers
+
+_BATCHED_WEIGHTS = 2**23  # larger ones keep a GPU busy on their own
+_POLL_SECONDS = 0.2
 
 
 def joined(names: Sequence[str]) -> str:
-    """Return the name of what is factored as one: the names of its layers joined by " + "."""
+    """Return the name of layers that are factored as one: their names joined by " + "."""
     return " + ".join(names)
 
 
@@ -46,9 +56,14 @@ class FactorJob:
         return joined(self.names)
 
     @property
+    def rows(self) -> list[int]:
+        """N_i of every weight."""
+        return [weight.shape[0] for weight in self.weights]
+
+    @property
     def out_features(self) -> int:
         """Σ N_i."""
-        return sum(weight.shape[0] for weight in self.weights)
+        return sum(self.rows)
 
     @property
     def in_features(self) -> int:
@@ -61,7 +76,7 @@ class FactorJob:
         return self.weights[0] if len(self.weights) == 1 else torch.cat(self.weights)
 
     @property
-    def kind(self) -> Hashable:
+    def batch_key(self) -> Hashable:
         """Equal for jobs that can be factored in one batch."""
         moments = self.importance or Importance()
         sides = (moments.input_second_moment, moments.output_grad_second_moment)
@@ -74,88 +89,170 @@ class FactorJob:
         return self.out_features * self.in_features
 
 
+class FactorStore(Protocol):
+    """Where the engine looks for results and puts them; used from several threads at once."""
+
+    def key(self, job: FactorJob) -> str:
+        """Return the name of a job's result; jobs with equal keys have equal results."""
+
+    def has(self, key: str) -> bool:
+        """Return whether the result ``key`` exists."""
+
+    def claim(self, keys: Sequence[str]) -> AbstractContextManager[list[str]]:
+        """Yield those of ``keys`` that nobody has made or is making: nobody else gets them inside the block."""
+
+    def put(self, key: str, job: FactorJob, factors: DoubleBinaryFactors, seconds: float) -> None:
+        """Store the factors of the stacked weight, and how long they took."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Threads that factor, and where.
+
+    Args:
+        workers: weights at a time, with one thread inside torch for each, so that results do not depend on how many there
+            are. None for one a core (one for a GPU), of which a single weight gets all the threads of torch.
+        device: where to factor; None for where the weights are.
+    """
+
+    workers: int | None = None
+    device: torch.device | None = None
+
+    def device_of(self, job: FactorJob) -> torch.device:
+        """Return where the job is factored."""
+        return self.device or job.weights[0].device
+
+
+class _StoppedError(Exception):
+    """Another thread has failed, or the user wants to stop."""
+
+
 _Batch = list[tuple[str, FactorJob]]
-_BATCHED_WEIGHTS = 2**23  # larger ones keep a GPU busy on their own
 
 
 def run_jobs(
-    jobs: Sequence[FactorJob], config: FactorizerConfig, cache: FactorCache, progress: bool
-) -> list[DoubleBinaryFactors]:
-    """Factor every job, or take its factors from the cache.
+    jobs: Sequence[FactorJob],
+    config: FactorizerConfig,
+    store: FactorStore,
+    progress: bool,
+    pool: Pool = Pool(),
+) -> None:
+    """Factor every job whose result is not in the store.
 
-    Weights on the CPU are factored by one thread per core, weights on an accelerator one after the other, small ones
-    of one shape together. A run that is stopped has lost only the weights it was working on.
+    On a CPU each worker takes one weight at a time. On an accelerator small weights of one shape go together. Long jobs come
+    first. A run that is stopped loses only the weights it was working on; when one worker fails, the others stop at their
+    next iteration.
 
     Args:
-        jobs: what to factor; equal content is factored once.
+        jobs: what to factor; jobs of equal key are factored once.
         config: settings of the factorizer.
-        cache: where results are looked up and kept.
+        store: where results are looked up and kept.
         progress: show a progress bar.
-
-    Returns:
-        The factors of the stacked weights, in the order of ``jobs``, on the device of the weights.
+        pool: workers and device.
 
     Raises:
-        WeightError: a weight cannot be factored; the message names its layer.
+        WeightError: a weight cannot be factored; the message names its layers.
     """
-    keys = [content_key(job.stacked, job.mid_features, job.importance, config) for job in jobs]
-    found = {key: factors for key in dict.fromkeys(keys) if (factors := cache.get(key)) is not None}
-    missing = {key: job for key, job in zip(keys, jobs, strict=True) if key not in found}
+    by_key = {store.key(job): job for job in jobs}
+    missing = {key: job for key, job in by_key.items() if not store.has(key)}
+    if not missing:
+        return
+    batches = _batches(missing, pool)
+    bar = tqdm(
+        total=sum(job.size for job in missing.values()),
+        unit="weight",
+        unit_scale=True,
+        desc="factoring",
+        disable=not progress,
+    )
+    with bar:
+        worker = _Worker(config, store, pool, bar)
+        while batches:
+            _run_batches(worker, batches)
+            batches = [left for batch in batches if (left := worker.unfinished(batch))]
+            if batches:  # other processes are making these; where one died, its claim is free again
+                time.sleep(_POLL_SECONDS)
 
-    def work(batch: _Batch) -> list[tuple[str, DoubleBinaryFactors]]:
+
+class _Worker:
+    """Factors batches; shared by all threads of a run."""
+
+    def __init__(self, config: FactorizerConfig, store: FactorStore, pool: Pool, bar: tqdm[Any]) -> None:
+        self.pool = pool
+        self.stopped = threading.Event()
+        self._config, self._store, self._bar = config, store, bar
+        self._own: set[str] = set()
+
+    def work(self, batch: _Batch) -> None:
+        """Factor those jobs of a batch that nobody has made or is making."""
+        with self._store.claim([key for key, _ in batch]) as claimed:
+            mine = [(key, job) for key, job in batch if key in claimed]
+            if mine and not self.stopped.is_set():
+                self._factor(mine)
+                self._own.update(claimed)
+
+    def unfinished(self, batch: _Batch) -> _Batch:
+        """Return the jobs of a batch without a result; those that others have made count as progress."""
+        left = [(key, job) for key, job in batch if not self._store.has(key)]
+        others = [job for key, job in batch if key not in self._own and self._store.has(key)]
+        self._bar.update(sum(job.size for job in others))
+        return left
+
+    def _factor(self, batch: _Batch) -> None:
         jobs = [job for _, job in batch]
         names = ", ".join(job.name for job in jobs)
         size, done = sum(job.size for job in jobs), 0
+        began = time.perf_counter()
 
         def advance(fraction: float) -> None:
             nonlocal done
+            if self.stopped.is_set():
+                raise _StoppedError
             step = int(fraction * size) - done
             done += step
-            bar.update(step)
+            self._bar.update(step)
 
         try:
-            made = factorize_batch(
-                [job.stacked for job in jobs],
+            results = factorize_batch(
+                [job.stacked.to(self.pool.device_of(job)) for job in jobs],
                 jobs[0].mid_features,
                 [job.importance for job in jobs],
-                config,
+                self._config,
                 progress=advance,
             )
         except DBFError as error:
             raise error.inside(names) from error
-        for (key, _), factors in zip(batch, made, strict=True):
-            cache.put(key, factors)
-        bar.set_postfix_str(names, refresh=False)
-        return [(key, factors) for (key, _), factors in zip(batch, made, strict=True)]
-
-    if missing:
-        on_cpu = all(job.weights[0].device.type == "cpu" for job in missing.values())
-        batches = _batches(missing)
-        workers = min(len(batches), os.cpu_count() or 1) if on_cpu else 1
-        total = sum(job.size for job in missing.values())
-        bar = tqdm(total=total, unit="weight", unit_scale=True, desc="factoring", disable=not progress)
-        with bar, _pool(workers) as pool:
-            futures: list[Future[list[tuple[str, DoubleBinaryFactors]]]] = [
-                pool.submit(work, batch) for batch in batches
-            ]
-            try:
-                for future in as_completed(futures):
-                    found.update(future.result())
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    return [found[key].to(job.weights[0].device) for key, job in zip(keys, jobs, strict=True)]
+        seconds = (time.perf_counter() - began) / len(jobs)
+        for (key, job), factors in zip(batch, results, strict=True):
+            self._store.put(key, job, factors, seconds)
+        self._bar.set_postfix_str(names, refresh=False)
 
 
-def _batches(missing: dict[str, FactorJob]) -> list[_Batch]:
+def _run_batches(worker: _Worker, batches: Sequence[_Batch]) -> None:
+    device = worker.pool.device_of(batches[0][0][1])
+    count = worker.pool.workers or default_workers(device)
+    # A single weight may use every core; a given number of workers asks for results that do not depend on it.
+    alone = worker.pool.workers is None and (len(batches) == 1 or count == 1)
+    with _threads(min(count, len(batches)), None if alone else 1) as executor:
+        futures = [executor.submit(worker.work, batch) for batch in batches]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            worker.stopped.set()
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _batches(missing: dict[str, FactorJob], pool: Pool = Pool()) -> list[_Batch]:
     """Return the jobs in batches, long ones first: the last thread to finish then has little left to do.
 
     A core of a CPU is busy with any single weight; small weights on an accelerator share their launches.
     """
     alike: dict[Hashable, _Batch] = {}
     for key, job in missing.items():
-        device = job.weights[0].device
-        group = key if device.type == "cpu" else (device, job.kind)
+        device = pool.device_of(job)
+        group = key if device.type == "cpu" else (device, job.batch_key)
         alike.setdefault(group, []).append((key, job))
     batches = []
     for batch in alike.values():
@@ -165,48 +262,17 @@ def _batches(missing: dict[str, FactorJob]) -> list[_Batch]:
 
 
 @contextmanager
-def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Yield a thread pool; several workers use one thread each inside torch, and the caller's number is restored."""
-    if workers == 1:
-        with ThreadPoolExecutor(1) as pool:
-            yield pool
+def _threads(workers: int, torch_threads: int | None) -> Iterator[ThreadPoolExecutor]:
+    """Yield a thread pool whose threads use ``torch_threads`` inside torch; the caller's number is restored."""
+    if torch_threads is None:
+        with ThreadPoolExecutor(workers) as executor:
+            yield executor
         return
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
+        with ThreadPoolExecutor(
+            workers, initializer=torch.set_num_threads, initargs=(torch_threads,)
+        ) as executor:
+            yield executor
     finally:
-        torch.set_num_threads(threads)
-
-
-@dataclass(frozen=True)
-class Part:
-    """One weight, or several factored as one, in the whole of a model.
-
-    Args:
-        job: what is factored.
-        block: number of the block it lies in, or None.
-        result: name of the result that holds its factors: its block's, or its own.
-    """
-
-    job: FactorJob
-    block: int | None
-    result: str
-
-    @staticmethod
-    def of(job: FactorJob, blocks: Iterable[str], mode: str) -> Part:
-        """Return the part of a job; ``mode`` is "block" where blocks are factored as a whole."""
-        for number, name in enumerate(blocks):
-            if all(each.startswith(f"{name}.") for each in job.names):
-                return Part(job, number, name if mode == "block" else job.names[0])
-        return Part(job, None, job.names[0])
-
-    @property
-    def alone(self) -> bool:
-        """Whether it has a result of its own."""
-        return self.result == self.job.names[0]
-
-    @property
-    def stored(self) -> int:
-        """The bits its factors are stored in."""
-        return stored_bits(self.job.in_features, self.job.mid_features, self.job.out_features)
+        torch.set_num_threads(before)

@@ -10,19 +10,22 @@ import hashlib
 from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 from torch import Tensor, nn
 
 from dbf_compile import checkpoint
-from dbf_compile.compression.cache import FactorCache, importance_hash
+from dbf_compile.compression.budgets import Allocation
+from dbf_compile.compression.cache import CachedStore, FactorCache, importance_hash
 from dbf_compile.compression.jobs import FactorJob, joined, run_jobs
 from dbf_compile.errors import ConversionError
 from dbf_compile.factorizer.factorize import FactorizerConfig
 from dbf_compile.factorizer.importance import Importance
 from dbf_compile.factors import DoubleBinaryFactors, mid_features_for
+from dbf_compile.keywords import CompressionKeywords
 from dbf_compile.linear import dense_linears, dense_weight, swap_
-from dbf_compile.options import PRESETS, CompressionConfig, parse
+from dbf_compile.options import PRESETS, CompressionConfig
+from dbf_compile.records import resolve
 
 # Below this the 16-bit scales take most of the bits and the product approximates nothing.
 MIN_MID_FEATURES = 8
@@ -38,13 +41,13 @@ SIBLINGS = (
 
 
 class LayerFactorizer:
-    """Knows which layers are factored, which of them together, and how.
+    """Decides which layers are factored, which of them together, and how.
 
     Args:
         config: bits, overrides, skips and settings of the factorizer.
         importance: layer name to second moments, as made by ``calibrate``.
         ready: path of a checkpoint; the layers in it are not factored again.
-        mid_features: R by names as of ``joined``, as in ``Allocation``; None to give all layers their bits.
+        allocation: the middle dimension R of every weight; None to give all layers their bits.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -55,14 +58,13 @@ class LayerFactorizer:
         config: CompressionConfig,
         importance: Mapping[str, Importance] | None = None,
         ready: str | Path | None = None,
-        mid_features: Mapping[str, int] | None = None,
+        allocation: Allocation | Mapping[str, int] | None = None,
     ) -> None:
-        self._mid_features = mid_features
+        self._mid_features = allocation.mid_features if isinstance(allocation, Allocation) else allocation
         self._config, self._importance = config, importance or {}
         self._ready_identity = None if ready is None else _file_identity(Path(ready))
         self._ready = {} if self._ready_identity is None else _load(*self._ready_identity)
-        iterations = PRESETS[config.preset] if config.iterations is None else config.iterations
-        self._settings = FactorizerConfig(iterations=iterations, seed=config.seed)
+        self._settings = factorizer_config(config)
 
     def group(self, name: str, weight: Tensor) -> Hashable | None:
         """Return None if a layer stays dense; layers with equal keys and one input may be factored as one.
@@ -110,10 +112,13 @@ class LayerFactorizer:
             WeightError: a weight cannot be factored.
             ConversionError: ready factors do not fit a weight.
         """
-        jobs = [self.job(names, weights) for names, weights in stacks if not self.is_ready(names)]
-        config = self._config
-        made = iter(run_jobs(jobs, self._settings, FactorCache(config.cache_dir), config.progress))
-        return [self._take(*stack) if self.is_ready(stack[0]) else next(made) for stack in stacks]
+        jobs = [None if self.is_ready(names) else self.job(names, weights) for names, weights in stacks]
+        store = CachedStore(FactorCache(self._config.cache_dir), self._settings)
+        run_jobs([job for job in jobs if job], self._settings, store, self._config.progress)
+        return [
+            self._ready_factors(*stack) if job is None else store.get(job)
+            for stack, job in zip(stacks, jobs, strict=True)
+        ]
 
     def job(self, names: Sequence[str], weights: Sequence[Tensor]) -> FactorJob:
         """Return the job of factoring these layers as one weight.
@@ -122,28 +127,35 @@ class LayerFactorizer:
             ConversionError: an allocation was given that knows nothing of them.
         """
         rows = [weight.shape[0] for weight in weights]
-        known = [self._importance.get(name) for name in names]
-        if all(item is None for item in known):
-            combined = None
+        measured = [self._importance.get(name) for name in names]
+        if all(item is None for item in measured):
+            stacked = None
         else:
-            combined = Importance.stack([item or Importance() for item in known], rows)
+            stacked = Importance.stack([item or Importance() for item in measured], rows)
         if self._mid_features is None:
             mid_features = mid_features_for(self._config.bits_for(names[0]), weights[0].shape[1], sum(rows))
-        elif (found := self._mid_features.get(joined(names))) is not None:
-            mid_features = found
+        elif joined(names) in self._mid_features:
+            mid_features = self._mid_features[joined(names)]
         else:
             raise ConversionError(
                 f"an allocation without {joined(names)!r}",
                 f"one that has {', '.join(self._mid_features)}",
                 "allocate for this model with the same skip and merge_shared_inputs",
             )
-        return FactorJob(tuple(names), tuple(weights), combined, mid_features)
+        return FactorJob(tuple(names), tuple(weights), stacked, mid_features)
 
     def jobs(self, model: nn.Module) -> list[FactorJob]:
-        """Return the jobs of all that is factored in a model."""
-        return [self.job(names, weights) for names, weights in stacks_of(model, self)]
+        """Return the jobs of all layers of a model that are factored.
 
-    def _take(self, names: Sequence[str], weights: Sequence[Tensor]) -> DoubleBinaryFactors:
+        Raises:
+            ConversionError: there are none.
+        """
+        jobs = [self.job(names, weights) for names, weights in stacks_of(model, self)]
+        if not jobs:
+            raise nothing_to_factor(model, self._config)
+        return jobs
+
+    def _ready_factors(self, names: Sequence[str], weights: Sequence[Tensor]) -> DoubleBinaryFactors:
         for name, weight in zip(names, weights, strict=True):
             ready = self._ready[name]
             if (ready.out_features, ready.in_features) != tuple(weight.shape):
@@ -155,13 +167,28 @@ class LayerFactorizer:
         return DoubleBinaryFactors.stack([self._ready[name] for name in names]).to(weights[0].device)
 
 
+def factorizer_config(config: CompressionConfig) -> FactorizerConfig:
+    """Return the settings of the factorizer: the iterations given, or else those of the preset."""
+    iterations = PRESETS[config.preset] if config.iterations is None else config.iterations
+    return FactorizerConfig(iterations=iterations, seed=config.seed)
+
+
+def nothing_to_factor(model: nn.Module, config: CompressionConfig) -> ConversionError:
+    """Return the error for a model none of whose layers is factored."""
+    return ConversionError(
+        f"{type(model).__name__} without a linear layer to factor",
+        "nn.Linear or Conv1D layers that are neither skipped nor too small",
+        f"check skip={list(config.skip)} and bits_per_weight={config.bits_per_weight}",
+    )
+
+
 def _file_identity(path: Path) -> tuple[Path, int, int]:
     """Return what tells one content of a file from another without reading it."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return (path, 0, 0)  # let the checkpoint's loader say what is wrong
-    return (path, found.st_mtime_ns, found.st_size)
+    return (path, status.st_mtime_ns, status.st_size)
 
 
 @lru_cache(maxsize=2)  # a model is compiled several times: prefill, decode, new shapes
@@ -171,27 +198,33 @@ def _load(path: Path, mtime_ns: int, size: int) -> dict[str, DoubleBinaryFactors
 
 def factorize_model(
     model: nn.Module,
-    config: CompressionConfig,
+    config: CompressionConfig | None = None,
     importance: Mapping[str, Importance] | None = None,
-    allocation: Mapping[str, int] | None = None,
+    allocation: Allocation | Mapping[str, int] | None = None,
+    **options: Unpack[CompressionKeywords],
 ) -> dict[str, DoubleBinaryFactors]:
-    """Factor the dense linear layers of a model.
+    """Factor the dense linear layers of a model: ``weight [N, K] ≈ factors.dense()`` for each.
 
     Args:
         model: any module; its weights are read, not changed.
         config: bits, overrides, skips and settings of the factorizer.
         importance: layer name to second moments, as made by ``calibrate``.
-        allocation: ``mid_features`` of an ``Allocation`` for this model, in place of the bits of ``config``.
+        allocation: what ``allocate`` returned for this model, or R by name, in place of the bits of ``config``.
+        **options: fields of ``config`` as keywords, which win over it.
 
     Returns:
         Layer name to factors; layers factored together share the tensors of their first stage.
+
+    Raises:
+        OptionError: an unknown or ill-typed option.
+        WeightError: a weight cannot be factored; the message names its layer.
     """
-    factorizer = LayerFactorizer(config, importance, mid_features=allocation)
+    factorizer = LayerFactorizer(resolve(CompressionConfig, config, options), importance, None, allocation)
     stacks = stacks_of(model, factorizer)
-    made: dict[str, DoubleBinaryFactors] = {}
-    for (names, weights), factors in zip(stacks, factorizer.make(stacks), strict=True):
-        made.update(zip(names, factors.split([weight.shape[0] for weight in weights]), strict=True))
-    return {name: made[name] for name in dense_linears(model) if name in made}
+    factors: dict[str, DoubleBinaryFactors] = {}
+    for (names, weights), stacked in zip(stacks, factorizer.make(stacks), strict=True):
+        factors.update(zip(names, stacked.split([weight.shape[0] for weight in weights]), strict=True))
+    return {name: factors[name] for name in dense_linears(model) if name in factors}
 
 
 def stacks_of(model: nn.Module, factorizer: LayerFactorizer) -> list[tuple[list[str], list[Tensor]]]:
@@ -218,18 +251,20 @@ def convert_(
     model: nn.Module,
     factors: Mapping[str, DoubleBinaryFactors] | None = None,
     *,
+    config: CompressionConfig | None = None,
     importance: Mapping[str, Importance] | None = None,
-    allocation: Mapping[str, int] | None = None,
-    **options: Any,
+    allocation: Allocation | Mapping[str, int] | None = None,
+    **options: Unpack[CompressionKeywords],
 ) -> nn.Module:
-    """Turn the dense linear layers of a model into ``DoubleBinaryLinear``, in place.
+    """Replace the dense linear layers of a model by ``DoubleBinaryLinear``, in place.
 
     Args:
         model: any module with ``nn.Linear`` or GPT-2's Conv1D layers.
-        factors: ready factors by layer name; None to make them now, from ``options``.
+        factors: ready factors by layer name; None to make them now.
+        config: bits, overrides, skips and settings of the factorizer.
         importance: layer name to second moments, as made by ``calibrate``.
-        allocation: ``mid_features`` of an ``Allocation`` for this model, in place of ``bits_per_weight``.
-        **options: fields of CompressionConfig: ``bits_per_weight``, ``overrides``, ``skip``, ``seed`` …
+        allocation: what ``allocate`` returned for this model, or R by name, in place of ``bits_per_weight``.
+        **options: fields of ``config`` as keywords, which win over it.
 
     Returns:
         ``model``; where ``model`` itself is a linear layer, the layer that takes its place.
@@ -238,15 +273,12 @@ def convert_(
         OptionError: an unknown or ill-typed option.
         ConversionError: factors that do not fit the model, or nothing to convert.
     """
-    config = parse(CompressionConfig, options)
-    made = factorize_model(model, config, importance, allocation) if factors is None else factors
-    if not made:
-        raise ConversionError(
-            f"{type(model).__name__} without a linear layer to factor",
-            "nn.Linear or Conv1D layers that are neither skipped nor too small",
-            f"check skip={list(config.skip)} and bits_per_weight={config.bits_per_weight}",
-        )
-    return swap_(model, made)
+    settings = resolve(CompressionConfig, config, options)
+    if factors is None:
+        factors = factorize_model(model, settings, importance, allocation)
+    if not factors:
+        raise nothing_to_factor(model, settings)
+    return swap_(model, factors)
 
 
 def _has_other_readers(model: nn.Module, module: nn.Module) -> bool:

@@ -1,13 +1,13 @@
-"""The durable results of one compression, which any number of processes make together and any later run goes on with.
+"""The durable results of one compression. Any number of processes make them together; any later run continues with them.
 
-    <folder>/manifest.json            what the results depend on: fingerprints of model, data and settings
-    <folder>/<result>                 a result: whole, or not there; one that the disk has damaged since is made again
+    <folder>/manifest.json            what the results depend on: fingerprints of model, data, settings and program
+    <folder>/<result>                 a result: whole, or not there; one that was damaged since is made again
     <folder>/locks/<result>.lock      held by the process that is making it
 
-Who wants a result that is not there takes its lock, looks again, makes it, and moves it into place. The operating system
-lets go of the lock of a process that dies, and whoever comes next makes the result anew. So there is no server, no role,
-and nothing to clean up after a crash; processes of one machine, ranks of a cluster with a common file system and a run
-that was killed yesterday are all the same case.
+A process that needs a missing result locks it, checks again, computes it and renames it into place. The operating system
+releases the lock of a process that dies; the next process makes the result. So there is no server, no role, and nothing to
+clean up after a crash: processes of one machine, ranks of a cluster with a common file system and a run that was killed
+yesterday are one case.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,19 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from dbf_compile.checkpoint import load, read_metadata, save
+from dbf_compile.compression.jobs import FactorJob
 from dbf_compile.errors import CheckpointError, ResumeError
+from dbf_compile.factorizer.factorize import weighted_error
 from dbf_compile.factors import DoubleBinaryFactors
 from dbf_compile.files import write_text
 
-RESUME = ("auto", "required", "never")
 _MANIFEST = "manifest.json"
 _FACTS = "facts"
 
 _log = logging.getLogger(__name__)
 
-Made = tuple[dict[str, DoubleBinaryFactors], dict[str, Any]]
+# Factors by layer name, and facts that JSON can hold.
+Result = tuple[dict[str, DoubleBinaryFactors], dict[str, Any]]
 
 
 class Work:
@@ -42,9 +44,8 @@ class Work:
 
     Args:
         folder: where they lie; made if it is not there.
-        fingerprint: what all of them depend on, by name of what it stands for: "model", "data", "settings".
-        resume: "auto" goes on with what is there, "required" insists that something is there, "never" starts over and
-            removes it.
+        fingerprint: what all of them depend on, by name: "model", "data", "settings", "program".
+        resume: "auto" continues with what is there, "required" insists that something is there, "never" removes it.
 
     Raises:
         ResumeError: what is there belongs to another model, other data or other settings; or nothing is there.
@@ -53,7 +54,7 @@ class Work:
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any], resume: str = "auto") -> None:
         self.folder = folder
         manifest = folder / _MANIFEST
-        wanted = json.loads(json.dumps(dict(fingerprint)))
+        expected = json.loads(json.dumps(dict(fingerprint)))
         if resume == "required" and not manifest.exists():
             raise ResumeError(
                 f"no interrupted run in {folder}", "a folder with a manifest.json", "leave resume at 'auto'"
@@ -63,9 +64,9 @@ class Work:
         (folder / "locks").mkdir(parents=True, exist_ok=True)
         with self._lock(_MANIFEST):
             if not manifest.exists():
-                write_text(manifest, json.dumps(wanted, indent=1))
-        found = _read_json(manifest)
-        changed = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+                write_text(manifest, json.dumps(expected, indent=1))
+        stored = _read_json(manifest)
+        changed = sorted(key for key in {*stored, *expected} if stored.get(key) != expected.get(key))
         if changed:
             raise ResumeError(
                 f"an interrupted run in {folder} with another {', '.join(changed)}",
@@ -73,36 +74,29 @@ class Work:
                 "choose another output, or resume='never' to start over",
             )
         for path in folder.iterdir():
-            if path.is_file() and not _whole(path):
+            if path.is_file() and not _is_whole(path):
                 _log.warning("%s is damaged, and is made again", path)
                 path.unlink(missing_ok=True)
 
     def once(self, name: str, make: Callable[[Path], object]) -> Path:
-        """Return the path of a result after making it, or waiting for who is making it, if it is not there.
+        """Return the path of a result. If it is not there, make it, or wait for the process that is making it.
 
         Args:
             name: of the result, a file name.
-            make: writes it to the path it is given, whole or not at all.
+            make: writes the result to the path it is given, whole or not at all.
         """
-        self._make(name, make, wait=True)
-        return self.folder / name
+        path = self.folder / name
+        if not path.exists():
+            with self._lock(name):
+                if not path.exists():
+                    make(path)
+        return path
 
-    def factors(self, name: str, make: Callable[[], Made]) -> Made:
-        """Return the factors and facts kept under ``name`` after making them if they are not there."""
+    def factors(self, name: str, make: Callable[[], Result]) -> Result:
+        """Return the factors and facts kept under ``name``; make them if they are not there, as :meth:`once` does."""
         return _read(self.once(_file(name), lambda path: _write(path, *make())))
 
-    def all_factors(self, names: Sequence[str], make: Callable[[str], Made]) -> None:
-        """Make all factors that are not there, leaving alone what others are making; at the end all are there.
-
-        Args:
-            names: of the factors.
-            make: makes those of one name.
-        """
-        for wait in (False, True):  # at last wait for the others, and take over from those that died
-            for name in names:
-                self._make(_file(name), lambda path, name=name: _write(path, *make(name)), wait)  # type: ignore[misc]
-
-    def read(self, name: str) -> Made:
+    def read(self, name: str) -> Result:
         """Return the factors and facts kept under ``name``.
 
         Raises:
@@ -110,22 +104,31 @@ class Work:
         """
         return _read(self.folder / _file(name))
 
-    @contextmanager
-    def exclusive(self, name: str) -> Iterator[None]:
-        """Let one process at a time into the block, by the name of what it does there."""
-        with self._lock(name):
-            yield
-
     def has(self, name: str) -> bool:
         """Return whether the factors ``name`` are there."""
         return (self.folder / _file(name)).exists()
 
-    def _make(self, name: str, make: Callable[[Path], object], wait: bool) -> None:
-        path = self.folder / name
-        if not path.exists():
-            with self._lock(name, wait) as held:
-                if held and not path.exists():
-                    make(path)
+    @contextmanager
+    def claim(self, names: Sequence[str]) -> Iterator[list[str]]:
+        """Lock factors; yield the names of those that nobody has made or is making."""
+        with ExitStack() as stack:
+            yield [
+                name
+                for name in names
+                if not self.has(name)
+                and stack.enter_context(self._lock(_file(name), wait=False))
+                and not self.has(name)  # another process may have finished before the lock was free
+            ]
+
+    def put(self, name: str, factors: Mapping[str, DoubleBinaryFactors], facts: Mapping[str, Any]) -> None:
+        """Keep factors and facts under ``name``, which the caller has claimed."""
+        _write(self.folder / _file(name), factors, facts)
+
+    @contextmanager
+    def exclusive(self, name: str) -> Iterator[None]:
+        """Let one process at a time into the block ``name``; the others wait."""
+        with self._lock(name):
+            yield
 
     def remove(self) -> None:
         """Remove the folder and all that is in it."""
@@ -133,7 +136,7 @@ class Work:
 
     @contextmanager
     def _lock(self, name: str, wait: bool = True) -> Iterator[bool]:
-        """Yield whether the lock is held, which without ``wait`` it is not while another holds it."""
+        """Yield whether the lock is held; without ``wait`` it is not while another process holds it."""
         lock = FileLock(self.folder / "locks" / f"{name}.lock")
         try:
             lock.acquire(timeout=-1 if wait else 0)
@@ -146,6 +149,42 @@ class Work:
             lock.release()
 
 
+class WorkStore:
+    """The store of the factoring engine that keeps results as :class:`Work`, for all processes of a run.
+
+    Args:
+        work: where results lie, each under the name of its first layer.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+
+    def key(self, job: FactorJob) -> str:
+        """Return the name of the first layer."""
+        return job.names[0]
+
+    def has(self, key: str) -> bool:
+        """Return whether the factors are there."""
+        return self._work.has(key)
+
+    @contextmanager
+    def claim(self, keys: Sequence[str]) -> Iterator[list[str]]:
+        """Lock results; yield those that no process has made or is making."""
+        with self._work.claim(keys) as claimed:
+            yield claimed
+
+    def put(self, key: str, job: FactorJob, factors: DoubleBinaryFactors, seconds: float) -> None:
+        """Keep the factors of every layer, with the weighted error and the seconds of the job."""
+        weight = job.stacked.to(factors.scale_in.device)
+        facts = {
+            "errors": {job.name: weighted_error(weight, factors, job.importance)},
+            "seconds": {job.name: round(seconds, 3)},
+            "stages": [],
+        }
+        parts = factors.to("cpu").split(job.rows)
+        self._work.put(key, dict(zip(job.names, parts, strict=True)), facts)
+
+
 def _file(name: str) -> str:
     return f"{name}.safetensors"
 
@@ -154,7 +193,7 @@ def _write(path: Path, factors: Mapping[str, DoubleBinaryFactors], facts: Mappin
     save(factors, path, {_FACTS: json.dumps(facts)})
 
 
-def _read(path: Path) -> Made:
+def _read(path: Path) -> Result:
     try:
         return load(path), json.loads(read_metadata(path)[_FACTS])
     except (KeyError, ValueError) as error:
@@ -163,7 +202,7 @@ def _read(path: Path) -> Made:
         ) from error
 
 
-def _whole(path: Path) -> bool:
+def _is_whole(path: Path) -> bool:
     """Return whether a result can be opened; its numbers are not read."""
     try:
         if path.suffix == ".safetensors":
@@ -179,9 +218,9 @@ def _whole(path: Path) -> bool:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
-        if isinstance(found, dict):
-            return found
+        content = json.loads(path.read_text())
+        if isinstance(content, dict):
+            return content
     except (OSError, ValueError):
         pass
     raise ResumeError(

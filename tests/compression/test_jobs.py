@@ -1,10 +1,14 @@
 """Jobs: what is put together, and what is told while they run."""
 
+from contextlib import contextmanager
+from dataclasses import replace
+
 import pytest
 import torch
 
-from dbf_compile.compression.cache import FactorCache
-from dbf_compile.compression.jobs import FactorJob, _batches, run_jobs
+from dbf_compile.compression import jobs as jobs_module
+from dbf_compile.compression.cache import CachedStore, FactorCache
+from dbf_compile.compression.jobs import FactorJob, Pool, _batches, run_jobs
 from dbf_compile.errors import WeightError
 from dbf_compile.factorizer.factorize import FactorizerConfig, weighted_error
 from dbf_compile.factorizer.importance import Importance
@@ -15,6 +19,12 @@ QUICK = FactorizerConfig(iterations=5)
 def job(name, rows=6, columns=8, mid_features=4, importance=None, device="cpu"):
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(ord(name)), device="cpu")
     return FactorJob((name,), (weight.to(device),), importance, mid_features)
+
+
+def factored(jobs, cache, progress=False):
+    store = CachedStore(cache, QUICK)
+    run_jobs(jobs, QUICK, store, progress)
+    return [store.get(one) for one in jobs]
 
 
 def sizes(jobs):
@@ -43,19 +53,30 @@ def test_large_weights_on_an_accelerator_go_alone():
     assert sizes(large) == [1, 1]
 
 
-def test_results_come_in_the_order_of_the_jobs_and_are_kept(tmp_path):
+def test_every_job_has_its_factors_and_they_are_kept(tmp_path, monkeypatch):
     jobs = [job("a", rows=9), job("b", rows=3), job("c", rows=5)]
     cache = FactorCache(tmp_path)
-    made = run_jobs(jobs, QUICK, cache, progress=False)
-    assert [item.out_features for item in made] == [9, 3, 5]
-    assert all(weighted_error(item.weights[0], factors) < 1 for item, factors in zip(jobs, made, strict=True))
+    factors = factored(jobs, cache)
+    assert [item.out_features for item in factors] == [9, 3, 5]
+    assert all(weighted_error(item.weights[0], one) < 1 for item, one in zip(jobs, factors, strict=True))
     assert len(list(tmp_path.rglob("*.safetensors"))) == 3
-    again = run_jobs(jobs, QUICK, cache, progress=False)
-    assert all(torch.equal(one.signs_in, other.signs_in) for one, other in zip(made, again, strict=True))
+    monkeypatch.setattr(jobs_module, "factorize_batch", lambda *_, **__: pytest.fail("factored twice"))
+    again = factored(jobs, cache)
+    assert all(torch.equal(one.signs_in, other.signs_in) for one, other in zip(factors, again, strict=True))
+
+
+def test_equal_content_is_factored_once(tmp_path, monkeypatch):
+    calls = []
+    factorize_batch = jobs_module.factorize_batch
+    monkeypatch.setattr(
+        jobs_module, "factorize_batch", lambda *a, **k: calls.append(1) or factorize_batch(*a, **k)
+    )
+    one, other = factored([job("a"), replace(job("a"), names=("b",))], FactorCache(tmp_path))
+    assert len(calls) == 1 and torch.equal(one.signs_in, other.signs_in)
 
 
 def test_progress_shows_how_much_is_left_and_ends_full(tmp_path, capsys):
-    run_jobs([job("a"), job("b", rows=12)], QUICK, FactorCache(tmp_path), progress=True)
+    factored([job("a"), job("b", rows=12)], FactorCache(tmp_path), progress=True)
     shown = capsys.readouterr().err
     assert "factoring: 100%" in shown and "144/144" in shown
 
@@ -63,4 +84,50 @@ def test_progress_shows_how_much_is_left_and_ends_full(tmp_path, capsys):
 def test_a_failure_names_its_layers(tmp_path):
     bad = FactorJob(("x.q", "x.k"), (torch.ones(2, 3), torch.full((2, 3), float("nan"))), None, 2)
     with pytest.raises(WeightError, match=r"x\.q \+ x\.k"):
-        run_jobs([bad], QUICK, FactorCache(tmp_path), progress=False)
+        factored([bad], FactorCache(tmp_path))
+
+
+def test_when_one_worker_fails_the_others_stop(tmp_path):
+    bad = FactorJob(("bad",), (torch.full((2, 3), float("nan")),), None, 2)
+    endless = FactorizerConfig(iterations=10**9)
+    store = CachedStore(FactorCache(tmp_path), endless)
+    with pytest.raises(WeightError, match="bad"):
+        run_jobs([job("a"), bad], endless, store, False, Pool(workers=2))
+
+
+def test_the_number_of_threads_is_restored(tmp_path):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        store = CachedStore(FactorCache(tmp_path), QUICK)
+        run_jobs([job("a"), job("b")], QUICK, store, False, Pool(workers=1))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_results_of_other_processes_are_waited_for(tmp_path):
+    jobs = [job("a"), job("b")]
+    config, results, claims = QUICK, {}, []
+
+    class Shared(CachedStore):
+        """A store in which another process holds the claim of the first job, and finishes later."""
+
+        def has(self, key):
+            return key in results
+
+        @contextmanager
+        def claim(self, keys):
+            claims.append(keys)
+            held = self.key(jobs[0])
+            if len(claims) == 4:
+                results[held] = "made elsewhere"
+            yield [key for key in keys if key not in results and key != held]
+
+        def put(self, key, job, factors, seconds):
+            results[key] = factors
+
+    store = Shared(FactorCache(tmp_path), config)
+    run_jobs(jobs, config, store, False, Pool(workers=1))
+    assert results[store.key(jobs[0])] == "made elsewhere" and len(results) == 2
+    assert len(claims) >= 4

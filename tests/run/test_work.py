@@ -100,13 +100,16 @@ def test_an_unreadable_manifest_says_so(work, tmp_path):
 def test_threads_share_names_without_making_any_twice(work):
     names, calls, lock = [f"r{n}" for n in range(12)], [], threading.Lock()
 
-    def make(name):
-        with lock:
-            calls.append(name)
-        time.sleep(0.01)
-        return made()
+    def make_all():
+        for name in names:
+            with work.claim([name]) as claimed:
+                if claimed:
+                    with lock:
+                        calls.append(name)
+                    time.sleep(0.01)
+                    work.put(name, *made())
 
-    threads = [threading.Thread(target=work.all_factors, args=(names, make)) for _ in range(4)]
+    threads = [threading.Thread(target=make_all) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -136,7 +139,8 @@ def test_what_a_killed_process_was_making_is_made_by_another(work, tmp_path):
     assert not work.has("a")
     process.kill()
     process.wait()
-    work.all_factors(["a"], lambda name: made())
+    with work.claim(["a"]) as claimed:
+        work.put(*claimed, *made())
     assert work.has("a")
 
 
