@@ -52,14 +52,41 @@ class BlockRecipe:
     factorizer: FactorizerConfig
 
 
+@dataclass(frozen=True)
+class BlockTask:
+    """One block to compress.
+
+    Args:
+        name: of the block in the model.
+        index: which block of the model it is.
+        module: the dense block in float32, in evaluation mode; not changed.
+        jobs: of its weights, in the order in which they are factored.
+        streams: how the block is called.
+        inputs: hidden states [batch, tokens, features] of every batch, from the compressed prefix.
+        targets: what the block is to return, of every batch.
+    """
+
+    name: str
+    index: int
+    module: nn.Module
+    jobs: Sequence[FactorJob]
+    streams: Streams
+    inputs: Sequence[Tensor]
+    targets: Sequence[Tensor]
+
+    def path(self, layer: str) -> str:
+        """Return the name of a layer inside the block."""
+        return layer[len(self.name) + 1 :] if self.name else layer
+
+
 @dataclass
 class BlockResult:
     """What became of a block.
 
     Attributes:
         factors: of all its layers that are factored, by full name.
-        errors: weighted error by the joined names of what was factored as one, before refinement.
-        seconds: that took, the same.
+        errors: weighted error of every job, by its name, before refinement.
+        seconds: time to factor every job, by its name.
         stages: what was done, with the error of the block before and after.
     """
 
@@ -69,149 +96,168 @@ class BlockResult:
     stages: list[dict[str, Any]] = field(default_factory=list)
 
 
-def compress_block(
-    name: str,
-    index: int,
-    dense: nn.Module,
-    jobs: Sequence[FactorJob],
-    streams: Streams,
-    inputs: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    recipe: BlockRecipe,
-    progress: Callable[[float], object] = lambda share: None,
-) -> BlockResult:
-    """Factor the weights of one block, each with the others making up for it.
+class BlockState:
+    """A block while it is being compressed: some of its layers dense, the others factored and trainable.
 
     Args:
-        name: of the block in the model.
-        index: which block of the model it is.
-        dense: the block in float32, in evaluation mode; not changed.
-        jobs: of its weights, in the order in which they are to be factored.
-        streams: how the block is called.
-        inputs: hidden states of every batch in front of it, from the compressed prefix.
-        targets: what is to come out, of every batch.
+        task: what to compress.
+        generator: shuffles the batches of all training.
+    """
+
+    def __init__(self, task: BlockTask, generator: torch.Generator) -> None:
+        self.task, self.generator = task, generator
+        self.block = copy.deepcopy(task.module)
+        self.trainable: dict[str, TrainableDoubleBinary] = {}
+        self._weights = _output_moments(task.jobs, task.targets[0].shape[-1]).to(task.targets[0].device)
+        self._targets = [task.streams.counted(batch, target) for batch, target in enumerate(task.targets)]
+        power = sum(float((self._weights * target.square()).sum()) for target in self._targets)
+        self._power = max(power, 1e-30)
+
+    @property
+    def batches(self) -> int:
+        """The number of batches."""
+        return len(self.task.inputs)
+
+    def run(self, batch: int) -> Tensor:
+        """Return the output of the block for one batch."""
+        return self.task.streams.run(self.block, self.task.index, batch, self.task.inputs[batch])
+
+    def loss(self, batch: int) -> Tensor:
+        """Return the mean weighted squared error of one batch."""
+        return self._squared_errors(batch).mean()
+
+    @torch.no_grad()
+    def error(self) -> float:
+        """Return the weighted squared error of all batches, relative to the targets."""
+        return sum(float(self._squared_errors(batch).sum()) for batch in range(self.batches)) / self._power
+
+    def _squared_errors(self, batch: int) -> Tensor:
+        output = self.task.streams.counted(batch, self.run(batch))
+        return self._weights * (output - self._targets[batch]).square()
+
+
+def compress_block(
+    task: BlockTask, recipe: BlockRecipe, progress: Callable[[float], object] = lambda share: None
+) -> BlockResult:
+    """Factor the weights of one block, each with the others making up for its error.
+
+    Args:
+        task: the block, its jobs, inputs and targets.
         recipe: what to do.
         progress: called with the share that is done, 0 to 1.
 
     Returns:
-        Its factors, and what every step gained.
+        The factors, and what every stage gained.
     """
-    block = copy.deepcopy(dense)
-    features = _output_moments(jobs, targets[0].shape[-1]).to(targets[0].device)
-    wanted = [streams.counted(batch, target) for batch, target in enumerate(targets)]
-    power = max(sum(float((features * target.square()).sum()) for target in wanted), 1e-30)
-    generator = torch.Generator().manual_seed(recipe.factorizer.seed)
+    state = BlockState(task, torch.Generator().manual_seed(recipe.factorizer.seed))
     result = BlockResult({})
-    local = {full: _inside(name, full) for job in jobs for full in job.names}
-    trained: dict[str, TrainableDoubleBinary] = {}
-    steps = [recipe.tune + 1] * len(jobs) + [recipe.refine]
+    total = max(1, (recipe.tune + 1) * len(task.jobs) + recipe.refine)
     done = 0.0
+    error = state.error()
 
     def advance(amount: float) -> None:
         nonlocal done
         done += amount
-        progress(min(1.0, done / max(1, sum(steps))))
+        progress(min(1.0, done / total))
 
-    def run(batch: int) -> Tensor:
-        return streams.run(block, index, batch, inputs[batch])
-
-    def missed(batch: int) -> Tensor:
-        return features * (streams.counted(batch, run(batch)) - wanted[batch]).square()
-
-    def loss(batch: int) -> Tensor:
-        return missed(batch).mean()
-
-    @torch.no_grad()
-    def error() -> float:
-        return sum(float(missed(batch).sum()) for batch in range(len(inputs))) / power
-
-    def stage(kind: str, what: str, before: float, began: float) -> float:
-        after = error()
+    def finish_stage(stage: str, what: str, began: float) -> None:
+        nonlocal error
+        before, error = error, state.error()
         result.stages.append(
             {
-                "stage": kind,
-                "block": index,
+                "stage": stage,
+                "block": task.index,
                 "what": what,
                 "measure": "error of the block's output",
                 "before": before,
-                "after": after,
+                "after": error,
                 "seconds": round(time.perf_counter() - began, 3),
             }
         )
-        return after
 
-    lost = error()
-    for number, job in enumerate(jobs):
-        layers = dense_linears(block)
-        remaining = [local[full] for later in jobs[number:] for full in later.names]
+    for number, job in enumerate(task.jobs):
         if recipe.tune:
             began = time.perf_counter()
-            weights = [parameter for path in remaining for parameter in _weights(layers[path])]
-            train([(weights, _DENSE_RATE)], loss, len(inputs), recipe.tune, generator)
-            lost = stage("tune", job.name, lost, began)
+            tune(state, task.jobs[number:], recipe.tune)
+            finish_stage("tune", job.name, began)
             advance(recipe.tune)
         began = time.perf_counter()
-        paths = [local[full] for full in job.names]
-        importance = _with_fresh_inputs(job.importance, layers[paths[0]], run, streams.masks)
-        job = replace(
-            job,
-            weights=tuple(dense_weight(layers[path]).detach() for path in paths),
-            importance=importance,
-        )
-        factors = factorize(job.stacked, job.mid_features, importance, recipe.factorizer)
-        result.errors[job.name] = weighted_error(job.stacked, factors, importance)
-        inner, outer = sign_confidence(job.stacked, factors, importance)
-        rows = [weight.shape[0] for weight in job.weights]
-        owner = None
-        for full, part, sure in zip(job.names, factors.split(rows), outer.split(rows), strict=True):
-            old = layers[local[full]]
-            bias = old.bias if isinstance(old.bias, Tensor) else None
-            trained[full] = TrainableDoubleBinary(part, (inner, sure), bias, owner)
-            owner = owner or trained[full]
-            replace_everywhere(block, old, trained[full])
+        result.errors[job.name] = factor(state, job, recipe.factorizer)
         result.seconds[job.name] = round(time.perf_counter() - began, 3)
-        lost = stage("factor", job.name, lost, began)
+        finish_stage("factor", job.name, began)
         advance(1)
     if recipe.refine:
         began = time.perf_counter()
-        scales = [scale for layer in trained.values() for scale in layer.scales]
-        latents = [latent for layer in trained.values() for latent in layer.latents]
-        rates = [(scales, _SCALE_RATE), (latents, _LATENT_RATE)]
-        before = [parameter.detach().clone() for parameter in (*scales, *latents)]
-        train(rates, loss, len(inputs), recipe.refine, generator, partial(advance, 1 / len(inputs)))
-        if error() > lost:  # flips may do harm where samples are few
-            with torch.no_grad():
-                for parameter, kept in zip((*scales, *latents), before, strict=True):
-                    parameter.copy_(kept)
-        stage("refine", "all", lost, began)
-    result.factors = trained_factors(trained)
+        refine(state, recipe.refine, error, partial(advance, 1 / state.batches))
+        finish_stage("refine", "all", began)
+    result.factors = trained_factors(state.trainable)
     return result
 
 
+def tune(state: BlockState, jobs: Sequence[FactorJob], epochs: int) -> None:
+    """Train the weights that are still dense, those of ``jobs``, towards the targets of the block."""
+    layers = dense_linears(state.block)
+    weights = [_weight_parameter(layers[state.task.path(name)]) for job in jobs for name in job.names]
+    train([(weights, _DENSE_RATE)], state.loss, state.batches, epochs, state.generator)
+
+
+def factor(state: BlockState, job: FactorJob, config: FactorizerConfig) -> float:
+    """Factor the weights of ``job`` as they are now, put the factors into the block, return their weighted error."""
+    layers = dense_linears(state.block)
+    paths = [state.task.path(name) for name in job.names]
+    importance = _with_fresh_inputs(job.importance, layers[paths[0]], state.run, state.task.streams.masks)
+    weights = tuple(dense_weight(layers[path]).detach() for path in paths)
+    job = replace(job, weights=weights, importance=importance)
+    factors = factorize(job.stacked, job.mid_features, importance, config)
+    inner, outer = sign_confidence(job.stacked, factors, importance)
+    owner = None
+    for name, path, part, confidence in zip(
+        job.names, paths, factors.split(job.rows), outer.split(job.rows), strict=True
+    ):
+        dense = layers[path]
+        bias = dense.bias if isinstance(dense.bias, Tensor) else None
+        layer = TrainableDoubleBinary(part, (inner, confidence), bias, owner)
+        owner = owner or layer
+        state.trainable[name] = layer
+        replace_everywhere(state.block, dense, layer)
+    return weighted_error(job.stacked, factors, importance)
+
+
+def refine(
+    state: BlockState, epochs: int, error: float, progress: Callable[[], object] = lambda: None
+) -> None:
+    """Train signs and scales of all factored layers together; undo it if the block's error rises above ``error``."""
+    scales = [scale for layer in state.trainable.values() for scale in layer.scales]
+    latents = [latent for layer in state.trainable.values() for latent in layer.latents]
+    rates = [(scales, _SCALE_RATE), (latents, _LATENT_RATE)]
+    before = [parameter.detach().clone() for parameter in (*scales, *latents)]
+    train(rates, state.loss, state.batches, epochs, state.generator, progress)
+    if state.error() > error:  # flips may do harm where samples are few
+        with torch.no_grad():
+            for parameter, value in zip((*scales, *latents), before, strict=True):
+                parameter.copy_(value)
+
+
 def factored_copy(dense: nn.Module, name: str, factors: Mapping[str, DoubleBinaryFactors]) -> nn.Module:
-    """Return a copy of the block ``name`` with factored layers, given by their full names, in the place of dense ones."""
-    return swap_(copy.deepcopy(dense), {_inside(name, full): made for full, made in factors.items()})
+    """Return a copy of the block ``name`` in which ``factors``, by the full names of layers, replace dense layers."""
+    prefix = f"{name}." if name else ""
+    return swap_(copy.deepcopy(dense), {full.removeprefix(prefix): layer for full, layer in factors.items()})
 
 
-def _inside(block: str, layer: str) -> str:
-    """Return the name of a layer inside of its block."""
-    return layer[len(block) + 1 :] if block else layer
-
-
-def _weights(layer: nn.Module) -> list[nn.Parameter]:
+def _weight_parameter(layer: nn.Module) -> nn.Parameter:
     weight = layer.weight
     assert isinstance(weight, nn.Parameter)
-    return [weight]
+    return weight
 
 
 def _output_moments(jobs: Sequence[FactorJob], features: int) -> Tensor:
-    """Return how much each feature of a block's output counts, mean 1: as the outputs of the layer that writes last."""
+    """Return the weights [features] of a block's outputs, mean 1: the gradient moments of the layer that writes them."""
     for job in reversed(jobs):
         moment = job.importance.output_grad_second_moment if job.importance is not None else None
         if moment is not None and len(job.names) == 1 and job.out_features == features:
-            found = diagonal_of(moment).float()
-            if bool(found.any()):
-                return found / found.mean()
+            weights = diagonal_of(moment).float()
+            if bool(weights.any()):
+                return weights / weights.mean()
     return torch.ones(features)
 
 
@@ -222,11 +268,11 @@ def _with_fresh_inputs(
     run: Callable[[int], Tensor],
     masks: Sequence[Tensor | None],
 ) -> Importance | None:
-    """Return ``importance`` with the second moments of what reaches ``layer`` now, on the compressed prefix."""
-    known = None if importance is None else importance.input_second_moment
-    if importance is None or known is None:
+    """Return ``importance`` with the second moments of the inputs that ``layer`` has now, behind the compressed prefix."""
+    dense_moment = None if importance is None else importance.input_second_moment
+    if importance is None or dense_moment is None:
         return importance
-    moment = Moment(whole=known.dim() == 2)
+    moment = Moment(whole=dense_moment.dim() == 2)
     mask: Tensor | None = None
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -56,7 +56,7 @@ class Experts(nn.Module):
         return result
 
 
-def unfuse_(model: nn.Module) -> list[str]:
+def linearize_experts_(model: nn.Module) -> list[str]:
     """Give every expert of ``model`` linear layers of its own, in place; no weight is copied.
 
     Returns:

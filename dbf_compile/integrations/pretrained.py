@@ -12,6 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from dbf_compile.checkpoint import write_tensors
 from dbf_compile.errors import CheckpointError, ConversionError
 from dbf_compile.factors import FIRST_STAGE, TENSOR_NAMES, DoubleBinaryFactors, factor_dtypes, factor_shapes
 from dbf_compile.files import write_text
-from dbf_compile.integrations.transformers import DBFConfig, Layers
+from dbf_compile.integrations.experts import linearize_experts_
+from dbf_compile.integrations.transformers import METHOD, DBFConfig, Layers, insert_layers_
 from dbf_compile.linear import WEIGHT_PLACEHOLDER, dense_weight
 
 _WEIGHTS = "model.safetensors"
@@ -102,6 +104,45 @@ def open_any(folder: Path, trust_remote_code: bool = False) -> Any:
     return kind.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code).eval()
 
 
+def empty_compressed(folder: Path) -> tuple[nn.Module, nn.Module, Layers]:
+    """Return the model of a compressed folder on the meta device, dense and factored, and the table of its layers.
+
+    Raises:
+        CheckpointError: the folder is not compressed, or its table does not fit the model.
+    """
+    config = transformers.AutoConfig.from_pretrained(folder)
+    quantization = getattr(config, "quantization_config", None)
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
+        raise CheckpointError(
+            f"{folder}, which is not compressed",
+            "a folder written by dbf_compile.compress",
+            "compress it first",
+        )
+    layers = DBFConfig.from_dict(quantization).layers
+    del config.quantization_config
+    kind = model_class(config)
+    models = []
+    for _ in range(2):
+        with torch.device("meta"):
+            model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+        linearize_experts_(model)
+        models.append(model)
+    insert_layers_(models[1], layers)
+    return models[0], models[1], layers
+
+
+def compile_options(backend: str, device: torch.device) -> dict[str, Any]:
+    """Return arguments of ``generate`` for a static cache and compiled decoding on any device."""
+    config: Any = transformers.CompileConfig(
+        backend=backend,
+        mode="reduce-overhead" if device.type == "cuda" else None,
+        fullgraph=False,
+        dynamic=False,
+    )
+    config._compile_all_devices = True  # transformers leaves the CPU out otherwise
+    return {"cache_implementation": "static", "compile_config": config}
+
+
 class _TimedStreamer(transformers.TextStreamer):
     """Passes text on as it comes, and remembers when its tokens came."""
 
@@ -162,32 +203,39 @@ def content_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def write_model(
-    folder: Path,
-    model: nn.Module,
-    layers: Layers,
-    factors: Callable[[str], DoubleBinaryFactors],
-    bits_per_weight: float,
-    max_shard_size: int,
-    source: Path | None = None,
-    tokenizer: Any = None,
-) -> int:
-    """Write a compressed model as a folder that ``from_pretrained`` loads; no more than a shard is in memory at a time.
+@dataclass(frozen=True)
+class CompressedModel:
+    """A compressed model that is to be written.
+
+    Args:
+        model: dense, of transformers, its experts linearized.
+        layers: table of the factored layers, as of :class:`DBFConfig`.
+        factors: returns those of a layer.
+        bits_per_weight: of the factored layers, for the record.
+        source: the folder the model comes from, whose tokenizer and other companions are copied.
+        tokenizer: to save where there is no source.
+    """
+
+    model: nn.Module
+    layers: Layers
+    factors: Callable[[str], DoubleBinaryFactors]
+    bits_per_weight: float
+    source: Path | None = None
+    tokenizer: Any = None
+
+
+def write_model(folder: Path, compressed: CompressedModel, max_shard_size: int) -> int:
+    """Write a compressed model as a folder that ``from_pretrained`` loads; at most one shard is in memory at a time.
 
     Args:
         folder: where to, an empty folder.
-        model: dense, of transformers, its experts unfused.
-        layers: table of the factored layers, as of :class:`DBFConfig`.
-        factors: gives those of a layer.
-        bits_per_weight: of the factored layers, for the record.
-        max_shard_size: bytes of a file; a tensor that is larger has one for itself.
-        source: the folder the model comes from, whose tokenizer and other companions are copied.
-        tokenizer: to save where there is no source.
+        compressed: the dense model and its factors.
+        max_shard_size: bytes of a file; a tensor that is larger gets a file of its own.
 
     Returns:
         The bytes of the weight files.
     """
-    shards = list(_shards(_pieces(model, layers, factors), max_shard_size))
+    shards = list(_shards(_pieces(compressed), max_shard_size))
     places: dict[str, str] = {}
     written = 0
     for number, shard in enumerate(shards, 1):
@@ -199,20 +247,25 @@ def write_model(
         total = sum(size for shard in shards for _, size, _ in shard)
         index = {"metadata": {"total_size": total}, "weight_map": places}
         write_text(folder / f"{_WEIGHTS}.index.json", json.dumps(index, indent=1))
-    _write_config(folder, model, DBFConfig(layers, bits_per_weight=bits_per_weight))
-    if source is not None:
-        for pattern in _COMPANIONS:
-            for path in source.glob(pattern):
-                if path.is_file() and not path.name.endswith(".safetensors"):
-                    shutil.copyfile(path, folder / path.name)
-    elif tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
-        tokenizer.save_pretrained(folder)
+    quantization = DBFConfig(compressed.layers, bits_per_weight=compressed.bits_per_weight)
+    _write_config(folder, compressed.model, quantization)
+    _write_companions(folder, compressed)
     return written
 
 
-def _pieces(
-    model: nn.Module, layers: Layers, factors: Callable[[str], DoubleBinaryFactors]
-) -> Iterator[Piece]:
+def _write_companions(folder: Path, compressed: CompressedModel) -> None:
+    """Copy what belongs to the model besides weights and config.json, or save its tokenizer."""
+    if compressed.source is not None:
+        for pattern in _COMPANIONS:
+            for path in compressed.source.glob(pattern):
+                if path.is_file() and not path.name.endswith(".safetensors"):
+                    shutil.copyfile(path, folder / path.name)
+    elif hasattr(compressed.tokenizer, "save_pretrained"):
+        compressed.tokenizer.save_pretrained(folder)
+
+
+def _pieces(compressed: CompressedModel) -> Iterator[Piece]:
+    model, layers = compressed.model, compressed.layers
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     for name, tensor in model.state_dict().items():
         layer, _, kind = name.rpartition(".")
@@ -229,7 +282,7 @@ def _pieces(
             yield (
                 f"{layer}.{part}",
                 _part_size(part, model.get_submodule(layer), entry["mid_features"]),
-                _part_of(factors, layer, part),
+                _part_of(compressed.factors, layer, part),
             )
 
 

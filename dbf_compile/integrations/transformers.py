@@ -33,7 +33,7 @@ from dbf_compile.factors import (
     factor_dtypes,
     factor_shapes,
 )
-from dbf_compile.integrations.experts import unfuse_
+from dbf_compile.integrations.experts import linearize_experts_
 from dbf_compile.linear import (
     WEIGHT_PLACEHOLDER,
     DoubleBinaryLinear,
@@ -121,7 +121,7 @@ class DBFQuantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        unfuse_(model)
+        linearize_experts_(model)
         insert_layers_(model, self.quantization_config.layers)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:

@@ -1,65 +1,206 @@
-"""What a compression puts into its report: every part's outcome, and where it was made."""
+"""The report of a compression: what ``dbf_report.json`` holds, as frozen records that check what they are read from.
+
+Every record is also a read-only mapping of its fields, so ``report["bits"]["factored"]`` and ``report.bits.factored`` are the
+same. Of an optional field that is absent, null and empty mean the same; it reads as None.
+"""
 
 from __future__ import annotations
 
 import json
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 
-from dbf_compile.compression.jobs import Part
+from dbf_compile.errors import CheckpointError
 from dbf_compile.machine import cores
 
+REPORT, PAGE = "dbf_report.json", "dbf_report.html"
+_MAKE_AGAIN = "dbf_report.json is damaged: compress the model again"
 
-def outcome(
-    parts: Sequence[Part], facts: Mapping[str, Mapping[str, Any]], distilled: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """Return "layers" and "stages" of a report.
-
-    Args:
-        parts: all that was factored.
-        facts: errors, seconds and stages by name of the result.
-        distilled: what distillation gained, or None.
-    """
-    stages = [stage for found in facts.values() for stage in found["stages"]]
-    if distilled is not None and "kl" in distilled["after"]:
-        stages.append(
-            {
-                "stage": "distill",
-                "block": None,
-                "measure": "KL from the dense model",
-                "before": distilled["before"]["kl"],
-                "after": distilled["after"]["kl"],
-                "seconds": distilled["seconds"],
-            }
-        )
-    layers = [
-        {
-            "name": part.job.name,
-            "shape": [part.job.out_features, part.job.in_features],
-            "mid_features": part.job.mid_features,
-            "bits_per_weight": part.stored / part.job.size,
-            "error": facts[part.result]["errors"][part.job.name],
-            "seconds": facts[part.result]["seconds"][part.job.name],
-            "block": part.block,
-        }
-        for part in parts
-    ]
-    return {"layers": layers, "stages": stages}
+# Comparisons, not math.isfinite: JSON knows whole numbers that no float can hold.
+Number = Annotated[float, "a finite number"]
+Amount = Annotated[float, "a finite number of at least 0"]
+Count = Annotated[int, "a whole number of at least 0"]
 
 
-def surroundings(device: torch.device) -> dict[str, Any]:
-    """Return the program, the time, the memory and the machine of this process."""
+class _Part(Mapping[str, Any]):
+    """A frozen dataclass that is also a mapping of those of its fields that are not None."""
+
+    _keeps_null: ClassVar[bool] = False
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in {item.name for item in fields(self)}:  # type: ignore[arg-type]
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        names = (item.name for item in fields(self))  # type: ignore[arg-type]
+        return (name for name in names if self._keeps_null or getattr(self, name) is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        return name in set(self)
+
+
+@dataclass(frozen=True)
+class ModelFacts(_Part):
+    """The dense model: name, class, number of parameters, hash of its content."""
+
+    name: str
+    architecture: str | None = None
+    parameters: Count | None = None
+    hash: str | None = None
+
+
+@dataclass(frozen=True)
+class DataFacts(_Part):
+    """What was calibrated with: where it came from, its hash, windows and tokens."""
+
+    source: str | None = None
+    hash: str | None = None
+    windows: Count | None = None
+    tokens: Count | None = None
+
+
+@dataclass(frozen=True)
+class Bits(_Part):
+    """Bits per weight: asked for, of the factored weights, of the whole file over all weights."""
+
+    factored: Amount
+    target: Amount | None = None
+    file: Amount | None = None
+
+
+@dataclass(frozen=True)
+class DenseRow(_Part):
+    """Weights that are not factored, how many, their share of all, and why."""
+
+    name: str
+    weights: Count | None = None
+    share: Amount | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Coverage(_Part):
+    """The share of the weights that is factored, the number of all, and what is not, largest first."""
+
+    share: Amount
+    weights: Count | None = None
+    dense: tuple[DenseRow, ...] | None = None
+
+
+@dataclass(frozen=True)
+class LayerRow(_Part):
+    """What was factored as one weight: names joined by " + ", [N, K], R, bits, weighted error, seconds, block."""
+
+    _keeps_null: ClassVar[bool] = True
+
+    name: str
+    bits_per_weight: Amount
+    shape: tuple[Count, ...] | None = None
+    mid_features: Count | None = None
+    error: Amount | None = None
+    seconds: Amount | None = None
+    block: Count | None = None
+
+
+@dataclass(frozen=True)
+class StageRow(_Part):
+    """What a stage gained: its measure before and after, and the seconds it took."""
+
+    _keeps_null: ClassVar[bool] = True
+
+    stage: str
+    before: Amount
+    after: Amount
+    block: Count | None = None
+    what: str | None = None
+    measure: str | None = None
+    seconds: Amount | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation(_Part):
+    """The distance from the dense model on text kept back, as :func:`~dbf_compile.calibration.compare.compare` gives it."""
+
+    measure: str | None = None
+    dense: Number | None = None
+    compressed: Number | None = None
+    perplexity: Number | None = None
+    kl: Number | None = None
+    top1_agreement: Amount | None = None
+    error: Amount | None = None
+
+
+@dataclass(frozen=True)
+class Memory(_Part):
+    """The most memory that the process has had, in bytes; 0 where the system does not say."""
+
+    peak_bytes: Count
+
+
+@dataclass(frozen=True)
+class Report(_Part):
+    """The content of ``dbf_report.json``."""
+
+    dbf_compile: str
+    model: ModelFacts
+    bits: Bits
+    layers: tuple[LayerRow, ...]
+    created: str | None = None
+    data: DataFacts | None = None
+    settings: dict[str, Any] | None = None
+    coverage: Coverage | None = None
+    stages: tuple[StageRow, ...] | None = None
+    evaluation: Evaluation | None = None
+    time: dict[str, Amount] | None = None
+    memory: Memory | None = None
+    machine: dict[str, Any] | None = None
+    fingerprint: dict[str, Any] | None = None
+
+    @staticmethod
+    def parse(content: object) -> Report:
+        """Read a report from what JSON holds.
+
+        Raises:
+            CheckpointError: a field is missing, or is not what it should be; the message names it.
+        """
+        report: Report = _parse(Report, content, "")
+        if not report.layers:
+            raise CheckpointError("an empty list of layers", "one layer or more", _MAKE_AGAIN)
+        return report
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what JSON can hold."""
+        content: dict[str, Any] = _plain(self)
+        return content
+
+
+def read_report(folder: Path) -> Report | None:
+    """Return the report of the compression that wrote a folder, or None where it has none that can be read."""
+    try:
+        return Report.parse(json.loads((folder / REPORT).read_text()))
+    except (OSError, ValueError):  # CheckpointError and JSON's errors are ValueErrors
+        return None
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return the fields of a report that describe this process: program, time, memory and machine."""
     return {
         "dbf_compile": version("dbf-compile"),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "memory": {"peak_bytes": _peak_memory()},
+        "memory": Memory(_peak_memory()),
         "machine": {
             "processor": platform.processor() or platform.machine(),
             "cores": cores(),
@@ -71,7 +212,6 @@ def surroundings(device: torch.device) -> dict[str, Any]:
 
 
 def _peak_memory() -> int:
-    """Return the most memory that this process has had, in bytes; 0 where the system does not say."""
     try:
         import resource
     except ImportError:  # Windows
@@ -80,13 +220,64 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def report_of(folder: Path) -> dict[str, Any]:
-    """Return the report of the compression that made a folder, or nothing where it has none that can be read."""
-    try:
-        found = json.loads((folder / _REPORT).read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+_T = TypeVar("_T")
 
 
-_REPORT, _PAGE = "dbf_report.json", "dbf_report.html"
+def _parse(kind: Any, value: Any, place: str) -> Any:
+    """Return ``value`` as the annotation ``kind`` wants it."""
+    origin = get_origin(kind)
+    if origin is UnionType or NoneType in get_args(kind):
+        inner = next(one for one in get_args(kind) if one is not NoneType)
+        return None if value is None or value == {} or value == [] else _parse(inner, value, place)
+    if kind is Any:
+        return value
+    if origin is Annotated:
+        base, allowed = get_args(kind)
+        return _number(base, allowed, value, place)
+    if kind is str:
+        return value if isinstance(value, str) else _refuse(place, value, "text")
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            _refuse(place, value, "a list")
+        return tuple(_parse(get_args(kind)[0], item, f"{place}[{index}]") for index, item in enumerate(value))
+    if not isinstance(value, Mapping):
+        _refuse(place, value, "a mapping")
+    if origin is dict:
+        return {str(name): _parse(get_args(kind)[1], item, f"{place}.{name}") for name, item in value.items()}
+    return _parse_record(kind, value, place)
+
+
+def _parse_record(kind: type[_T], value: Mapping[str, Any], place: str) -> _T:
+    assert is_dataclass(kind)
+    hints = get_type_hints(kind, include_extras=True)
+    values: dict[str, Any] = {}
+    for item in fields(kind):
+        inside = f"{place}.{item.name}".lstrip(".")
+        if item.name in value:
+            values[item.name] = _parse(hints[item.name], value[item.name], inside)
+        elif item.default is MISSING:
+            raise CheckpointError(f"no {inside!r}", "a report with all of its fields", _MAKE_AGAIN)
+    return kind(**values)
+
+
+def _number(base: type, allowed: str, value: Any, place: str) -> Any:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    low = 0.0 if "at least 0" in allowed else -1e300
+    if not is_number or not low <= value < 1e300 or (base is int and not isinstance(value, int)):
+        _refuse(place, value, allowed)
+    return value
+
+
+def _refuse(place: str, value: object, allowed: str) -> Any:
+    text = repr(value)
+    raise CheckpointError(
+        f"{place or 'the report'} = {text if len(text) <= 80 else text[:77] + '...'}", allowed, _MAKE_AGAIN
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(value[name]) for name in value}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return value

@@ -9,7 +9,7 @@ from support.models.tiny import tiny_llama
 
 from dbf_compile.calibration.calibrate import calibrate
 from dbf_compile.calibration.streams import record
-from dbf_compile.compression.blocks import BlockRecipe, compress_block, factored_copy
+from dbf_compile.compression.blocks import BlockRecipe, BlockTask, compress_block, factored_copy
 from dbf_compile.compression.layers import LayerFactorizer
 from dbf_compile.factorizer.factorize import FactorizerConfig
 from dbf_compile.linear import DoubleBinaryLinear
@@ -39,7 +39,8 @@ def compressed(setting, tune, refine, **changes):
     block, jobs, streams, inputs, targets = setting
     recipe = BlockRecipe(tune, refine, FactorizerConfig(iterations=30))
     shares = []
-    found = compress_block(NAME, 0, block, jobs, streams, inputs, targets, recipe, shares.append)
+    task = BlockTask(NAME, 0, block, jobs, streams, inputs, targets)
+    found = compress_block(task, recipe, shares.append)
     with torch.no_grad():
         copied = factored_copy(block, NAME, found.factors)
         lost = [streams.run(copied, 0, n, x) - targets[n] for n, x in enumerate(inputs)]

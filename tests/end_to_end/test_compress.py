@@ -91,7 +91,7 @@ def test_the_summary_reads_well(independent):
 
 
 def test_one_command_twice_does_nothing_the_second_time(dense, independent, monkeypatch):
-    monkeypatch.setattr(dbf_compile.run.steps, "Work", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr(dbf_compile.run.compress, "Work", lambda *_: pytest.fail("work was begun"))
     assert compress(dense, independent.folder, mode="independent").report == independent.report
     with pytest.raises(OptionError, match=r"which exists"):
         compress(dense, independent.folder, mode="independent", bits=3.0)
@@ -119,7 +119,7 @@ def test_killed_at_random_moments_it_goes_on_and_writes_the_same_files(dense, mo
 
 
 def test_processes_that_share_the_work_write_the_same_files(dense, mode, expected, tmp_path):
-    from dbf_compile.run.compress import compress_in_processes
+    from dbf_compile.run.workers import compress_in_processes
 
     options = {**FAST, "data": str(text_of(dense)), "mode": mode}
     made = compress_in_processes(dense, tmp_path / "made", processes=2, **options)

@@ -1,0 +1,136 @@
+"""What the steps of a run share: the request, the durable work, the judge, progress and time; and what is factored where."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from dbf_compile.calibration.compare import compare
+from dbf_compile.calibration.offload import offloaded
+from dbf_compile.compression.jobs import FactorJob
+from dbf_compile.compression.layers import factorizer_config
+from dbf_compile.factorizer.factorize import FactorizerConfig
+from dbf_compile.factors import DoubleBinaryFactors, stored_bits
+from dbf_compile.linear import swap_
+from dbf_compile.run.request import Request, view_of
+from dbf_compile.run.work import Work
+
+
+@dataclass(frozen=True)
+class PlacedJob:
+    """A job and its place in the model.
+
+    Args:
+        job: what is factored.
+        block: index of the block it lies in, or None.
+        result: name of the result that holds its factors: its block's, or its own.
+    """
+
+    job: FactorJob
+    block: int | None
+    result: str
+
+    @staticmethod
+    def of(job: FactorJob, blocks: Iterable[str], mode: str) -> PlacedJob:
+        """Find the block of a job; in mode "sequential" the factors of a block are one result."""
+        for index, name in enumerate(blocks):
+            if all(layer.startswith(f"{name}.") for layer in job.names):
+                return PlacedJob(job, index, name if mode == "sequential" else job.names[0])
+        return PlacedJob(job, None, job.names[0])
+
+    @property
+    def alone(self) -> bool:
+        """Whether it has a result of its own."""
+        return self.result == self.job.names[0]
+
+    @property
+    def stored_bits(self) -> int:
+        """The bits of its factors."""
+        return stored_bits(self.job.in_features, self.job.mid_features, self.job.out_features)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is factored, and where it lies in the model.
+
+    Args:
+        blocks: the blocks of the transformer by name, in order.
+        placed: the jobs.
+        coverage: which share of the weights they are, as of :func:`~dbf_compile.compression.coverage.coverage`.
+    """
+
+    blocks: Mapping[str, nn.Module]
+    placed: Sequence[PlacedJob]
+    coverage: Mapping[str, Any]
+
+    @property
+    def results(self) -> list[str]:
+        """Names of the results that hold the factors."""
+        return list(dict.fromkeys(placed.result for placed in self.placed))
+
+
+@dataclass
+class Run:
+    """One compression on its way.
+
+    Args:
+        request: what to do.
+        work: durable results.
+        seconds: time by step.
+    """
+
+    request: Request
+    work: Work
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def factorizer(self) -> FactorizerConfig:
+        """The settings of the factorizer."""
+        return factorizer_config(self.request.config)
+
+    def bar(self, description: str, total: int, unit: str) -> tqdm[Any]:
+        """Return a progress bar."""
+        hidden = not self.request.config.progress
+        return tqdm(total=total, unit=unit, unit_scale=True, desc=description, disable=hidden)
+
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        """Note how long a step takes."""
+        began = time.perf_counter()
+        yield
+        self.seconds[step] = round(time.perf_counter() - began, 3)
+
+    def student(self, factors: Mapping[str, DoubleBinaryFactors]) -> nn.Module:
+        """Return the compressed model; it shares what stays dense with the dense one."""
+        return swap_(view_of(self.request.model), factors)
+
+    def all_factors(self, plan: Plan) -> dict[str, DoubleBinaryFactors]:
+        """Return the factors of all layers by name."""
+        factors: dict[str, DoubleBinaryFactors] = {}
+        for name in plan.results:
+            factors |= self.work.read(name)[0]
+        return factors
+
+    def judge(self, student: nn.Module, blocks: Iterable[str]) -> dict[str, Any]:
+        """Compare the compressed model with the dense one on the batches kept back."""
+        with self.offloaded(student, blocks):
+            return compare(self.request.model, student, self.request.judging)
+
+    @contextmanager
+    def offloaded(self, student: nn.Module, blocks: Iterable[str]) -> Iterator[None]:
+        """Onload the blocks of both models one at a time, where the models are not on the device already."""
+        request = self.request
+        if next(request.model.parameters()).device == request.device:
+            yield
+            return
+        with ExitStack() as stack:
+            for model in (request.model, student):
+                modules = [model.get_submodule(name) for name in blocks]
+                stack.enter_context(offloaded(model, modules, request.device))
+            yield

@@ -1,0 +1,148 @@
+"""The compressed folder: written beside its place, with its report, and moved there whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from dbf_compile.factors import DoubleBinaryFactors
+from dbf_compile.files import new_folder_mode, write_text
+from dbf_compile.run.context import Plan, Run
+from dbf_compile.run.page import write_report
+from dbf_compile.run.report import (
+    PAGE,
+    REPORT,
+    Bits,
+    Coverage,
+    DenseRow,
+    Evaluation,
+    LayerRow,
+    Report,
+    StageRow,
+    environment,
+)
+
+
+def write_folder(run: Run, plan: Plan, distilled: Mapping[str, Any] | None) -> None:
+    """Write the compressed model and its report.
+
+    Args:
+        run: the compression; all factors are among its results.
+        plan: what was factored.
+        distilled: what distillation gained, or None where it was left out.
+    """
+    from dbf_compile.integrations import pretrained
+
+    request = run.request
+    if distilled is None:
+        evaluation = run.judge(run.student(run.all_factors(plan)), plan.blocks)
+    else:
+        evaluation = distilled["after"]
+    stored = sum(one.stored_bits for one in plan.placed)
+    factored = stored / sum(one.job.size for one in plan.placed)
+    # Dot-prefixed, so that nobody takes it for a finished model, and private to this process.
+    folder = Path(tempfile.mkdtemp(dir=request.output.parent, prefix=f".{request.output.name}."))
+    try:
+        folder.chmod(new_folder_mode())
+        compressed = pretrained.CompressedModel(
+            model=request.model,
+            layers=_layer_table(plan),
+            factors=_FactorReader(run, plan, distilled is not None),
+            bits_per_weight=factored,
+            source=request.source.folder,
+            tokenizer=request.tokenizer,
+        )
+        size = pretrained.write_model(folder, compressed, request.config.max_shard_size)
+        report = Report(
+            model=request.model_facts,
+            data=request.data,
+            fingerprint=request.fingerprint(),
+            settings=request.settings(),
+            bits=Bits(
+                factored=factored,
+                target=request.config.bits_per_weight,
+                file=8 * size / plan.coverage["weights"],
+            ),
+            coverage=_coverage(plan.coverage),
+            layers=_layer_rows(run, plan),
+            stages=_stage_rows(run, plan, distilled),
+            evaluation=Evaluation(**evaluation) if evaluation else None,
+            time=run.seconds,
+            **environment(request.device),
+        )
+        write_text(folder / REPORT, json.dumps(report.to_json(), indent=1) + "\n")
+        write_report(report.to_json(), folder / PAGE)
+        folder.rename(request.output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class _FactorReader:
+    """Gives the factors of a layer; the last result that was read stays in memory."""
+
+    def __init__(self, run: Run, plan: Plan, distilled: bool) -> None:
+        self._results = {
+            name: "distilled" if distilled else one.result for one in plan.placed for name in one.job.names
+        }
+        self._read = lru_cache(maxsize=1)(lambda result: run.work.read(result)[0])
+
+    def __call__(self, layer: str) -> DoubleBinaryFactors:
+        return self._read(self._results[layer])[layer]
+
+
+def _layer_table(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Return ``layers`` of the quantization config."""
+    return {
+        name: {
+            "mid_features": one.job.mid_features,
+            "shares_first_stage_with": None if name == one.job.names[0] else one.job.names[0],
+        }
+        for one in plan.placed
+        for name in one.job.names
+    }
+
+
+def _coverage(covered: Mapping[str, Any]) -> Coverage:
+    rows = tuple(DenseRow(**row) for row in covered["dense"])
+    return Coverage(share=covered["share"], weights=covered["weights"], dense=rows)
+
+
+def _facts(run: Run, plan: Plan) -> dict[str, Mapping[str, Any]]:
+    return {name: run.work.read(name)[1] for name in plan.results}
+
+
+def _layer_rows(run: Run, plan: Plan) -> tuple[LayerRow, ...]:
+    facts = _facts(run, plan)
+    return tuple(
+        LayerRow(
+            name=one.job.name,
+            shape=(one.job.out_features, one.job.in_features),
+            mid_features=one.job.mid_features,
+            bits_per_weight=one.stored_bits / one.job.size,
+            error=facts[one.result]["errors"][one.job.name],
+            seconds=facts[one.result]["seconds"][one.job.name],
+            block=one.block,
+        )
+        for one in plan.placed
+    )
+
+
+def _stage_rows(run: Run, plan: Plan, distilled: Mapping[str, Any] | None) -> tuple[StageRow, ...]:
+    stages: Sequence[StageRow] = [
+        StageRow(**stage) for facts in _facts(run, plan).values() for stage in facts["stages"]
+    ]
+    if distilled is None or "kl" not in distilled["after"]:
+        return tuple(stages)
+    distillation = StageRow(
+        stage="distill",
+        measure="KL from the dense model",
+        before=distilled["before"]["kl"],
+        after=distilled["after"]["kl"],
+        seconds=distilled["seconds"],
+    )
+    return (*stages, distillation)

@@ -1,0 +1,88 @@
+"""The report as records: what is read from JSON, what is refused, and that it survives a round trip."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.reports import report
+
+from dbf_compile.errors import CheckpointError
+from dbf_compile.run.report import REPORT, Report, read_report
+
+
+def test_a_report_survives_json() -> None:
+    parsed = Report.parse(report())
+    assert Report.parse(json.loads(json.dumps(parsed.to_json()))) == parsed
+
+
+def test_fields_are_attributes_and_keys() -> None:
+    parsed = Report.parse(report())
+    assert parsed["bits"]["factored"] == parsed.bits.factored == 1.98
+    assert parsed["layers"][0]["error"] == parsed.layers[0].error
+    assert {"kl", "dense"} <= parsed["evaluation"].keys() and "perplexity" not in parsed["evaluation"]
+    assert parsed.get("fingerprint") is None and "fingerprint" not in parsed
+    with pytest.raises(KeyError):
+        parsed["colour"]
+
+
+@pytest.mark.parametrize("empty", [None, {}, []])
+def test_absent_null_and_empty_are_one(empty: Any) -> None:
+    shorter = report()
+    del shorter["stages"]
+    assert Report.parse(report() | {"stages": empty}) == Report.parse(shorter)
+
+
+def test_what_a_newer_version_adds_is_left_alone() -> None:
+    assert Report.parse(report() | {"novelty": 1}) == Report.parse(report())
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", "{", '{"settings": 1, "layers": 2}'])
+def test_a_folder_without_a_readable_report_has_none(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / REPORT).write_text(text)
+    assert read_report(tmp_path) is None
+    (tmp_path / REPORT).write_text(json.dumps(report()))
+    assert read_report(tmp_path) == Report.parse(report())
+
+
+@pytest.mark.parametrize("key", ["dbf_compile", "model", "bits", "layers"])
+def test_required_keys(key: str) -> None:
+    with pytest.raises(CheckpointError, match=f"no '{key}'; .*dbf_report.json is damaged"):
+        Report.parse({name: value for name, value in report().items() if name != key})
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("", [], r"the report = \[\]; allowed: a mapping"),
+        ("dbf_compile", 1, "dbf_compile = 1; allowed: text"),
+        ("model", "name", "model = 'name'; allowed: a mapping"),
+        ("bits.factored", "2", "bits.factored = '2'; allowed: a finite number of at least 0"),
+        ("bits.factored", None, "bits.factored = None"),
+        ("bits.file", float("nan"), "bits.file = nan"),
+        ("layers", {}, r"layers = \{\}; allowed: a list"),
+        ("layers", [], "an empty list of layers"),
+        ("layers.1.error", float("inf"), r"layers\[1\].error = inf"),
+        ("layers.1.error", -1.0, r"layers\[1\].error = -1.0"),
+        ("layers.1.error", True, r"layers\[1\].error = True"),
+        ("layers.1.error", 10**400, r"layers\[1\].error = 10*\.\.\.;"),
+        ("layers.1.block", 0.5, r"layers\[1\].block = 0.5; allowed: a whole number"),
+        ("layers.1.shape", [1, "x"], r"layers\[1\].shape\[1\] = 'x'"),
+        ("time.total", "long", "time.total = 'long'"),
+        ("settings", [1], r"settings = \[1\]; allowed: a mapping"),
+    ],
+)
+def test_damage_is_named(place: str, value: Any, message: str) -> None:
+    spoiled: Any = {"": report()}
+    target, *steps = [spoiled, *(int(step) if step.isdigit() else step for step in place.split(".") if step)]
+    keys = ["", *steps]
+    for key in keys[:-1]:
+        target = target[key]
+    target[keys[-1]] = value
+    with pytest.raises(
+        CheckpointError, match=message + ".*dbf_report.json is damaged: compress the model again"
+    ):
+        Report.parse(spoiled[""])
