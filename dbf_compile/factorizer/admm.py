@@ -1,7 +1,8 @@
-"""The turns of ADMM: a batch of weighted matrices into products of two factors of signs and scales.
+"""ADMM iterations: a batch of weighted matrices into products of two factors, each of signs and scales.
 
-The weighted matrix [P, Q] is approximated by ``leftᵀ · right`` with left [M, P] and right [M, Q], in turns. Each
-turn takes one factor, its rows scaled to norm 1 and averaged, as ``basis`` and moves the other once:
+The weighted matrix [P, Q] is approximated by ``leftᵀ · right`` with left [M, P] and right [M, Q]. An iteration updates
+the left factor and then the right one. An update holds the other factor fixed: its rows, scaled to norm 1 and averaged
+over iterations, are the ``basis``.
 
     solution = (basis · basisᵀ + (ridge + rho) I)⁻¹ (basis · target + rho (primal − leak · dual))
     point    = relaxation · solution + (1 − relaxation) · primal + leak · dual
@@ -9,27 +10,27 @@ turn takes one factor, its rows scaled to norm 1 and averaged, as ``basis`` and 
     dual     = point − primal
     basis'   = averaging · basis' + (1 − averaging) · (primal, rows scaled to norm 1)
 
-with basis' what the turn of the other factor will see. While ``progress`` goes from 0 to 1:
+basis' is the basis of the other factor's next update. The coefficients change while ``progress`` goes from 0 to 1:
 
     ridge       0.32 → 0.004    geometric     early the basis is about to change: trust it less
     rho         0.16 → 0.95     geometric     the pull towards signs; as it grows, signs freeze
     relaxation  0.75 → 1.45
-    leak        0.91 → 0.96                   the dual forgets within some twenty turns
-    averaging   −0.1 → 0.55                   early the basis is extrapolated, late it is a mean of its last two or three
+    leak        0.91 → 0.96                   the dual forgets within some twenty iterations
+    averaging   −0.1 → 0.55                   early the basis is extrapolated, late it is a mean of the last two or three
 
-Whole metrics have many directions of little weight, which a ridge and a rho of that size would hold still: there both
-start at 0.12.
+Whole metrics have many directions of little weight, which a ridge and a rho of that size would hold still. With them
+both start at 0.12.
 
-With whole metrics L̃, R̃ (unit diagonals) the solve of a turn becomes
+With whole metrics L̃, R̃ (unit diagonals) the first line becomes
 
     basis · L̃ · basisᵀ = V μ Vᵀ,  R̃ = U λ Uᵀ
     solution = V [ (Vᵀ (basis · L̃ · target · R̃ + rho (primal − leak · dual)) U) ⊘ (μ λᵀ + ridge + rho) ] Uᵀ
 
-Source: Boža and Macko (arXiv 2505.11076). Same splitting; updates and schedule are our own, found by search on pretrained
-weights (``benchmarks/results/factorizer.md`` has the experiments). One solve and one Cholesky factorization a turn instead
-of three and two inverses; a single power iteration goes on from the last magnitude.
+Source: Boža and Macko (arXiv 2505.11076). The splitting is theirs; updates and schedule are our own, found by search on
+pretrained weights (``benchmarks/results/factorizer.md`` has the experiments). An update takes one solve and one Cholesky
+factorization instead of three and two inverses; a single power iteration starts from the last magnitude.
 
-Shape letters: as in ``admm``.
+Shape letters: B matrices of the batch, P and Q their sides, M mid_features.
 """
 
 from __future__ import annotations
@@ -42,16 +43,15 @@ import torch
 from torch import Tensor
 
 from dbf_compile.errors import WeightError
-from dbf_compile.factorizer.projection import rank_one, signs_of
+from dbf_compile.factorizer.projection import TINY, rank_one, signs_of
 from dbf_compile.factorizer.refine import Product
 from dbf_compile.factorizer.weighted import WeightedWeight, apply_metrics
 
-TINY = 1e-12  # the notebooks' floor on norms
-_POWER_ITERATIONS = 1  # a turn; it goes on from the magnitude of the last one
+_POWER_ITERATIONS = 1  # in an update; they start from the magnitude of the last update
 
 
-class Step(NamedTuple):
-    """The schedule at one moment; see the head of this file."""
+class Coefficients(NamedTuple):
+    """The coefficients of one iteration; the head of this file says where they stand."""
 
     ridge: float
     rho: float
@@ -60,11 +60,11 @@ class Step(NamedTuple):
     averaging: float
 
 
-def schedule(iterations: int, whole: bool) -> Iterator[Step]:
-    """Yield the constants of every turn; ``whole`` says whether a metric is a matrix."""
-    for step in range(iterations):
-        progress = step / max(1, iterations - 1)
-        yield Step(
+def schedule(iterations: int, whole: bool) -> Iterator[Coefficients]:
+    """Yield the coefficients of every iteration; ``whole`` says whether a metric is a matrix."""
+    for iteration in range(iterations):
+        progress = iteration / max(1, iterations - 1)
+        yield Coefficients(
             ridge=_geometric(0.12, 0.004, progress) if whole else _geometric(0.32, 0.004, progress**1.6),
             rho=_geometric(0.12 if whole else 0.16, 0.95, progress**1.4),
             relaxation=0.75 + 0.7 * progress,
@@ -77,11 +77,11 @@ def _geometric(start: float, end: float, progress: float) -> float:
     return start * math.exp(progress * math.log(end / start))
 
 
-class Turn(NamedTuple):
-    """What the turn of a factor [B, M, Q] needs besides the basis [B, M, P].
+class Subproblem(NamedTuple):
+    """What the updates of one factor [B, M, Q] need besides the basis [B, M, P].
 
     Args:
-        target: the weighted matrix between the metrics, ``L̃ W̃ R̃`` [B, P, Q].
+        target: ``L̃ · W̃ · R̃`` [B, P, Q], the weighted matrix between the metrics.
         basis_metric: L̃ [B, P, P], or None for the identity.
         spectrum: eigenvalues λ [B, 1, Q] and eigenvectors U [B, Q, Q] of R̃, or None for the identity.
     """
@@ -92,7 +92,15 @@ class Turn(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """A batch of weighted matrices [B, P, Q] with their metrics; arguments as in ``WeightedWeight`` and ``Turn``."""
+    """A batch of weighted matrices with their metrics.
+
+    Args:
+        matrix: W̃ [B, P, Q].
+        row_metric: L̃ [B, P, P], or None for the identity.
+        column_metric: R̃ [B, Q, Q], or None for the identity.
+        row_spectrum: eigenvalues [B, 1, P] and eigenvectors [B, P, P] of L̃, or None.
+        column_spectrum: eigenvalues [B, 1, Q] and eigenvectors [B, Q, Q] of R̃, or None.
+    """
 
     matrix: Tensor
     row_metric: Tensor | None
@@ -101,28 +109,32 @@ class Problem(NamedTuple):
     column_spectrum: tuple[Tensor, Tensor] | None
 
     @staticmethod
-    def of(given: Sequence[WeightedWeight]) -> Problem:
-        """Return weights of one shape as a batch."""
+    def of(weights: Sequence[WeightedWeight]) -> Problem:
+        """Return weights as a batch.
+
+        Raises:
+            WeightError: there is no weight, or shapes, devices or kinds of importance differ.
+        """
         kinds = {
-            (g.matrix.shape, g.matrix.device, g.row_metric is None, g.column_metric is None) for g in given
+            (w.matrix.shape, w.matrix.device, w.row_metric is None, w.column_metric is None) for w in weights
         }
         if len(kinds) != 1:
-            shapes = sorted({tuple(g.matrix.shape) for g in given})
+            shapes = sorted({tuple(weight.matrix.shape) for weight in weights})
             raise WeightError(
-                f"a batch of {len(given)} weights of shapes {shapes} with {len(kinds)} kinds of importance",
+                f"a batch of {len(weights)} weights of shapes {shapes} with {len(kinds)} kinds of importance",
                 "weights of one shape and device, with diagonal or with whole moments",
                 "factor them one by one",
             )
-        rows, columns = _stack([g.row_metric for g in given]), _stack([g.column_metric for g in given])
-        matrix = torch.stack([g.matrix for g in given])
+        rows, columns = _stack([w.row_metric for w in weights]), _stack([w.column_metric for w in weights])
+        matrix = torch.stack([weight.matrix for weight in weights])
         return Problem(matrix, rows, columns, _spectrum(rows), _spectrum(columns))
 
-    def turns(self, matrix: Tensor) -> tuple[Turn, Turn]:
-        """Return the turns of the left and of the right factor of ``matrix [B, P, Q]``."""
+    def subproblems(self, matrix: Tensor) -> tuple[Subproblem, Subproblem]:
+        """Return the subproblems of the left and of the right factor of ``matrix [B, P, Q]``."""
         target = apply_metrics(matrix, self.row_metric, self.column_metric).contiguous()
         return (
-            Turn(target.mT, self.column_metric, self.row_spectrum),
-            Turn(target, self.row_metric, self.column_spectrum),
+            Subproblem(target.mT, self.column_metric, self.row_spectrum),
+            Subproblem(target, self.row_metric, self.column_spectrum),
         )
 
 
@@ -138,18 +150,18 @@ def _spectrum(metric: Tensor | None) -> tuple[Tensor, Tensor] | None:
 
 
 class Factor:
-    """A factor on its way, [B, M, Q], with all the memory that its turns need.
+    """The state of one factor [B, M, Q] between its updates.
 
     Attributes:
-        primal: ``signs ⊙ (rows · columnsᵀ)``.
-        dual: what the projections have left over.
+        primal: ``signs ⊙ (rows · columnsᵀ)`` [B, M, Q].
+        dual: what the projections have left over [B, M, Q].
         rows: norms of the rows of ``primal`` [B, M].
         columns: the other side of its magnitude [B, Q], of norm 1.
-        basis: what the turns of the other factor see.
+        basis: what the updates of the other factor see [B, M, Q].
 
     Args:
-        primal: where to start.
-        columns: to be kept, of norm 1, or None to find them.
+        primal: the start.
+        columns: columns to keep, of norm 1; None to fit them.
     """
 
     def __init__(self, primal: Tensor, columns: Tensor | None) -> None:
@@ -160,53 +172,65 @@ class Factor:
         self._fixed = columns is not None
         self.columns = primal.new_full((batch, size), size**-0.5) if columns is None else columns
         self.basis = self.primal / (self.rows[..., None] + TINY)
-        # Fresh memory costs more than the element-wise steps that write to it.
-        self._wanted, self._point = torch.empty_like(self.primal), torch.empty_like(self.primal)
+        # Buffers: fresh memory costs more than the element-wise steps that write to it.
+        self._right_side, self._point = torch.empty_like(self.primal), torch.empty_like(self.primal)
 
-    def move(self, turn: Turn, basis: Tensor, step: Step) -> None:
-        """Take a turn on ``basis [B, M, P]``."""
-        wanted, point = self._wanted, self._point
-        torch.matmul(basis, turn.target, out=wanted)
-        wanted.add_(torch.sub(self.primal, self.dual, alpha=step.leak, out=point), alpha=step.rho)
-        _solve(turn, basis, wanted, step, out=point)
-        torch.lerp(self.primal, point, step.relaxation, out=point).add_(self.dual, alpha=step.leak)
-        magnitude = torch.abs(point, out=wanted)
+    def update(self, subproblem: Subproblem, basis: Tensor, coefficients: Coefficients) -> None:
+        """Update this factor, with the other one fixed as ``basis`` [B, M, P]."""
+        right_side, point = self._right_side, self._point
+        torch.matmul(basis, subproblem.target, out=right_side)
+        right_side.add_(
+            torch.sub(self.primal, self.dual, alpha=coefficients.leak, out=point), alpha=coefficients.rho
+        )
+        _solve(subproblem, basis, right_side, coefficients, out=point)
+        torch.lerp(self.primal, point, coefficients.relaxation, out=point)
+        point.add_(self.dual, alpha=coefficients.leak)
+        magnitude = torch.abs(point, out=right_side)
         if self._fixed:
             self.rows = (magnitude @ self.columns[..., None])[..., 0]
         else:
             self.rows, self.columns = rank_one(magnitude, _POWER_ITERATIONS, self.columns)
         torch.mul(self.rows[..., None], self.columns[..., None, :], out=self.primal).copysign_(point)
         torch.sub(point, self.primal, out=self.dual)
-        unit = torch.div(self.primal, self.rows[..., None] + TINY, out=wanted)
-        torch.lerp(unit, self.basis, step.averaging, out=self.basis)
+        unit = torch.div(self.primal, self.rows[..., None] + TINY, out=right_side)
+        torch.lerp(unit, self.basis, coefficients.averaging, out=self.basis)
 
 
-def alternate(
-    turns: tuple[Turn, Turn],
+def run_admm(
+    subproblems: tuple[Subproblem, Subproblem],
     mid_features: int,
-    kept: tuple[Tensor | None, Tensor | None],
+    columns: tuple[Tensor | None, Tensor | None],
     starts: int,
     generator: torch.Generator,
     iterations: int,
     progress: Callable[[float], object] | None,
 ) -> list[Product]:
-    """Return a product for every matrix of the batch, found by ADMM; its scales are not fitted.
+    """Return a product for every matrix of the batch; its scales are not fitted yet.
 
-    ``kept`` are columns of the left and the right factor, or None to find them.
+    Args:
+        subproblems: of the left and of the right factor.
+        mid_features: M.
+        columns: columns of the left [B, P] and of the right factor [B, Q] to keep; None to fit them.
+        starts: random starts of every weight; they lie next to each other in the batch.
+        generator: on the CPU; draws the starts.
+        iterations: number of iterations.
+        progress: called after every iteration with the fraction done, 0 to 1.
+
+    Raises:
+        WeightError: the normal equations are not positive definite, as with TF32 products.
     """
-    batch, left_size, right_size = turns[1].target.shape
-    # Drawn on the CPU, so that all devices start alike. Zeros for the left factor, which moves first, let the whole
-    # turn with the signs and the order of its side.
-    drawn = torch.randn(
+    batch, left_size, right_size = subproblems[1].target.shape
+    # Drawn on the CPU, so that all devices start alike. The left factor is updated first. It starts from zeros, so that
+    # an iteration commutes with sign flips and permutations of its side.
+    start = torch.randn(
         starts, mid_features, right_size, generator=generator, dtype=torch.float32, device="cpu"
     )
-    drawn = drawn.to(turns[1].target.device).repeat(batch // starts, 1, 1)
-    right = Factor(drawn, kept[1])
-    left = Factor(right.primal.new_zeros(batch, mid_features, left_size), kept[0])
-    whole = any(turn.basis_metric is not None for turn in turns)
-    for done, step in enumerate(schedule(iterations, whole), start=1):
-        left.move(turns[0], right.basis, step)
-        right.move(turns[1], left.basis, step)
+    right = Factor(start.to(subproblems[1].target.device).repeat(batch // starts, 1, 1), columns[1])
+    left = Factor(right.primal.new_zeros(batch, mid_features, left_size), columns[0])
+    whole = any(subproblem.basis_metric is not None for subproblem in subproblems)
+    for done, coefficients in enumerate(schedule(iterations, whole), start=1):
+        left.update(subproblems[0], right.basis, coefficients)
+        right.update(subproblems[1], left.basis, coefficients)
         if progress is not None:
             progress(done / iterations)
     if not bool(torch.isfinite(right.rows).all()):
@@ -227,20 +251,22 @@ def alternate(
     ]
 
 
-def _solve(turn: Turn, basis: Tensor, wanted: Tensor, step: Step, out: Tensor) -> None:
-    """Write to ``out`` the V that solves the normal equations with the right side ``wanted``; see the head."""
-    normal = apply_metrics(basis, None, turn.basis_metric) @ basis.mT
+def _solve(
+    subproblem: Subproblem, basis: Tensor, right_side: Tensor, coefficients: Coefficients, out: Tensor
+) -> None:
+    """Write the solution of the normal equations to ``out`` [B, M, Q]; the head of this file has the formula."""
+    normal = apply_metrics(basis, None, subproblem.basis_metric) @ basis.mT
     diagonal = normal.diagonal(dim1=-2, dim2=-1)
-    ridge = step.ridge * diagonal.mean(-1)
-    if turn.spectrum is None:
-        diagonal.add_((ridge + step.rho)[..., None])
+    ridge = coefficients.ridge * diagonal.mean(-1)
+    if subproblem.spectrum is None:
+        diagonal.add_((ridge + coefficients.rho)[..., None])
         # One product with the inverse takes less time than two triangular solves, and keeps the row-major layout
-        # that the element-wise steps after it need. A failure leaves NaN, which is looked for at the end.
-        torch.matmul(torch.cholesky_inverse(torch.linalg.cholesky_ex(normal)[0]), wanted, out=out)
+        # that the element-wise steps after it need. A failure leaves NaN, which run_admm reports at the end.
+        torch.matmul(torch.cholesky_inverse(torch.linalg.cholesky_ex(normal)[0]), right_side, out=out)
         return
-    values, vectors = turn.spectrum
+    values, vectors = subproblem.spectrum
     inner_values, inner_vectors = torch.linalg.eigh(normal)
-    solution = inner_vectors.mT @ wanted @ vectors
-    shift = step.rho + ridge * values.mean((-2, -1))
+    solution = inner_vectors.mT @ right_side @ vectors
+    shift = coefficients.rho + ridge * values.mean((-2, -1))
     solution /= inner_values.clamp_min(0)[..., None] * values + shift[..., None, None]
     torch.matmul(inner_vectors @ solution, vectors.mT, out=out)

@@ -1,13 +1,13 @@
-"""Importance: how much each row and column of a weight counts, and the weight as the factorizer sees it.
+"""Importance: how much each row and column of a weight counts, alone (diagonal) or together (whole matrices).
 
     J = tr(L · E · R · Eᵀ)        E [N, K] = W − Ŵ,  L ≈ E[δ δᵀ] [N, N],  R ≈ E[x xᵀ] [K, K],  δ = ∂loss/∂y
 
-is the change of the loss to second order, with the curvature of the layer taken as a Kronecker product. The
-paper's importances are the diagonals of L and R; whole matrices say how features act together. A vector
-stands for a diagonal everywhere below, so one type holds every form.
+J is the change of the loss to second order, if the curvature of the layer is a Kronecker product. The importances of
+the paper are the diagonals of L and R; whole matrices say how features act together. A vector stands for a diagonal
+everywhere below, so that one type holds diagonal, whole-input and Kronecker curvature.
 
 Source: diagonals as in Boža and Macko (arXiv 2505.11076); shrinking towards the mean as in NanoQuant; powers
-below 1 of the curvature's spectrum from published replications of it.
+below 1 of the curvature's spectrum as in published replications of it.
 
 Shape letters: K in_features, N out_features.
 """
@@ -22,24 +22,23 @@ from torch import Tensor
 
 from dbf_compile.errors import OptionError, WeightError
 
-# The notebooks' floor: a feature that was never active still gets the scale that fits it best on its own.
+# Added to feature weights, as in the authors' notebooks: a feature that was never active still gets a fitting scale.
 FLOOR = 1e-8
 
 
 @dataclass(frozen=True, eq=False)
 class Importance:
-    """Second moments around one linear layer; ``None`` where nothing is known: all features count alike.
+    """Second moments around one linear layer; where one is None, all features count alike.
 
-    A constant factor in either has no effect on factors. Zeros are allowed: they are floored where the weights
-    are made.
+    A constant factor in a moment has no effect on factors. Entries may be 0.
 
     Args:
         input_second_moment: E[x²], floating point [K], or E[x xᵀ] [K, K].
         output_grad_second_moment: E[(∂loss/∂y)²], floating point [N], or E[δ δᵀ] [N, N].
 
     Raises:
-        WeightError: not a non-empty floating-point vector or symmetric matrix, a negative entry in a vector or
-        diagonal, a NaN or an infinite entry.
+        WeightError: a moment is no non-empty floating-point vector or symmetric matrix, or it has a NaN or infinite
+            entry, or a negative one in the vector or on the diagonal.
     """
 
     input_second_moment: Tensor | None = None
@@ -59,48 +58,48 @@ class Importance:
     def feature_weights(
         self, out_features: int, in_features: int, device: torch.device | str = "cpu"
     ) -> tuple[Tensor, Tensor]:
-        """Return what rows and columns of a weight are multiplied with: ``√(moment / mean(moment)) + 1e-8``.
+        """Return the weights of rows and columns: ``√(moment / mean(moment)) + 1e-8``.
 
-        A moment that is None or zero throughout says nothing about the features and gives ones; of a matrix the
-        diagonal counts.
+        Of a matrix the diagonal counts. A moment that is None or all zeros gives ones.
 
         Args:
             out_features: N of the weight.
             in_features: K of the weight.
-            device: where the result lies.
+            device: device of the result.
 
         Returns:
-            Positive float32 weights of the rows [N] and of the columns [K].
+            Weights of the rows [N] and of the columns [K], float32, positive.
 
         Raises:
-            WeightError: a moment has another length than the weight's side.
+            WeightError: the length of a moment is not that of the weight's side.
         """
         rows = _feature_weights("output_grad_second_moment", self.output_grad_second_moment, out_features)
         columns = _feature_weights("input_second_moment", self.input_second_moment, in_features)
         return rows.to(device), columns.to(device)
 
     def metrics(self, device: torch.device | str = "cpu") -> tuple[Tensor | None, Tensor | None]:
-        """Return what couples the rows, and the columns, of a weight whose features have been weighted.
+        """Return the metrics that couple rows, and columns, of a weight whose features have been weighted.
 
-        ``metric = diag(moment)^(-1/2) · moment · diag(moment)^(-1/2)``, ones on the diagonal
+        ``metric = diag(moment)^(-1/2) · moment · diag(moment)^(-1/2)``, with ones on the diagonal
 
         Args:
-            device: where the result lies.
+            device: device of the result.
 
         Returns:
-            float32 [N, N] and [K, K]; None, the identity, for a moment that is no matrix.
+            Metrics of the rows [N, N] and of the columns [K, K], float32; None, the identity, for a moment that is no
+            matrix.
         """
         rows, columns = self.output_grad_second_moment, self.input_second_moment
         return _metric(rows, device), _metric(columns, device)
 
     def diagonal(self) -> Importance:
-        """Return the importance without what couples features: of each matrix its diagonal."""
+        """Return the importance with each matrix replaced by its diagonal."""
         return self._map(diagonal_of)
 
     def shrunk(self, amount: float) -> Importance:
-        """Return the importance moved towards uniform: ``(1 - amount) · moment + amount · mean(diag(moment)) · I``.
+        """Return the importance shrunk towards uniform: ``(1 - amount) · moment + amount · mean(diag(moment)) · I``.
 
-        Few batches over-rate the features that were active in them.
+        Moments of few batches over-rate the features that were active in them.
 
         Args:
             amount: 0 (nothing changes) to 1 (all features count alike); 0.2 is a usual value.
@@ -115,20 +114,20 @@ class Importance:
             if moment.dim() == 1:
                 return torch.lerp(moment, moment.mean().expand_as(moment), amount)
             mean = moment.diagonal().mean()
-            moved = (1 - amount) * moment
-            moved.diagonal().add_(amount * mean)
-            return moved
+            shrunk = (1 - amount) * moment
+            shrunk.diagonal().add_(amount * mean)
+            return shrunk
 
         return self._map(shrink)
 
     def tempered(self, power: float = 0.5) -> Importance:
-        """Return the importance with a flatter spectrum: ``λ → λ^power · Σ λ / Σ λ^power``, trace kept.
+        """Return the importance with a flatter spectrum: ``λ → λ^power · Σ λ / Σ λ^power``, which keeps the trace.
 
-        The eigenvalues λ of a matrix, the entries of a vector. The curvature over-rates its largest directions
-        at errors as large as those of one or two bits; the square root does best in published replications.
+        λ are the eigenvalues of a matrix, or the entries of a vector. Where errors are as large as those of one or two
+        bits, the curvature over-rates its largest directions; the square root does best in published replications.
 
         Args:
-            power: 1 changes nothing, 0 gives the identity.
+            power: 0 to 1; 1 changes nothing, 0 gives a multiple of the identity.
 
         Raises:
             OptionError: ``power`` lies outside of 0 to 1.
@@ -137,17 +136,17 @@ class Importance:
             raise OptionError(f"power={power!r}", "a number from 0 to 1", "0.5 is a usual value")
 
         def flatten(values: Tensor) -> Tensor:
-            # Not a number of an eigenvalue that rounding made negative.
-            kept = values.clamp_min(0)
-            powers = kept**power
-            return powers * (kept.sum() / powers.sum()) if bool(kept.any()) else kept
+            # Clamp: a fractional power of a slightly negative eigenvalue is NaN.
+            spectrum = values.clamp_min(0)
+            powers = spectrum**power
+            return powers * (spectrum.sum() / powers.sum()) if bool(spectrum.any()) else spectrum
 
         def temper(moment: Tensor) -> Tensor:
             if moment.dim() == 1:
                 return flatten(moment.double()).to(moment.dtype)
             values, vectors = torch.linalg.eigh(moment.double())
-            made: Tensor = (vectors * flatten(values)) @ vectors.mT
-            return ((made + made.mT) / 2).to(moment.dtype)
+            tempered: Tensor = (vectors * flatten(values)) @ vectors.mT
+            return ((tempered + tempered.mT) / 2).to(moment.dtype)
 
         return self._map(temper)
 
@@ -165,16 +164,15 @@ class Importance:
     def stack(items: Sequence[Importance], rows: Sequence[int]) -> Importance:
         """Return the importance of weights that read the same input, stacked along their rows.
 
-        The input moment is the mean of those known. The output moments are concatenated, matrices along the
-        diagonal; where one is missing its rows count as the mean of all known rows. A moment that no item knows
-        stays None.
+        The input moment is the mean of the input moments. Output moments are concatenated, matrices along the
+        diagonal; rows without one count as the mean of all others. A moment that no item has stays None.
 
         Args:
             items: one importance per weight.
             rows: N of each weight.
 
         Raises:
-            WeightError: no items, another number of rows than items, or moments whose lengths do not fit.
+            WeightError: there are no items, ``rows`` has another length, or the lengths of moments do not fit.
         """
         if not items or len(items) != len(rows):
             raise WeightError(
@@ -192,22 +190,25 @@ class Importance:
         outputs = [item.output_grad_second_moment for item in items]
         for moment, count in zip(outputs, rows, strict=True):
             _check_length("output_grad_second_moment", moment, count)
-        known = [moment.double() for moment in outputs if moment is not None]
-        if not known:
-            stacked = None
-        else:
-            whole = any(moment.dim() == 2 for moment in known)
-            mean = torch.cat([diagonal_of(moment) for moment in known]).mean()
-            parts = [
-                mean.expand(count) if moment is None else moment.double()
-                for moment, count in zip(outputs, rows, strict=True)
-            ]
-            if whole:
-                parts = [part if part.dim() == 2 else part.diag() for part in parts]
-            stacked = (torch.block_diag(*parts) if whole else torch.cat(parts)).float()
         return Importance(
-            torch.stack([m.double() for m in inputs]).mean(0).float() if inputs else None, stacked
+            torch.stack([moment.double() for moment in inputs]).mean(0).float() if inputs else None,
+            _stacked_outputs(outputs, rows),
         )
+
+
+def _stacked_outputs(moments: Sequence[Tensor | None], rows: Sequence[int]) -> Tensor | None:
+    present = [moment.double() for moment in moments if moment is not None]
+    if not present:
+        return None
+    mean = torch.cat([diagonal_of(moment) for moment in present]).mean()
+    stacked = [
+        mean.expand(count) if moment is None else moment.double()
+        for moment, count in zip(moments, rows, strict=True)
+    ]
+    if any(moment.dim() == 2 for moment in present):
+        blocks = [moment if moment.dim() == 2 else moment.diag() for moment in stacked]
+        return torch.block_diag(*blocks).float()
+    return torch.cat(stacked).float()
 
 
 def _feature_weights(name: str, moment: Tensor | None, length: int) -> Tensor:
@@ -220,7 +221,7 @@ def _feature_weights(name: str, moment: Tensor | None, length: int) -> Tensor:
 
 
 def diagonal_of(moment: Tensor) -> Tensor:
-    """Return the second moments of single features: a vector itself, of a matrix its diagonal."""
+    """Return the second moments of single features: the diagonal of a matrix, or the vector itself."""
     return (moment.diagonal() if moment.dim() == 2 else moment).detach()
 
 
@@ -229,8 +230,8 @@ def _metric(moment: Tensor | None, device: torch.device | str) -> Tensor | None:
         return None
     exact = moment.detach().double()
     size = exact.diagonal().sqrt()
-    # A feature that was never active is coupled to none; neither is one so faint that its square underflowed, while its
-    # products with others did not.
+    # A feature that was never active is coupled to none. Neither is one so faint that its square underflowed, even where
+    # its products with others did not.
     inverse = torch.where(size > 0, 1 / size, 0.0)
     metric = (exact * torch.outer(inverse, inverse)).clamp_(-1.0, 1.0)
     metric.diagonal().fill_(1.0)

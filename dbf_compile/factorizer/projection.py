@@ -1,12 +1,11 @@
-"""Sign-value projection, and OneBit: the nearest matrix of signs times a rank-one magnitude.
+"""Projection onto signs times a rank-one magnitude, and OneBit, which is one such projection.
 
     P(M) = sign(M) ⊙ (σ · u · vᵀ)       σ, u, v: the top singular triple of |M|;  sign(0) = +1
 
 Source: sign-value-independent decomposition, Xu et al., "OneBit" (arXiv 2402.11295), as used inside the ADMM
-of Boža and Macko, "Addition is almost all you need" (arXiv 2505.11076), with its 5 power iterations. Differs
-from the authors' notebook in the start of the power iteration: ones in place of a Gaussian. |M| is
-non-negative, so ones are never orthogonal to v, u and v stay non-negative on the way, and no random numbers
-are drawn inside the loop.
+of Boža and Macko, "Addition is almost all you need" (arXiv 2505.11076), with its 5 power iterations. The power
+iteration starts from ones; the authors' notebook starts from a Gaussian. |M| is non-negative, so that ones are
+never orthogonal to v, u and v stay non-negative, and the loop draws no random numbers.
 
 Shape letters: K in_features, N out_features; M here is any matrix [P, Q].
 """
@@ -25,21 +24,21 @@ from dbf_compile.formulas import onebit_bits
 from dbf_compile.signs import pack_signs, unpack_signs
 
 POWER_ITERATIONS = 5
-_TINY = 1e-12  # the notebooks' floor on norms
+TINY = 1e-12  # floor on norms, as in the authors' notebooks
 _HALF = torch.finfo(torch.float16)
 
 
 def rank_one(
     magnitude: Tensor, power_iterations: int = POWER_ITERATIONS, start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the rank-one matrix nearest to a non-negative one, for each of a batch.
+    """Return the nearest rank-one matrix of a non-negative matrix, or of each matrix of a batch.
 
     ``magnitude [..., P, Q] ≈ rows [..., P] · columns [..., Q]ᵀ``
 
     Args:
         magnitude: float32 [..., P, Q], non-negative.
-        power_iterations: how often both sides are updated, 1 or more.
-        start: what ``columns`` starts from, non-negative [..., Q]; None for ones.
+        power_iterations: number of updates of both sides, 1 or more.
+        start: start of ``columns``, non-negative [..., Q]; None for ones.
 
     Returns:
         ``rows`` = σ·u and ``columns`` = v of norm 1, both non-negative; zeros for a matrix of zeros.
@@ -53,7 +52,7 @@ def rank_one(
 
 
 def _unit(vector: Tensor) -> Tensor:
-    return torch.div(vector, torch.linalg.vector_norm(vector, dim=-2, keepdim=True).clamp_min(_TINY))
+    return torch.div(vector, torch.linalg.vector_norm(vector, dim=-2, keepdim=True).clamp_min(TINY))
 
 
 def signs_of(matrix: Tensor) -> Tensor:
@@ -62,17 +61,20 @@ def signs_of(matrix: Tensor) -> Tensor:
 
 
 def half_scales(unit: float, *scales: Tensor) -> tuple[Tensor, ...]:
-    """Round scale vectors to float16 after giving all of them the same root mean square; their product keeps.
+    """Round scale vectors to float16, all with the same root mean square and with the product kept.
 
-    ``Π result_i = unit · Π scales_i`` up to rounding. float16 reaches from 6e-8 to 65504, so a common size
+    ``Π result_i = unit · Π scales_i`` up to rounding. float16 reaches from 6e-8 to 65504: a common root mean square
     leaves each vector the most room on both sides.
 
     Args:
-        unit: factor to be spread over the vectors.
+        unit: a factor of the product, divided among the vectors.
         *scales: float32 vectors.
 
+    Returns:
+        float16 vectors in the order of ``scales``.
+
     Raises:
-        WeightError: the common size lies outside what float16 holds with its full precision.
+        WeightError: a result would lie outside the normal range of float16.
     """
     sizes = [float(scale.square().mean().sqrt()) for scale in scales]
     product = unit
@@ -106,7 +108,7 @@ class OneBitFactors:
     scale_out: Tensor
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the weight the factors stand for, shape [N, K], computed in ``dtype``."""
+        """Return the weight [N, K] that the factors stand for, computed in ``dtype``."""
         signs = unpack_signs(self.signs, self.scale_in.numel(), dtype)
         return self.scale_out.to(dtype)[:, None] * signs * self.scale_in.to(dtype)
 
@@ -133,7 +135,7 @@ def onebit(weight: Tensor, importance: Importance | None = None) -> OneBitFactor
         WeightError: as for ``factorize``.
     """
     with torch.autocast(weight.device.type, enabled=False):
-        given = WeightedWeight.of(weight, importance)
-        rows, columns = rank_one(given.matrix.abs())
-        scale_in, scale_out = half_scales(given.unit, columns / given.columns, rows / given.rows)
-        return OneBitFactors(pack_signs(signs_of(given.matrix)), scale_in, scale_out)
+        weighted = WeightedWeight.of(weight, importance)
+        rows, columns = rank_one(weighted.matrix.abs())
+        scale_in, scale_out = half_scales(weighted.unit, columns / weighted.columns, rows / weighted.rows)
+        return OneBitFactors(pack_signs(signs_of(weighted.matrix)), scale_in, scale_out)

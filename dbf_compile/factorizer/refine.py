@@ -1,10 +1,10 @@
-"""Refinement of a finished factorization: least squares for the scales, descent for single signs.
+"""Refinement of a factorization: least squares for the scales, coordinate descent for the signs.
 
     J = tr(L · E · R · Eᵀ)        E [P, Q] = target − diag(scale_out) · signs_out · diag(scale_mid) · signs_in · diag(scale_in)
 
 ``target`` is the weighted matrix of :class:`~dbf_compile.factorizer.weighted.WeightedWeight`, L [P, P] and
-R [Q, Q] its metrics; without them J is the squared Frobenius norm of E. Every step is exact in one block of
-unknowns with all others fixed, so J never rises.
+R [Q, Q] its metrics; without them J is the squared Frobenius norm of E. Every step minimizes J exactly over some of the
+unknowns with all others fixed, so that J never rises.
 
 Source: the refits are linear least squares. Flipping the sign x of entry (p, r) changes the error of row p by
 2 x a g, g = row r of diag(scale_mid) · signs_in · diag(scale_in), and J by 4 x a (E R gᵀ)_p + 4 a² g R gᵀ.
@@ -24,9 +24,9 @@ from dbf_compile.factorizer.weighted import apply_metrics, squared_norm
 
 # Added to the diagonal of normal equations, relative to its mean: components may be parallel.
 _JITTER = 1e-6
-# A flip must gain more than float32 sums of this many terms can err, or rows would flip to and fro.
+# A flip must gain more than the rounding error of its float32 sums, or rows would flip to and fro.
 _LEAST_GAIN = 1e-6
-_MAX_FLIPS = 64  # single flips of a row in one pass; few need more than a dozen
+_MAX_FLIPS = 64  # flips of a row in one pass; few rows need more than a dozen
 
 
 class Product(NamedTuple):
@@ -58,7 +58,7 @@ class Product(NamedTuple):
 
     @property
     def nonnegative(self) -> Product:
-        """The same product with scales of 0 or more: what was negative has gone into the signs."""
+        """The same product with scales of 0 or more; signs take over what was negative."""
         out, mid, into = (signs_of(scale) for scale in self[2:])
         return Product(
             self.signs_out * out[:, None],
@@ -75,7 +75,7 @@ class Product(NamedTuple):
 def squared_error(
     target: Tensor, product: Product, row_metric: Tensor | None = None, column_metric: Tensor | None = None
 ) -> float:
-    """Return J of ``product`` for ``target [P, Q]`` and the metrics L [P, P], R [Q, Q] (None for identity)."""
+    """Return J of ``product`` for ``target`` [P, Q] and metrics L [P, P], R [Q, Q]; None is the identity."""
     return squared_norm(target - product.dense(), row_metric, column_metric)
 
 
@@ -86,41 +86,42 @@ def refine(
     column_metric: Tensor | None = None,
     sweeps: int = 2,
 ) -> Product:
-    """Return a product at least as good: ``sweeps`` times signs by descent, then scales by least squares.
+    """Return a product with a J at most that of ``product``.
 
-    Signs of a side are left alone where the metric of that side couples their rows.
+    A sweep flips signs by coordinate descent, then refits the scales by least squares. It leaves the signs of a side
+    as they are where a metric couples the rows of that side.
 
     Args:
         target: float32 [P, Q].
-        product: where to start.
+        product: the start.
         row_metric: L, positive semidefinite [P, P], or None for the identity.
         column_metric: R, positive semidefinite [Q, Q], or None for the identity.
-        sweeps: how often; 0 returns ``product``.
+        sweeps: number of sweeps; 0 returns ``product``.
     """
     best, error = product, squared_error(target, product, row_metric, column_metric)
     for _ in range(sweeps):
-        found = best
+        trial = best
         if row_metric is None:
-            found = flip_signs(target, found, column_metric)
+            trial = flip_signs(target, trial, column_metric)
         if column_metric is None:
-            found = flip_signs(target.T, found.transposed, row_metric).transposed
-        found = refit_scales(target, found, row_metric, column_metric)
-        found_error = squared_error(target, found, row_metric, column_metric)
-        if not found_error < error:  # nothing left but rounding, or a system that was singular
+            trial = flip_signs(target.T, trial.transposed, row_metric).transposed
+        trial = refit_scales(target, trial, row_metric, column_metric)
+        trial_error = squared_error(target, trial, row_metric, column_metric)
+        if not trial_error < error:  # only rounding is left, or the normal equations were singular
             break
-        best, error = found, found_error
+        best, error = trial, trial_error
     return best
 
 
 def refit_scales(
     target: Tensor, product: Product, row_metric: Tensor | None = None, column_metric: Tensor | None = None
 ) -> Product:
-    """Return ``product`` with ``scale_mid``, ``scale_out`` and ``scale_in`` fitted in turn, signs kept.
+    """Return ``product`` with ``scale_mid``, ``scale_out`` and ``scale_in`` refitted one after the other; signs stay.
 
     ``[(Fᵀ L F) ⊙ (G R Gᵀ)] scale_mid = diag(Fᵀ L W R Gᵀ)``     F = outer [P, M], G = inner [M, Q]
     ``[L ⊙ (H R Hᵀ)] scale_out = diag(L W R Hᵀ)``               H = signs_out · diag(scale_mid) · inner [P, Q]
 
-    and the mirror image of the latter for ``scale_in``. Arguments as for :func:`refine`.
+    ``scale_in`` is fitted like ``scale_out``, on the transposed product. Arguments as for :func:`refine`.
     """
     outer, inner = product.outer, product.inner
     weighted = apply_metrics(outer, row_metric, None)  # L F
@@ -135,9 +136,9 @@ def refit_scales(
 
 
 def flip_costs(target: Tensor, product: Product, column_metric: Tensor | None = None) -> Tensor:
-    """Return by how much J rises [P, M] if one sign of ``signs_out`` is flipped and all else stays.
+    """Return the change of J [P, M] when one sign of ``signs_out`` is flipped and all else stays.
 
-    Arguments as for :func:`flip_signs`, at whose result no cost is negative beyond rounding.
+    Arguments as for :func:`flip_signs`. For its result no change is negative beyond rounding.
     """
     rows, weighted, fields = _fields(target, product, column_metric)
     scale = product.scale_out[:, None]
@@ -145,13 +146,14 @@ def flip_costs(target: Tensor, product: Product, column_metric: Tensor | None = 
 
 
 def flip_signs(target: Tensor, product: Product, column_metric: Tensor | None = None) -> Product:
-    """Return ``product`` after flipping, in every row of ``signs_out`` at a time, the sign that gains most.
+    """Return ``product`` after coordinate descent over ``signs_out``.
 
-    Rows do not touch each other, so all move at once; a row rests when no single flip gains.
+    In each row the sign whose flip lowers J most is flipped, until no flip of that row lowers J. Rows are independent,
+    so that all are flipped at once.
 
     Args:
-        target: float32 [P, Q]; its rows count alike (no row metric).
-        product: where to start.
+        target: float32 [P, Q]; its rows are not coupled (no row metric).
+        product: the start.
         column_metric: R, positive semidefinite [Q, Q], or None for the identity.
     """
     rows, weighted, fields = _fields(target, product, column_metric)
@@ -160,19 +162,19 @@ def flip_signs(target: Tensor, product: Product, column_metric: Tensor | None = 
     own = scale.square() * normal.diagonal()
     threshold = -_LEAST_GAIN * own.mean(1)
     for _ in range(_MAX_FLIPS):
-        gain, place = torch.min(scale * signs * fields + own, dim=1)
-        moving = torch.nonzero(gain < threshold)[:, 0]
-        if moving.numel() == 0:
+        change, column = torch.min(scale * signs * fields + own, dim=1)  # a quarter of the change of J
+        flipping = torch.nonzero(change < threshold)[:, 0]
+        if flipping.numel() == 0:
             break
-        place = place[moving]
-        change = 2 * scale[moving, 0] * signs[moving, place]
-        fields[moving] += change[:, None] * normal[place]
-        signs[moving, place] *= -1
+        column = column[flipping]
+        step = 2 * scale[flipping, 0] * signs[flipping, column]
+        fields[flipping] += step[:, None] * normal[column]
+        signs[flipping, column] *= -1
     return product._replace(signs_out=signs)
 
 
 def _fields(target: Tensor, product: Product, column_metric: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return g [M, Q], g R, and (E R gᵀ) [P, M]; see the head."""
+    """Return g [M, Q], g R [M, Q] and E R gᵀ [P, M]; the head of this file defines them."""
     rows = product.scale_mid[:, None] * product.inner
     weighted = apply_metrics(rows, None, column_metric)
     return rows, weighted, (target - product.dense()) @ weighted.T
@@ -185,15 +187,15 @@ def _fit_side(
     weighted = apply_metrics(basis, None, column_metric)
     if row_metric is None:
         power = (weighted * basis).sum(1)
-        # A row that the product cannot reach keeps its scale.
+        # A row of zeros keeps its scale.
         return torch.where(power > 0, (weighted * target).sum(1) / power, product.scale_out)
     return _fit(
         row_metric * (weighted @ basis.T), (apply_metrics(target, row_metric, None) * weighted).sum(1)
     )
 
 
-def _fit(normal: Tensor, wanted: Tensor) -> Tensor:
+def _fit(normal: Tensor, right_side: Tensor) -> Tensor:
     # The second term is for a product of zeros, whose scales stay zeros.
     normal.diagonal().add_(_JITTER * normal.diagonal().mean() + torch.finfo(normal.dtype).tiny)
-    solution: Tensor = torch.linalg.solve_ex(normal, wanted)[0]
+    solution: Tensor = torch.linalg.solve_ex(normal, right_side)[0]
     return solution

@@ -152,21 +152,6 @@ def test_stack_refuses_what_does_not_fit(items, rows):
         Importance.stack(items, rows)
 
 
-@settings(deadline=None)
-@given(LENGTHS, LENGTHS, st.integers(-90, 90), st.integers(0, 1000))
-def test_a_weighted_weight_gives_the_weight_back(out_features, in_features, exponent, seed):
-    draw = torch.Generator().manual_seed(seed)
-    weight = torch.randn(out_features, in_features, generator=draw) * 2.0**exponent
-    importance = Importance(torch.rand(in_features, generator=draw), torch.rand(out_features, generator=draw))
-    seen = WeightedWeight.of(weight, importance)
-    assert float(seen.matrix.square().mean()) == pytest.approx(
-        1, rel=1e-5
-    )  # float32 sum of up to 1600 squares
-    back = seen.unit * (seen.matrix / seen.rows[:, None] / seen.columns).double()
-    # Six roundings of float32 on the way there and back.
-    torch.testing.assert_close(back, weight.double(), rtol=1e-6, atol=0)
-
-
 # Whole moments
 
 
