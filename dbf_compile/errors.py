@@ -1,16 +1,16 @@
 """Every exception of dbf_compile: what was got, what is allowed, what to do.
 
 DBFError
-├── SignsError              a sign matrix or its packed words are not what they should be
+├── SignsError              a sign matrix or its packed words are malformed
 ├── FactorsError            the five tensors of a double binary factorization do not fit together
 ├── WeightError             a dense weight or its importance cannot be factored
 ├── CheckpointError         a file is not a readable checkpoint of this library
 ├── OptionError             an option is unknown, or its value is of the wrong type or range
-├── ResumeError             an interrupted compression cannot be gone on with
+├── ResumeError             an interrupted compression cannot be resumed
 ├── ConversionError         a model cannot be converted as asked
-├── TrainingError           a gradient is wanted for a weight that exists only in factored form
-├── GraphInvariantError     a pass produced, or was given, an illegal graph
-├── KernelInputError        an operator was called with tensors it cannot take
+├── TrainingError           a gradient is requested for a weight that exists only in factored form
+├── GraphInvariantError     a pass produced or received an illegal graph
+├── KernelInputError        an operator was called with tensors that it does not accept
 └── BuildError              the C++ kernels could not be built
 """
 
@@ -18,14 +18,14 @@ from __future__ import annotations
 
 
 class DBFError(Exception):
-    """Base of all errors raised on purpose by dbf_compile.
+    """Base class of all errors that dbf_compile raises on purpose.
 
     The message reads ``<got>; allowed: <allowed>; <do>``.
 
     Args:
-        got: what was found, with the offending value and the name of its place.
+        got: the offending value, with the name of its place.
         allowed: what would have been accepted.
-        do: the next step for the user, as an imperative.
+        do: the next step for the user, in the imperative.
     """
 
     def __init__(self, got: str, allowed: str, do: str) -> None:
@@ -36,12 +36,12 @@ class DBFError(Exception):
         return f"{self.got}; allowed: {self.allowed}; {self.do}"
 
     def inside(self, context: str) -> DBFError:
-        """Return the same error with the caller's context, such as a layer name, put in front."""
+        """Return the same error with a context, such as a layer name, in front of its message."""
         return type(self)(f"{context}: {self.got}", self.allowed, self.do)
 
 
 class SignsError(DBFError, ValueError):
-    """A sign matrix or its packed words are not what they should be."""
+    """A sign matrix or its packed words are malformed."""
 
 
 class FactorsError(DBFError, ValueError):
@@ -61,7 +61,7 @@ class OptionError(DBFError, ValueError):
 
 
 class ResumeError(DBFError, RuntimeError):
-    """An interrupted compression cannot be gone on with."""
+    """An interrupted compression cannot be resumed."""
 
 
 class ConversionError(DBFError, ValueError):
@@ -69,15 +69,15 @@ class ConversionError(DBFError, ValueError):
 
 
 class TrainingError(DBFError, RuntimeError):
-    """A gradient is wanted for a weight that exists only in factored form."""
+    """A gradient is requested for a weight that exists only in factored form."""
 
 
 class GraphInvariantError(DBFError, RuntimeError):
-    """A pass produced, or was given, an illegal graph."""
+    """A pass produced or received an illegal graph."""
 
 
 class KernelInputError(DBFError, ValueError):
-    """An operator was called with tensors it cannot take."""
+    """An operator was called with tensors that it does not accept."""
 
 
 class BuildError(DBFError, RuntimeError):

@@ -1,4 +1,4 @@
-"""Hashes of contents: tensors, batches, models, and the source of packages."""
+"""Hashes of contents: tensors, batches, models, and the source code of packages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SOURCES = (".py", ".cpp", ".h")
 
 
 def tensor_hash(tensor: Tensor) -> bytes:
-    """Return the SHA-256 of a tensor's dtype, shape and content; device and strides do not count."""
+    """Return the SHA-256 of a tensor's dtype, shape and content, whatever its device and strides."""
     content = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{content.dtype} {tuple(content.shape)}".encode())
     digest.update(content.reshape(-1).view(torch.uint8).numpy().data)
@@ -25,7 +25,11 @@ def tensor_hash(tensor: Tensor) -> bytes:
 
 
 def batches_hash(batches: Iterable[Any]) -> str:
-    """Return a hash of batches: tensors, and sequences and mappings of them."""
+    """Return the SHA-256 of batches in order, as 64 hexadecimal digits.
+
+    Args:
+        batches: tensors, and sequences and mappings of them; anything else counts by its ``repr``.
+    """
     digest = hashlib.sha256()
 
     def add(value: Any) -> None:
@@ -47,7 +51,7 @@ def batches_hash(batches: Iterable[Any]) -> str:
 
 
 def model_hash(model: nn.Module) -> str:
-    """Return a hash of a model's configuration and of all its tensors by name."""
+    """Return the SHA-256 of a model's configuration and of all its tensors by name, as 64 hexadecimal digits."""
     digest = hashlib.sha256(repr(getattr(model, "config", None)).encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode() + tensor_hash(tensor))
@@ -56,10 +60,10 @@ def model_hash(model: nn.Module) -> str:
 
 @cache
 def source_hash(*packages: str) -> str:
-    """Return a hash of every source file of packages, subpackages included.
+    """Return the SHA-256 of all source files of packages, subpackages included, as 64 hexadecimal digits.
 
     Args:
-        packages: full names, such as "dbf_compile.factorizer"; they need not be imported.
+        packages: full names, such as "dbf_compile.factorizer"; packages that are not imported yet stay so.
     """
     digest = hashlib.sha256()
     for package in packages:

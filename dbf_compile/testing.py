@@ -1,4 +1,4 @@
-"""assert_close: a result against a more precise reference, with a report that shows what is wrong."""
+"""assert_close: compare a result with a more precise reference, and report where they differ."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ def assert_close(
     bound: Tensor | float | None = None,
     what: str = "result",
 ) -> None:
-    """Check that a result is as near to its reference as its arithmetic promises.
+    """Check that a result is within its tolerance of the reference.
 
     ``|actual - reference| <= rtol · max |reference|``, or ``<= bound`` entry by entry
 
-    The tolerance is relative to the size of the whole output, since single entries of a sum may cancel.
+    ``rtol`` is relative to the largest entry of the output, not to each entry: the terms of a sum may cancel.
 
     Args:
-        actual: what the code under test gave, any floating point dtype.
+        actual: the result under test, of any floating-point dtype.
         reference: the same shape, from arithmetic at least as precise.
         rtol: allowed error, relative to the largest finite entry of ``reference``.
         bound: allowed absolute error: a number, or a tensor that broadcasts to the result.
-        what: name of the result for the report.
+        what: name of the result in the report.
 
     Raises:
-        AssertionError: entries too far off, NaN that are not allowed, other shape, or too coarse a reference.
-        TypeError: not exactly one of ``rtol`` and ``bound``.
+        AssertionError: an entry differs by more than its tolerance or is NaN, shapes differ, or the reference has a less
+            precise dtype than the result.
+        TypeError: both or neither of ``rtol`` and ``bound`` are given.
     """
     if (rtol is None) == (bound is None):
         raise TypeError("assert_close takes exactly one of rtol and bound")

@@ -1,1 +1,1 @@
-"""What flows through a model: batches, losses, second moments, and the comparison of two models."""
+"""Running models on data: batches, losses, second moments of layers, onload and offload, comparison of two models."""

@@ -1,4 +1,4 @@
-"""Batches of tokens to calibrate with: from a text file, from texts, from a datasets object, or at random."""
+"""Batches of tokens for calibration: from a text file, from texts, from a ``datasets`` object, or at random."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dbf_compile.errors import ConversionError, OptionError
 
-_SEPARATOR = "\n\n"  # between documents, as in the usual evaluation of perplexity
+_SEPARATOR = "\n\n"  # between documents, as usual in evaluations of perplexity
 
 
 def token_batches(
@@ -25,23 +25,23 @@ def token_batches(
 ) -> Iterator[dict[str, Tensor]]:
     """Yield batches of consecutive windows of tokens, without padding; equal arguments give equal batches.
 
-    Documents are joined by blank lines and cut every ``length`` tokens; what is left over is dropped. The source
-    is read as far as needed and no further.
+    Documents are joined by blank lines and cut every ``length`` tokens. Tokens after the last full window are dropped.
+    The source is read no further than needed.
 
     Args:
-        source: path of a text file in UTF-8, an iterable of texts, or one of rows with a column of texts, such
-            as a ``datasets.Dataset``.
-        tokenizer: of transformers, or anything that maps ``tokenizer(text)["input_ids"]`` to a list of ids.
+        source: path of a text file in UTF-8, an iterable of texts, or an iterable of rows with a column of texts, such as
+            a ``datasets.Dataset``.
+        tokenizer: of transformers, or any function with ``tokenizer(text)["input_ids"]`` a list of ids.
         length: tokens in a window, 2 or more.
-        count: windows wanted.
-        batch_size: windows in a batch; the last one may have fewer.
+        count: windows, at most; fewer where the source is short.
+        batch_size: windows in a batch; the last batch may have fewer.
         column: name of the column of texts.
 
     Yields:
         ``{"input_ids": int64 [batch, length]}``
 
     Raises:
-        OptionError: a length, count or batch size that is out of range.
+        OptionError: a length, count or batch size is out of range.
         ConversionError: the source cannot be read, has another type, or holds less than one window.
     """
     for name, value, low in (("length", length, 2), ("count", count, 1), ("batch_size", batch_size, 1)):
@@ -53,19 +53,19 @@ def token_batches(
 def random_batches(
     model: nn.Module, generator: torch.Generator, *, length: int = 128, count: int = 16
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield batches of one window of uniformly random tokens each: calibration without data.
+    """Yield batches of one window of uniformly random tokens, for calibration without data.
 
     Args:
         model: its ``config.vocab_size`` is the range of the tokens.
-        generator: draws them, on the CPU.
+        generator: on the CPU; draws the tokens.
         length: tokens in a window; fewer where the model has fewer positions.
-        count: windows.
+        count: number of windows.
 
     Yields:
         ``{"input_ids": int64 [1, length]}`` on the device of the model's parameters.
 
     Raises:
-        ConversionError: the model does not say how many tokens it knows.
+        ConversionError: the configuration of the model has no ``vocab_size``.
     """
     config = getattr(model, "config", None)
     size = getattr(config, "vocab_size", None)
@@ -85,18 +85,18 @@ def _windows(
     source: str | Path | Iterable[Any], tokenizer: Any, length: int, count: int, column: str
 ) -> Iterator[list[int]]:
     pending: list[int] = []
-    found = tokens = 0
+    windows = tokens = 0
     for number, text in enumerate(_texts(source, column)):
         ids = _ids(tokenizer, text if number == 0 else _SEPARATOR + text)
         tokens += len(ids)
         pending += ids
         while len(pending) >= length:
             yield pending[:length]
-            found += 1
-            if found == count:
+            windows += 1
+            if windows == count:
                 return
             pending = pending[length:]
-    if not found:
+    if not windows:
         raise ConversionError(
             f"a source of {tokens} tokens",
             f"at least one window of {length}",
@@ -136,7 +136,7 @@ def _texts(source: str | Path | Iterable[Any], column: str) -> Iterator[str]:
 def _ids(tokenizer: Any, text: str) -> list[int]:
     try:
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    except TypeError:  # a tokenizer that knows no such options
+    except TypeError:  # a tokenizer without these options
         return list(tokenizer(text)["input_ids"])
 
 

@@ -19,20 +19,29 @@ from dbf_compile.calibration.model_io import (
 )
 
 
-def divergence(wanted: Tensor, found: Tensor, batch: Any) -> Tensor:
-    """Return KL(wanted ‖ found) in nats of every position that is no padding, as a vector."""
-    log_wanted = torch.log_softmax(wanted.float(), -1)
-    log_found = torch.log_softmax(found.float(), -1)
-    lost = (log_wanted.exp() * (log_wanted - log_found)).sum(-1)
-    return _kept(lost, batch)
+def divergence(dense: Tensor, compressed: Tensor, batch: Any) -> Tensor:
+    """Return KL(dense ‖ compressed) in nats at every position that is no padding, as a vector.
+
+    Args:
+        dense: logits of the dense model, floating point [batch, tokens, vocabulary].
+        compressed: logits of the compressed model, the same shape.
+        batch: its ``attention_mask``, where it has one, marks padding.
+    """
+    log_dense = torch.log_softmax(dense.float(), -1)
+    log_compressed = torch.log_softmax(compressed.float(), -1)
+    kl = (log_dense.exp() * (log_dense - log_compressed)).sum(-1)
+    return _without_padding(kl, batch)
 
 
-def agreement(wanted: Tensor, found: Tensor, batch: Any) -> Tensor:
-    """Return whether both predict the same, at every position that is no padding, as a vector."""
-    return _kept(wanted.argmax(-1) == found.argmax(-1), batch)
+def agreement(dense: Tensor, compressed: Tensor, batch: Any) -> Tensor:
+    """Return whether both models predict the same token, at every position that is no padding, as a vector of bool.
+
+    Arguments as for :func:`divergence`.
+    """
+    return _without_padding(dense.argmax(-1) == compressed.argmax(-1), batch)
 
 
-def _kept(values: Tensor, batch: Any) -> Tensor:
+def _without_padding(values: Tensor, batch: Any) -> Tensor:
     mask = attention_mask(batch)
     return (
         values[mask.to(values.device)]
@@ -43,38 +52,39 @@ def _kept(values: Tensor, batch: Any) -> Tensor:
 
 @torch.no_grad()
 def compare(dense: nn.Module | None, compressed: nn.Module, batches: Iterable[Any]) -> dict[str, Any]:
-    """Measure a compressed model on batches, beside the dense one where there is one.
+    """Measure a compressed model on batches, and compare it with the dense model where there is one.
 
     Args:
-        dense: the original, or None.
+        dense: the original model, or None.
         compressed: the model to judge.
         batches: as for ``calibrate``; windows of tokens for language models.
 
     Returns:
-        Of causal language models "compressed" and "dense", in nats a token, and "perplexity", of the compressed one;
-        of all that predict tokens "kl", from the dense to the compressed prediction in nats, and "top1_agreement"; of
-        others "error", the relative squared error of the output. "measure" says what of, and of how many predictions.
+        "compressed", "dense": cross-entropy in nats a token, of causal language models. "perplexity": of the compressed
+        model. "kl": mean KL(dense ‖ compressed) in nats, of models that predict tokens. "top1_agreement": share of
+        positions where both predict the same token, 0 to 1. "error": relative squared error of the output, of other
+        models. "measure": what was measured, and of how many predictions.
     """
     sums: dict[str, float] = {}
     predictions = positions = 0
     causal = is_causal(compressed)
     for batch in batches:
-        found = call_model(compressed, batch)
-        wanted = None if dense is None else call_model(dense, batch)
+        output = call_model(compressed, batch)
+        reference = None if dense is None else call_model(dense, batch)
         ids = token_ids(batch)
-        if ids is None or not _predicts(found, ids):
-            if wanted is not None:
-                _add_error(sums, first_tensor(wanted), first_tensor(found))
+        if ids is None or not _predicts(output, ids):
+            if reference is not None:
+                _add_error(sums, first_tensor(reference), first_tensor(output))
             continue
-        logits = logits_of(found)
+        logits = logits_of(output)
         if causal:
             predictions += ids.shape[0] * (ids.shape[1] - 1)
             _add(sums, "compressed", _nats(logits, ids))
-        if wanted is not None:
-            target = logits_of(wanted)
-            apart = divergence(target, logits, batch)
-            positions += apart.numel()
-            _add(sums, "kl", float(apart.sum()))
+        if reference is not None:
+            target = logits_of(reference)
+            kl = divergence(target, logits, batch)
+            positions += kl.numel()
+            _add(sums, "kl", float(kl.sum()))
             _add(sums, "top1_agreement", float(agreement(target, logits, batch).sum()))
             if causal:
                 _add(sums, "dense", _nats(target, ids))
@@ -86,14 +96,14 @@ def compare(dense: nn.Module | None, compressed: nn.Module, batches: Iterable[An
         result["measure"] = f"{positions} predictions"
     if predictions:
         result |= {name: sums[name] / predictions for name in ("dense", "compressed") if name in sums}
-        result["perplexity"] = math.exp(min(result["compressed"], 700.0))
+        result["perplexity"] = math.exp(min(result["compressed"], 690.0))
         result["measure"] = f"nats a token, {predictions} predictions"
     return result
 
 
-def _add_error(sums: dict[str, float], target: Tensor | None, found: Tensor | None) -> None:
-    if target is not None and found is not None:
-        _add(sums, "lost", float((found.float() - target.float()).square().sum()))
+def _add_error(sums: dict[str, float], target: Tensor | None, output: Tensor | None) -> None:
+    if target is not None and output is not None:
+        _add(sums, "lost", float((output.float() - target.float()).square().sum()))
         _add(sums, "power", float(target.float().square().sum()))
 
 
@@ -107,7 +117,7 @@ def _predicts(output: Any, ids: Tensor) -> bool:
 
 
 def _nats(logits: Tensor, ids: Tensor) -> float:
-    """Return the summed cross-entropy of every token given those before it."""
+    """Return the sum of the cross-entropies, in nats, of every token given those before it."""
     return float(
         nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten().to(logits.device), reduction="sum"

@@ -1,4 +1,4 @@
-"""Running second moments."""
+"""The running second moment of what flows through a layer: E[x²] of every feature, or E[x xᵀ]."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ from torch import Tensor
 
 @dataclass
 class Moment:
-    """A running second moment: the sum of squares, or of outer products, in float64 and how many were summed."""
+    """A running second moment of rows x [features].
+
+    Args:
+        whole: sum outer products, for a matrix; else squares, for a vector.
+        clip: quantile of a batch's row norms, 0 to 1; longer rows are scaled down to it. None to take rows as they are.
+
+    Attributes:
+        total: the sum, float64 [features] or [features, features]; None before the first :meth:`add`.
+        positions: number of rows summed.
+        limit: norm to which rows are scaled down.
+    """
 
     whole: bool = False
     clip: float | None = None
@@ -19,14 +29,14 @@ class Moment:
     limit: float = 0.0
 
     def add(self, values: Tensor, mask: Tensor | None = None) -> None:
-        """Take in values [..., features]; of positions that ``mask`` [...] leaves out nothing."""
+        """Accumulate values [..., features], skipping positions where ``mask`` [...] is False."""
         rows = values.detach()
         if mask is not None and rows.shape[:-1] == mask.shape:
             rows = rows[mask.to(rows.device)]
         rows = rows.reshape(-1, rows.shape[-1])
         if self.clip is not None:
             rows = self._clipped(rows)
-        # float64 throughout: squares of small float16 gradients vanish in less.
+        # In float64: squares of small float16 gradients would underflow.
         if self.whole:
             exact = rows.double()
             added = exact.mT @ exact
@@ -36,26 +46,26 @@ class Moment:
         self.positions += rows.shape[0]
 
     def _clipped(self, rows: Tensor) -> Tensor:
-        """Scale long rows down to the largest quantile of norms that any batch had so far."""
+        """Scale long rows down to the largest ``clip`` quantile of norms among all batches so far."""
         norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
         if norms.numel() == 0 or not bool(torch.isfinite(norms).all()):
-            return rows  # the importance made of it says which layer it is
+            return rows  # Importance refuses them; its error names the layer
         assert self.clip is not None
         place = min(norms.numel() - 1, int(self.clip * norms.numel()))
         limit = float(norms.sort().values[place])
         if limit > self.limit:
             if self.total is not None and self.limit > 0:
-                # What was summed under a lower limit would have counted for more under this one.
+                # Approximation: as if all rows so far had been scaled down to the old limit.
                 self.total = self.total * (limit / self.limit) ** 2
             self.limit = limit
         shares: Tensor = self.limit / norms.clamp_min(self.limit or 1.0)
         return rows * shares[:, None].to(rows.dtype)
 
     def mean(self) -> Tensor | None:
-        """Return the moment of all positions in float64, or None where nothing was taken in.
+        """Return the mean over all positions in float64, or None if nothing was accumulated.
 
-        What lies off the diagonal of a matrix is multiplied by n / (n + d), n positions and d features: it is noise to
-        about that share, and without the factor directions that n < d positions leave out would count nothing at all.
+        Off the diagonal a matrix is multiplied by n / (n + d), with n positions and d features. About d / (n + d) of what
+        stands there is noise, and without the factor, directions that n < d positions never showed would count nothing.
         """
         if self.total is None:
             return None

@@ -1,4 +1,8 @@
-"""Onload and offload: blocks of a model visit a device one at a time."""
+"""Onload and offload: the blocks of a model visit a device one at a time.
+
+The tensors of a block are copied to the device for every call of the block, and the copies are dropped after it. Where
+gradients are computed, the activations inside a block are not kept: the backward pass computes them again.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +18,36 @@ from torch.utils.checkpoint import checkpoint
 from dbf_compile.machine import with_index
 
 
+@dataclass
+class Recomputation:
+    """Whether a block is being computed again for the backward pass, for hooks that must run only once.
+
+    Attributes:
+        running: set by :func:`offloaded`.
+    """
+
+    running: bool = False
+
+
 @contextmanager
 def offloaded(
     model: nn.Module,
     blocks: Sequence[nn.Module],
     device: torch.device | str | None,
-    run: _Run | None = None,
+    recomputation: Recomputation | None = None,
 ) -> Iterator[None]:
-    """Let each block visit ``device`` for its turn, forward and backward; the rest of the model stays there."""
+    """Compute a model on ``device`` with at most one of ``blocks`` there; the rest of the model stays there throughout.
+
+    Args:
+        model: its tensors are back where they were at the end.
+        blocks: modules of ``model``; each is onloaded for its forward call, and once more for its backward pass.
+        device: None does nothing.
+        recomputation: is told when a block is computed again.
+    """
     if device is None:
         yield
         return
-    run = run or _Run(None)
+    recomputation = recomputation or Recomputation()
     device = with_index(device)
     inside = {id(tensor) for block in blocks for tensor in _tensors(block)}
     homes = [(tensor, tensor.data) for tensor in _tensors(model) if id(tensor) not in inside]
@@ -33,7 +55,7 @@ def offloaded(
         for tensor, _ in homes:
             tensor.data = tensor.data.to(device)
         for block in blocks:
-            block.forward = _visiting(block, run, device)
+            block.forward = _onloading_forward(block, device, recomputation)
         yield
     finally:
         for block in blocks:
@@ -42,41 +64,44 @@ def offloaded(
             tensor.data = data
 
 
-def _visiting(block: nn.Module, run: _Run, device: torch.device) -> Callable[..., Any]:
+def _onloading_forward(
+    block: nn.Module, device: torch.device, recomputation: Recomputation
+) -> Callable[..., Any]:
+    """Return a forward function that onloads the block for as long as it computes."""
     forward = block.forward
 
-    def visit(*args: Any, **kwargs: Any) -> Any:
+    def onloading_forward(*args: Any, **kwargs: Any) -> Any:
         calls = 0
 
         def compute(*args: Any, **kwargs: Any) -> Any:
             nonlocal calls
             calls += 1
-            run.again = calls > 1
+            recomputation.running = calls > 1
             try:
-                with _copied(block, device):
+                with _onloaded(block, device):
                     return forward(*args, **kwargs)
             finally:
-                run.again = False
+                recomputation.running = False
 
         if not torch.is_grad_enabled():
             return compute(*args, **kwargs)
         return checkpoint(compute, *args, use_reentrant=False, **kwargs)
 
-    return visit
+    return onloading_forward
 
 
 @contextmanager
-def _copied(block: nn.Module, device: torch.device) -> Iterator[None]:
-    """Let a block have constant copies on ``device`` of those of its tensors that are elsewhere.
+def _onloaded(block: nn.Module, device: torch.device) -> Iterator[None]:
+    """Replace the tensors of a block that are elsewhere by constant copies on ``device``.
 
-    Autograd may keep the copies for the backward pass; ``tensor.data = copy`` would pull them away from under it.
+    Autograd may keep the copies for the backward pass; setting ``tensor.data`` would change them under it.
     """
     copies: dict[int, Tensor] = {}
     homes: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
         for module in block.modules():
-            every: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-            for tensors in every:
+            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for tensors in tables:
                 for name, tensor in tensors.items():
                     if tensor is None or tensor.device == device:
                         continue
@@ -97,7 +122,7 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 @contextmanager
 def without_kv_cache(model: nn.Module) -> Iterator[None]:
-    """Let a model of transformers keep no keys and values: a block that computes twice would attend to both."""
+    """Turn the cache of keys and values of a transformers model off: a block that is computed twice would attend to both."""
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config(decoder=True)
@@ -113,26 +138,17 @@ def without_kv_cache(model: nn.Module) -> Iterator[None]:
 
 
 def blocks_of(model: nn.Module, layers: Iterable[str]) -> dict[str, nn.Module]:
-    """Return a transformer's blocks by name: the members of the longest list of modules that holds one of ``layers``."""
+    """Return a transformer's blocks by name: the members of the longest ``nn.ModuleList`` that holds one of ``layers``."""
     names = list(layers)
     lists = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and any(layer.startswith(f"{name}.") for layer in names)
     }
-    # A list inside of a block (the experts of one) is no list of blocks.
+    # A list inside a block, such as its experts, is no list of blocks.
     outermost = {
         name: {f"{name}.{index}": block for index, block in enumerate(blocks)}
         for name, blocks in lists.items()
         if not any(name.startswith(f"{other}.") for other in lists if other != name)
     }
     return max(outermost.values(), key=len, default={})
-
-
-@dataclass
-class _Run:
-    """What the hooks need to know of the batch that flows: its padding, and whether this is a second pass."""
-
-    anchor: Tensor | None
-    mask: Tensor | None = None
-    again: bool = False

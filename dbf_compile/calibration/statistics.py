@@ -1,4 +1,8 @@
-"""Importances in one safetensors file: saved, loaded, checked."""
+"""The disk format of importances: one safetensors file, layers by name.
+
+tensor    "<layer>.<moment>", moment one of input_second_moment, output_grad_second_moment, where it is not None
+header    "format": "dbf_importance", "layers": JSON list of the names of all layers
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,11 @@ _FORMAT = "dbf_importance"
 
 
 def save_importance(importance: Mapping[str, Importance], path: str | Path) -> None:
-    """Write what ``calibrate`` returned to a safetensors file, which appears whole or not at all.
+    """Write importances to a file, atomically: the file is replaced as a whole or not at all.
+
+    Args:
+        importance: layer name to importance, as ``calibrate`` returns.
+        path: the file; its folder must exist.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -33,8 +41,11 @@ def save_importance(importance: Mapping[str, Importance], path: str | Path) -> N
 def load_importance(path: str | Path) -> dict[str, Importance]:
     """Read a file written by :func:`save_importance`.
 
+    Returns:
+        Layer name to importance, on the CPU, in the order of saving.
+
     Raises:
-        CheckpointError: no such file, another kind of file, or a damaged one.
+        CheckpointError: the file does not exist, has another format, or is damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -54,7 +65,7 @@ def load_importance(path: str | Path) -> dict[str, Importance]:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(
-            f"{path} is no readable file of importances ({error})",
+            f"{path}, which cannot be read as importances ({error})",
             "a whole file written by save_importance",
             "calibrate again",
         ) from error

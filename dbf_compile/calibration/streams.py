@@ -1,7 +1,7 @@
-"""What flows into the blocks of a transformer, so that blocks can be run one at a time.
+"""Recorded inputs of a transformer's blocks, to run blocks one at a time.
 
-A model is run once up to its first block; from there on every block is called with the output of the one before and with
-whatever else the model passed it (positions, masks), which is the same for every stream of hidden states.
+The model runs once, up to its last block. Afterwards each block can be called with the hidden states of any stream (dense
+or compressed prefix) and with the other arguments that the model passed it, such as positions and masks.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ _HIDDEN = "hidden_states"
 
 @dataclass(frozen=True)
 class Streams:
-    """Hidden states in front of the first block, and how every block is called.
+    """Hidden states before the first block, and the other arguments of every block.
 
     Args:
-        hidden: of every batch, float32.
-        calls: of every batch, for every block: positional and keyword arguments without the hidden states.
-        masks: of every batch, which positions are no padding, as bool [batch, tokens]; None where it does not say.
+        hidden: hidden states of every batch, float32 [batch, tokens, features].
+        calls: positional and keyword arguments besides the hidden states, as ``calls[batch][block]``.
+        masks: of every batch, which positions are no padding, as bool [batch, tokens]; None without an
+            ``attention_mask``.
     """
 
     hidden: list[Tensor] = field(default_factory=list)
@@ -36,7 +37,7 @@ class Streams:
     masks: list[Tensor | None] = field(default_factory=list)
 
     def run(self, block: nn.Module, index: int, batch: int, hidden: Tensor) -> Tensor:
-        """Return the output of block ``index`` for the hidden states of one batch."""
+        """Return the hidden states that block ``index`` makes of ``hidden``, with the arguments of batch ``batch``."""
         args, kwargs = self.calls[batch][index]
         output = block(hidden, *args, **kwargs)
         result: Tensor = output if isinstance(output, Tensor) else output[0]
@@ -44,58 +45,59 @@ class Streams:
 
     @torch.no_grad()
     def outputs(self, block: nn.Module, index: int, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Return the outputs of block ``index`` for the hidden states of every batch."""
+        """Return the hidden states that block ``index`` makes of ``inputs``, one of every batch."""
         return [self.run(block, index, batch, hidden) for batch, hidden in enumerate(inputs)]
 
     def counted(self, batch: int, values: Tensor) -> Tensor:
-        """Return rows [T, features] of the positions of ``values`` [batch, tokens, features] that are no padding."""
+        """Return the rows [T, features] of ``values`` [batch, tokens, features] at positions that are no padding."""
         mask = self.masks[batch]
         if mask is not None and mask.shape == values.shape[:-1]:
             return values[mask.to(values.device)]
         return values.flatten(0, -2)
 
 
-class _StopHereError(Exception):
-    pass
+class _LastBlockError(Exception):
+    """Stops the model before its last block computes."""
 
 
 @torch.no_grad()
 def record(model: nn.Module, blocks: Sequence[nn.Module], batches: Iterable[Any]) -> Streams:
-    """Run a model once over all batches, and return what its blocks are called with.
+    """Run a model once over all batches, and return the arguments that its blocks are called with.
 
     Args:
         model: in evaluation mode.
-        blocks: called one after the other, each with the output of the one before as its first argument.
+        blocks: the model must call each once, in this order, with the output of the block before as first argument.
         batches: as for ``calibrate``.
 
     Raises:
-        ConversionError: the blocks are called in another order or way.
+        ConversionError: the model calls the blocks in another order or way.
     """
     streams = Streams()
     seen: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
-    copies: dict[int, tuple[Tensor, Tensor]] = {}  # masks and positions that blocks share go on being shared
+    # Masks and positions that blocks share stay shared. The original is kept, so that its id stays taken.
+    copies: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def widened(value: Any) -> Any:
+    def in_float32(value: Any) -> Any:
         if isinstance(value, Tensor):
             if not value.is_floating_point() or value.dtype == torch.float32:
                 return value
             return copies.setdefault(id(value), (value, value.float()))[1]
         if isinstance(value, tuple):
-            return tuple(map(widened, value))
+            return tuple(map(in_float32, value))
         if isinstance(value, Mapping):
-            return {key: widened(item) for key, item in value.items()}
+            return {key: in_float32(item) for key, item in value.items()}
         return value
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rest = dict(kwargs)
         hidden = args[0] if args else rest.pop(_HIDDEN, None)
         if not isinstance(hidden, Tensor):
-            raise _other_way("a block that is called without hidden states in front")
+            raise _unsupported("a block that is called without hidden states as its first argument")
         for name in ("past_key_values", "past_key_value", "use_cache"):
             rest.pop(name, None)
-        seen.append((hidden.float(), widened(args[1:]), widened(rest)))
+        seen.append((hidden.float(), in_float32(args[1:]), in_float32(rest)))
         if len(seen) == len(blocks):
-            raise _StopHereError
+            raise _LastBlockError
 
     handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in blocks]
     try:
@@ -103,10 +105,10 @@ def record(model: nn.Module, blocks: Sequence[nn.Module], batches: Iterable[Any]
             for batch in batches:
                 seen.clear()
                 copies.clear()
-                with suppress(_StopHereError):
+                with suppress(_LastBlockError):
                     call_model(model, batch)
                 if len(seen) != len(blocks):
-                    raise _other_way(f"{len(seen)} calls of {len(blocks)} blocks")
+                    raise _unsupported(f"{len(seen)} calls of {len(blocks)} blocks")
                 streams.hidden.append(seen[0][0])
                 streams.calls.append([(args, kwargs) for _, args, kwargs in seen])
                 streams.masks.append(attention_mask(batch))
@@ -116,9 +118,9 @@ def record(model: nn.Module, blocks: Sequence[nn.Module], batches: Iterable[Any]
     return streams
 
 
-def _other_way(got: str) -> ConversionError:
+def _unsupported(got: str) -> ConversionError:
     return ConversionError(
         got,
-        "blocks that a model calls once each, one after the other, with hidden states first",
+        "blocks that the model calls once each, one after the other, with hidden states as first argument",
         "use mode='independent'",
     )

@@ -1,17 +1,18 @@
-"""Budgets: how many middle features each weight gets, so that a model of a given size loses least.
+"""Budgets: the middle dimension of each weight, so that a model of a given size loses least.
 
     min  Σ_l  weight_l · error_l(R_l)        subject to   Σ_l stored_bits(K_l, R_l, N_l) ≤ bits · Σ_l N_l K_l
 
-``error_l`` is measured: the relative error of short factorizations at a few R, between them and beyond a power of e
-in the stored bits. ``weight_l`` = tr(L W R Wᵀ) turns it into the loss it causes, to second order (see ``importance``).
+``error_l`` is an error curve: the relative error, measured by short factorizations at a few R (``curves``), and
+log-linear in R between and beyond them. ``weight_l`` = tr(L W R Wᵀ) turns the error into the loss that it causes, to second
+order (see ``importance``).
 
-The bits of one more middle feature are 32 ceil(K/32) + 16, and 32 N more where a word of ``signs_out`` is full; for
-sizes that are multiples of 32 all in all R (K + N) + 16 (K + R + N). So R grows in steps of ``multiple``. Each error
-curve is replaced by its lower convex hull, on which taking the steepest step first is optimal; what the last step
-leaves is filled, or trimmed, one middle feature at a time.
+``formulas`` has the stored bits. One more middle feature takes 32 ceil(K / 32) + 16 bits, and 32 N more where it starts a
+new word of ``signs_out``. So R grows in steps of ``multiple``. Each error curve is replaced by its lower convex hull, on
+which it is optimal to take the steepest step first. The bits that no further step fits are used up, or gained back, one
+middle feature at a time.
 
 Source: measured curves, greedy steps and the prior on depth as in published replications of NanoQuant (Spearman
-correlation with the true loss 0.77); the hull and the exact remainder are our own.
+correlation with the true loss 0.77); the hull and the exact use of the remainder are our own.
 
 Shape letters: K in_features, R mid_features, N out_features.
 """
@@ -29,18 +30,21 @@ from dbf_compile.factors import mid_features_for, stored_bits
 from dbf_compile.options import MAX_BITS, MIN_BITS
 from dbf_compile.signs import words_per_row
 
-_TOLERANCE = 1e-3  # of the budget, that may stay unused
+_TOLERANCE = 1e-3  # share of the budget that may stay unused
 
 
 @dataclass(frozen=True)
 class ErrorCurve:
-    """What a weight, or several stacked ones, loses by its middle dimension.
+    """The loss of a weight, or of several stacked ones, as a function of its middle dimension.
 
     Args:
         in_features: K.
         out_features: N.
         points: (R, relative error) in rising order of R, at least one; errors above 0.
         weight: loss at a relative error of 1.
+
+    Raises:
+        OptionError: the points are not as said.
     """
 
     in_features: int
@@ -63,7 +67,7 @@ class ErrorCurve:
         return self.in_features * self.out_features
 
     def bits(self, mid_features: int) -> int:
-        """Return the stored bits at R = ``mid_features``; 0 for none."""
+        """Return the stored bits at R = ``mid_features``."""
         return stored_bits(self.in_features, mid_features, self.out_features)
 
     def mid_features(self, bits_per_weight: float) -> int:
@@ -71,8 +75,8 @@ class ErrorCurve:
         return max(1, mid_features_for(bits_per_weight, self.in_features, self.out_features))
 
     def loss(self, mid_features: int) -> float:
-        """Return ``weight`` times the error at R, log-linear in R between the points and along the end slopes."""
-        # At R = 0 stands the error of zeros, 1.
+        """Return ``weight`` times the error at R = ``mid_features``, log-linear in R between and beyond the points."""
+        # At R = 0 the weight is approximated by zeros, whose relative error is 1.
         points = [(0, 0.0), *((size, math.log(error)) for size, error in self.points)]
         segments = list(pairwise(points))
         (low, left), (high, right) = next((s for s in segments if mid_features <= s[1][0]), segments[-1])
@@ -81,13 +85,13 @@ class ErrorCurve:
 
 @dataclass(frozen=True)
 class Allocation:
-    """The middle dimension of every weight, and why.
+    """The middle dimension of every weight.
 
     Args:
         mid_features: R by name.
-        reasons: "override", "floor", "ceiling" or "" (free) by name.
-        curves: what it was decided on.
-        bits_per_weight: the target.
+        reasons: by name, the limit that decided on R: "override", "floor", "ceiling", or "" for none.
+        curves: error curves by name.
+        bits_per_weight: the target, of all weights together.
     """
 
     mid_features: Mapping[str, int]
@@ -97,22 +101,22 @@ class Allocation:
 
     @property
     def stored(self) -> int:
-        """The stored bits of all weights together."""
+        """The stored bits of all weights."""
         return sum(self.curves[name].bits(size) for name, size in self.mid_features.items())
 
     @property
     def true_bits_per_weight(self) -> float:
-        """Stored bits over the number of weights."""
+        """Stored bits divided by the number of weights."""
         return self.stored / sum(curve.size for curve in self.curves.values())
 
     @property
     def predicted(self) -> float:
-        """The loss of the allocation over that of equal bits for all weights."""
+        """The predicted loss, divided by that of equal bits for all weights."""
         uniform = sum(curve.loss(curve.mid_features(self.bits_per_weight)) for curve in self.curves.values())
         return sum(self.curves[name].loss(size) for name, size in self.mid_features.items()) / uniform
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one row for every weight: size, bits, share of the loss before and after, reason."""
+        """Return a table with one row for every weight: size, bits, error, share of the loss, reason."""
         losses = {name: self.curves[name].loss(size) for name, size in self.mid_features.items()}
         total = sum(losses.values()) or 1.0
         rows = []
@@ -156,22 +160,23 @@ def allocate_bits(
     ceiling: float | None = None,
     fixed: Mapping[str, float] | None = None,
 ) -> Allocation:
-    """Choose the middle dimensions that lose least within the budget, which is met to 0.1 % and never exceeded.
+    """Choose the middle dimensions that lose least within a budget of bits.
 
-    A handful of small weights may leave more than 0.1 %: their single words are larger than that.
+    The budget is never exceeded, and met to 0.1 %. With a handful of small weights more may stay unused: single words of
+    theirs are larger than that.
 
     Args:
-        curves: of the weights, by name.
-        bits_per_weight: stored bits per weight of all curves together, scales and padding counted.
-        multiple: what middle dimensions are multiples of, for kernels that like whole words; the few weights that
-            take what is left over are exempt.
-        floor: least bits of a weight; None for half of ``bits_per_weight``.
-        ceiling: most bits of a weight; None for twice ``bits_per_weight``.
-        fixed: bits of weights that are not free, by name.
+        curves: error curves of the weights, by name.
+        bits_per_weight: stored bits per weight over all weights, scales and padding counted.
+        multiple: middle dimensions are multiples of this, for kernels that like whole words; a few weights, which use up
+            the remainder, are not.
+        floor: least bits per weight of a weight; None for half of ``bits_per_weight``.
+        ceiling: most bits per weight of a weight; None for twice ``bits_per_weight``.
+        fixed: bits per weight of weights that are not free, by name.
 
     Raises:
-        OptionError: a number out of range, an unknown name in ``fixed``, or a budget that floors and fixed weights
-            exceed, or that ceilings cannot use up.
+        OptionError: a number is out of range, ``fixed`` has an unknown name, floors and fixed weights exceed the budget, or
+            ceilings leave too much of it unused.
     """
     floor = bits_per_weight / 2 if floor is None else floor
     ceiling = 2 * bits_per_weight if ceiling is None else ceiling
@@ -242,9 +247,9 @@ def _check(
 def _range(
     curve: ErrorCurve, floor: float, bits_per_weight: float, ceiling: float, multiple: int
 ) -> tuple[int, int]:
-    """Return the least and the largest R: multiples where there is one between floor and ceiling.
+    """Return the least and the largest R, multiples where there is one between floor and ceiling.
 
-    The least is never above R at ``bits_per_weight``, so that floors of free weights always fit the budget.
+    The least R is never above that of ``bits_per_weight``, so that floors of free weights always fit the budget.
     """
     low, high = curve.mid_features(floor), curve.mid_features(ceiling)
     up, down = -(-low // multiple) * multiple, high // multiple * multiple
@@ -258,7 +263,7 @@ def _reason(size: int, limits: tuple[int, int]) -> str:
 
 
 _Free = Mapping[str, tuple[ErrorCurve, int, int]]  # the curve, the least and the largest R
-_Move = tuple[float, str, int, int]  # loss saved a bit, name, from R, to R
+_Move = tuple[float, str, int, int]  # loss saved per bit, name, old R, new R
 
 
 def _move(name: str, curve: ErrorCurve, start: int, end: int) -> _Move:
@@ -267,7 +272,7 @@ def _move(name: str, curve: ErrorCurve, start: int, end: int) -> _Move:
 
 
 def _hull_steps(free: _Free, multiple: int) -> list[_Move]:
-    """Return the steps along the lower convex hull of every curve, steepest first."""
+    """Return the steps along the lower convex hulls of all curves, steepest first."""
     moves = []
     for name, (curve, low, high) in free.items():
         hull: list[int] = []
@@ -282,7 +287,7 @@ def _hull_steps(free: _Free, multiple: int) -> list[_Move]:
 
 
 def _single_steps(free: _Free, multiple: int) -> list[_Move]:
-    """Return all steps of one multiple, steepest first: what fits after the last hull step did not."""
+    """Return all steps of one multiple, steepest first; some fit where no step of a hull does."""
     moves = [
         _move(name, curve, *step)
         for name, (curve, low, high) in free.items()
@@ -298,7 +303,7 @@ def _grid(low: int, high: int, multiple: int) -> Sequence[int]:
 def _take_steps(
     chosen: dict[str, int], left: float, moves: Iterable[_Move], curves: Mapping[str, ErrorCurve]
 ) -> float:
-    """Take, in this order, the moves that start where their weight is and fit; return the bits that are left."""
+    """Take the moves, in this order, that start at the chosen R and fit; return the bits that are left."""
     for _, name, start, end in moves:
         cost = curves[name].bits(end) - curves[name].bits(start)
         if chosen[name] == start and cost <= left:
@@ -308,9 +313,10 @@ def _take_steps(
 
 
 def _overshoot_and_trim(chosen: dict[str, int], left: float, free: _Free, multiple: int) -> float:
-    """Take one more step than fits, then give back single middle features until it does.
+    """Take one step too many, then give back single middle features until the budget is met.
 
-    The most useful step is tried first; one of a single middle feature, which needs the least back, last.
+    The step that saves most per bit is tried first; steps of a single middle feature, which need the least back, are tried
+    last. Returns the bits that are left.
     """
     steps = [
         (size == 1, *_move(name, curve, chosen[name], min(high, chosen[name] + size)))
@@ -323,7 +329,7 @@ def _overshoot_and_trim(chosen: dict[str, int], left: float, free: _Free, multip
         trial = {**chosen, name: end}
         over = curve.bits(end) - curve.bits(start) - left
         while over > 0:
-            # Within a word of signs_out, so that each saves a row of signs_in and none leaves a hole of N words.
+            # Within a word of signs_out: each saves a row of signs_in, and none frees a whole column of N words.
             cuts = [
                 _move(other, item, trial[other] - 1, trial[other])
                 for other, (item, low, _) in free.items()
@@ -343,7 +349,7 @@ def _overshoot_and_trim(chosen: dict[str, int], left: float, free: _Free, multip
 
 
 def _fill(chosen: dict[str, int], left: float, free: _Free) -> float:
-    """Add single middle features while any fits, the most useful first."""
+    """Add single middle features while one fits, the most useful first; return the bits that are left."""
     while True:
         moves = [
             _move(name, curve, chosen[name], chosen[name] + 1)

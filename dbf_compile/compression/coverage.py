@@ -1,4 +1,4 @@
-"""Coverage: which share of a model's weights is factored, and why the rest is not."""
+"""Coverage: the share of a model's weights that is factored, and why the rest stays dense."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from dbf_compile.factors import mid_features_for
 from dbf_compile.linear import dense_linears, dense_weight
 from dbf_compile.options import CompressionConfig
 
-_SMALL = ("norm", "bias")  # thousands of tiny ones: one row together
+_SMALL = ("norm", "bias")  # reasons of thousands of tiny parameters, which share one row
 
 
 def coverage(model: nn.Module, factored: Collection[str], config: CompressionConfig) -> dict[str, Any]:
-    """Return the share of a dense model's weights that is factored, and what is not, largest first.
+    """Return the share of a model's weights that is factored, and the rest with reasons, largest first.
 
     Args:
-        model: with all its layers dense; weights under several names count once.
-        factored: names of the layers that are factored.
-        config: what decided on them.
+        model: the model with all its layers dense; a weight under several names counts once.
+        factored: names of the factored layers.
+        config: the configuration that selected them.
 
     Returns:
         ``{"share": 0 to 1, "weights": number, "dense": [{"name", "weights", "share", "reason"}]}``
@@ -44,7 +44,7 @@ def coverage(model: nn.Module, factored: Collection[str], config: CompressionCon
                 covered += parameter.numel()
                 continue
             if name in linears and kind == "weight":
-                reason = _why_dense(name, module, owners[id(parameter)] > 1, config)
+                reason = _reason_of_linear(name, module, owners[id(parameter)] > 1, config)
             else:
                 reason = _reason(module, kind)
             row = ("all norms and biases", "norm or bias") if reason in _SMALL else (name, reason)
@@ -56,7 +56,7 @@ def coverage(model: nn.Module, factored: Collection[str], config: CompressionCon
     return {"share": covered / max(1, total), "weights": total, "dense": dense}
 
 
-def _why_dense(name: str, module: nn.Module, tied: bool, config: CompressionConfig) -> str:
+def _reason_of_linear(name: str, module: nn.Module, tied: bool, config: CompressionConfig) -> str:
     if config.skips(name):
         return "skipped by name"
     if tied:

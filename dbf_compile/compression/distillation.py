@@ -1,8 +1,8 @@
-"""Distillation: the scales of a compressed model learn the logits of the dense one.
+"""Distillation: the scales of a compressed model learn from the logits of the dense model.
 
-    min  Σ_t KL( softmax(dense logits_t) ‖ softmax(compressed logits_t) )        over the scales alone, signs fixed
+    min  Σ_t KL( softmax(dense logits_t) ‖ softmax(compressed logits_t) )        over the scales; the signs are fixed
 
-Source: the last stage of NanoQuant. Training signs as well over-fits a calibration set, as its replications found.
+Source: the last stage of NanoQuant. Its replications found that training signs as well over-fits a calibration set.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dbf_compile.compression.training import TrainableScales, train, trained_fac
 from dbf_compile.factors import DoubleBinaryFactors, move_factors
 from dbf_compile.linear import DoubleBinaryLinear, replace_everywhere
 
-_RATE = 0.01  # in units of the root mean square of a scale vector
+_RATE = 0.01  # learning rate, in units of the root mean square of a scale vector
 
 
 def distill(
@@ -31,19 +31,20 @@ def distill(
     progress: Callable[[], object] = lambda: None,
     device: torch.device | None = None,
 ) -> dict[str, DoubleBinaryFactors]:
-    """Return factors with scales tuned to the dense model's logits; both models are left as they were.
+    """Return factors whose scales are trained on the dense model's logits; both models are left as they were.
 
     Args:
         dense: the teacher.
-        compressed: the same with factored layers.
-        batches: to learn from.
-        epochs: how often each is used.
-        seed: of their order.
+        compressed: the student, the same model with factored layers.
+        batches: batches to learn from, as for ``calibrate``.
+        epochs: how often each batch is used.
+        seed: seed of their order.
         progress: called after every step.
-        device: where what is trained is kept; None for where the layers are. Inputs get there by ``offloaded``.
+        device: where to keep the trained layers; None for where ``compressed`` has them. Elsewhere than there, both
+            models must be :func:`~dbf_compile.calibration.offload.offloaded` to it.
 
     Returns:
-        Factors by layer name, on the CPU.
+        Factors of all factored layers by name, on the CPU.
     """
     layers = {
         name: module for name, module in compressed.named_modules() if isinstance(module, DoubleBinaryLinear)
@@ -65,13 +66,13 @@ def distill(
         def loss(sample: int) -> Tensor:
             batch = batches[sample]
             with torch.no_grad():
-                wanted = logits_of(call_model(dense, batch))
-            return divergence(wanted, logits_of(call_model(compressed, batch)), batch).mean()
+                target = logits_of(call_model(dense, batch))
+            return divergence(target, logits_of(call_model(compressed, batch)), batch).mean()
 
         generator = torch.Generator().manual_seed(seed)
         train([(scales, _RATE)], loss, len(batches), epochs, generator, progress)
-        made = trained_factors(students)
-        return move_factors(made, dict.fromkeys(made, torch.device("cpu")))
+        factors = trained_factors(students)
+        return move_factors(factors, dict.fromkeys(factors, torch.device("cpu")))
     finally:
         for name, student in students.items():
             replace_everywhere(compressed, student, layers[name])

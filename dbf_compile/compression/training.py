@@ -1,14 +1,17 @@
-"""Factored layers that can be trained, and the loop that trains them.
+"""Trainable factored layers, and the training loop.
 
     y = scale_out ⊙ (sign(latent_out) · (scale_mid ⊙ (sign(latent_in) · (scale_in ⊙ x)))) + bias
 
-A sign has no gradient: the latent number behind it gets that of the sign (straight-through estimator), and the sign
-follows when the latent crosses zero. How far from zero it starts says how sure the sign is: by how much the error of the
-weight would rise if it alone were flipped, in units of the mean over its row of ``signs_out`` (column of ``signs_in``).
+A sign has no gradient. It is the sign of a latent number, which gets the gradient of the sign (straight-through
+estimator); the sign flips when its latent crosses zero. A latent starts at a distance from zero that is the confidence of
+its sign: the rise of the weight's error if that sign alone were flipped, divided by the mean over its row of
+``signs_out`` (column of ``signs_in``).
 
-Source: straight-through refinement of factors as in NanoQuant; the shape of the loop (Adam, cosine to zero, one window
-a step) too; latents from the cost of a flip are our own. Rates are relative to the root mean square of what is trained,
-so that no weight's unit matters.
+Source: straight-through refinement of factors and the training loop (Adam, cosine schedule to zero, one window a step)
+as in NanoQuant; latents from the cost of a flip are our own. Learning rates are relative to the root mean square of each
+parameter, so that the unit of a weight does not matter.
+
+Shape letters: K in_features, R mid_features, N out_features.
 """
 
 from __future__ import annotations
@@ -44,12 +47,12 @@ class _Sign(torch.autograd.Function):
 
 
 class Trainable(nn.Module):
-    """A factored layer whose scales are parameters in float32, none of which requires a gradient at first.
+    """A factored layer whose scales are parameters in float32; they require no gradient until :func:`train` is called.
 
     Args:
-        factors: where to start.
-        bias: [N], or None; a constant.
-        owner: the layer whose first stage this one shares, or None.
+        factors: the start.
+        bias: [N], or None; it is not trained.
+        owner: the layer whose first stage this layer shares, or None.
     """
 
     bias: Tensor | None
@@ -89,7 +92,7 @@ class TrainableDoubleBinary(Trainable):
 
     Args:
         factors, bias, owner: as for :class:`Trainable`.
-        confidence: of ``signs_in`` and ``signs_out``, as of :func:`sign_confidence`.
+        confidence: of ``signs_in`` [R, K] and of ``signs_out`` [N, R], as from :func:`sign_confidence`.
     """
 
     latent_in: nn.Parameter
@@ -108,16 +111,16 @@ class TrainableDoubleBinary(Trainable):
         self.latent_out = nn.Parameter(outer, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return y [..., N] for x [..., K], computed in float32, in the dtype of x."""
+        """Return y [..., N] for x [..., K], computed in float32 and rounded to the dtype of x."""
         return self.product(x.float()).to(x.dtype)
 
     def signs(self) -> tuple[Tensor, Tensor]:
-        """Return the signs, through which gradients reach the latents unchanged."""
+        """Return the signs; gradients pass through them to the latents unchanged."""
         return _Sign.apply(self.latent_in), _Sign.apply(self.latent_out)  # type: ignore[no-untyped-call]
 
     @property
     def latents(self) -> list[nn.Parameter]:
-        """The two matrices behind the signs."""
+        """The latents of ``signs_in`` [R, K] and of ``signs_out`` [N, R]."""
         return [self.latent_in, self.latent_out]
 
 
@@ -131,13 +134,13 @@ class TrainableScales(Trainable):
         self._factors = factors
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return y [..., N] for x [..., K], computed in float32, in the dtype of x."""
-        # Unpacked signs are 32 times as large: they are made again for the backward pass instead of being kept.
+        """Return y [..., N] for x [..., K], computed in float32 and rounded to the dtype of x."""
+        # Unpacked signs take 32 times the memory: the backward pass unpacks them again instead of keeping them.
         y: Tensor = checkpoint(self.product, x.float(), use_reentrant=False)
         return y.to(x.dtype)
 
     def signs(self) -> tuple[Tensor, Tensor]:
-        """Return the signs, unpacked."""
+        """Return the unpacked signs."""
         factors = self._factors
         inner = unpack_signs(factors.signs_in, factors.in_features)
         return inner, unpack_signs(factors.signs_out, factors.mid_features)
@@ -147,26 +150,27 @@ class TrainableScales(Trainable):
 def sign_confidence(
     weight: Tensor, factors: DoubleBinaryFactors, importance: Importance | None
 ) -> tuple[Tensor, Tensor]:
-    """Return how sure the signs of factors are: the cost of flipping each alone, means of rows (columns) at 1.
+    """Return the confidence of each sign: the cost of flipping it alone, over the mean cost of its row or column.
 
     Args:
-        weight: what was factored, [N, K].
-        factors: of it.
-        importance: with which it was.
+        weight: the factored weight, floating point [N, K].
+        factors: the factors of ``weight``.
+        importance: the importance that it was factored with.
 
     Returns:
-        float32 [R, K] for ``signs_in`` and [N, R] for ``signs_out``, 0 or more.
+        float32, 0 or more: [R, K] for ``signs_in``, each column with mean 1, and [N, R] for ``signs_out``, each row with
+        mean 1. A row or column is all zeros where no flip costs anything.
     """
-    given = WeightedWeight.of(weight, importance)
+    weighted = WeightedWeight.of(weight, importance)
     product = Product(
         unpack_signs(factors.signs_out, factors.mid_features),
         unpack_signs(factors.signs_in, factors.in_features),
-        factors.scale_out.float() * given.rows,
-        factors.scale_mid.float() / (given.unit or 1.0),
-        factors.scale_in.float() * given.columns,
+        factors.scale_out.float() * weighted.rows,
+        factors.scale_mid.float() / (weighted.unit or 1.0),
+        factors.scale_in.float() * weighted.columns,
     )
-    outer = flip_costs(given.matrix, product, given.column_metric)
-    inner = flip_costs(given.matrix.T, product.transposed, given.row_metric)
+    outer = flip_costs(weighted.matrix, product, weighted.column_metric)
+    inner = flip_costs(weighted.matrix.T, product.transposed, weighted.row_metric)
     inner, outer = (
         costs.clamp_min(0) / costs.clamp_min(0).mean(1, keepdim=True).clamp_min(_TINY)
         for costs in (inner, outer)
@@ -176,24 +180,24 @@ def sign_confidence(
 
 @torch.no_grad()
 def trained_factors(layers: Mapping[str, Trainable]) -> dict[str, DoubleBinaryFactors]:
-    """Return the factors of trained layers by name, scales rounded to float16; shared first stages stay shared."""
+    """Return the factors of trained layers by name, with scales in float16; shared first stages stay shared."""
     groups: dict[int, list[str]] = {}
     for name, layer in layers.items():
         groups.setdefault(id(layer.scale_in), []).append(name)
-    made: dict[str, DoubleBinaryFactors] = {}
+    factors: dict[str, DoubleBinaryFactors] = {}
     for names in groups.values():
         signs = [layers[name].signs() for name in names]
         first = layers[names[0]]
         scale_out = torch.cat([layers[name].scale_out for name in names])
-        # Training may have turned a scale negative: the signs take it over.
+        # Training may make scales negative; their signs go into the sign matrices.
         into, mid, out = (signs_of(scale) for scale in (first.scale_in, first.scale_mid, scale_out))
         stacked = DoubleBinaryFactors(
             pack_signs(signs[0][0] * into * mid[:, None]),
             pack_signs(torch.cat([outer for _, outer in signs]) * out[:, None]),
             *half_scales(1.0, first.scale_in.abs(), first.scale_mid.abs(), scale_out.abs()),
         )
-        made.update(zip(names, stacked.split([len(outer) for _, outer in signs]), strict=True))
-    return {name: made[name] for name in layers}
+        factors.update(zip(names, stacked.split([len(outer) for _, outer in signs]), strict=True))
+    return {name: factors[name] for name in layers}
 
 
 def train(
@@ -204,15 +208,15 @@ def train(
     generator: torch.Generator,
     progress: Callable[[], object] = lambda: None,
 ) -> None:
-    """Train parameters in place, one sample a step, and leave none with a gradient.
+    """Train parameters in place with Adam, one sample a step.
 
     Args:
-        rates: parameters and their rate of learning, in units of the root mean square of each; parameters that occur
-            twice count once.
-        loss: of the sample with the index given.
-        samples: how many there are.
-        epochs: how often each is used; 0 does nothing.
-        generator: shuffles them.
+        rates: pairs of parameters and their learning rate, in units of the root mean square of each parameter. A parameter
+            that occurs twice has the first rate.
+        loss: index of a sample to its loss.
+        samples: number of samples.
+        epochs: how often each sample is used; 0 does nothing.
+        generator: on the CPU; shuffles the samples in every epoch.
         progress: called after every step.
     """
     if not epochs:
