@@ -1,9 +1,10 @@
-"""An action waits for a module that it does not import."""
+"""An action runs when a module is imported, and does not import it."""
 
 import subprocess
 import sys
 
-import dbf_compile
+import pytest
+
 from dbf_compile.integrations.on_import import when_imported
 
 
@@ -35,9 +36,9 @@ def run(code):
     ).stdout.strip()
 
 
+@pytest.mark.slow
 def test_transformers_learns_the_method_in_either_order_and_is_not_imported_for_it():
-    known = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; print('dbf' in m)"
-    assert run(f"import dbf_compile; {known}") == "True"
-    assert run(f"import transformers.quantizers.auto, dbf_compile; {known}") == "True"
-    assert run("import dbf_compile, sys; print('transformers' in sys.modules)") == "False"
-    assert dbf_compile.__version__
+    registered = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; print('dbf' in m)"
+    imported = "print('transformers' in sys.modules)"
+    assert run(f"import dbf_compile, sys; {imported}; {registered}") == "False\nTrue"
+    assert run(f"import transformers.quantizers.auto, dbf_compile; {registered}") == "True"

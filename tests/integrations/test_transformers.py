@@ -65,7 +65,7 @@ def test_saved_again_it_is_the_same_bit_for_bit(folder, tmp_path):
 
 
 class FakeHub:
-    """Takes what ``push_to_hub`` uploads, as files of a folder."""
+    """Receives the uploads of ``push_to_hub`` as files of a folder."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -81,22 +81,20 @@ class FakeHub:
                 path.write_bytes(file.read())
 
 
-@pytest.mark.parametrize("more", ["", ", trust_remote_code=True"])
-def test_what_is_pushed_to_the_hub_loads_bit_for_bit(folder, tmp_path, monkeypatch, more):
+@pytest.mark.slow
+@pytest.mark.parametrize("trusted", [False, True])
+def test_what_is_pushed_to_the_hub_loads_bit_for_bit(folder, tmp_path, monkeypatch, trusted):
     from huggingface_hub import ModelCard
 
     monkeypatch.setattr(transformers.utils.hub, "hf_api", lambda: FakeHub(tmp_path))
     monkeypatch.setattr(transformers.utils.hub, "create_and_tag_model_card", lambda *_, **__: ModelCard(""))
-    load(folder, **({"trust_remote_code": True} if more else {})).push_to_hub("tiny")
+    load(folder, **({"trust_remote_code": True} if trusted else {})).push_to_hub("tiny")
     pushed = tmp_path / "me" / "tiny"
     first, second = load_file(folder / "model.safetensors"), load_file(pushed / "model.safetensors")
     assert first.keys() == second.keys()
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
-    for trusted in ("", ", trust_remote_code=True"):
-        done = run(pushed, trusted, "import dbf_compile\n")
-        assert "loaded" in done.stdout, done.stderr
-    foreign = run(pushed)
-    assert foreign.returncode != 0 and "Unknown quantization type, got dbf" in foreign.stderr + foreign.stdout
+    loads = [LOADS, "import dbf_compile", LOADS, TRUSTED]
+    assert run(pushed, *loads) == [UNKNOWN, "loaded", "loaded"]
 
 
 def test_nothing_is_missing_and_nothing_unexpected(folder):
@@ -149,32 +147,52 @@ def test_a_file_holds_what_its_names_say(folder):
     assert load_file(folder / "model.safetensors")[f"{q}.weight"].shape == (0,)
 
 
-FOREIGN = (
-    "from transformers import AutoModelForCausalLM as A; A.from_pretrained({path!r}{more}); print('loaded')"
-)
+# Lines of a program that says what happens, in a process that has not imported this package.
+LOADS, TRUSTED = "load()", "load(trust_remote_code=True)"
+HIDDEN = "sys.modules['dbf_compile'] = None"
+UNKNOWN = "Unknown quantization type, got dbf"
+PROGRAM = """
+import logging, sys
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as noise
+
+messages = []
+handler = logging.Handler()
+handler.emit = lambda record: messages.append(record.getMessage())
+noise.get_logger().addHandler(handler)
+
+def load(**options):
+    messages.clear()
+    try:
+        AutoModelForCausalLM.from_pretrained(sys.argv[1], **options)
+        print("RESULT loaded")
+    except Exception as error:
+        print("RESULT", " ".join([*messages, str(error)]).replace(chr(10), " "))
+"""
 
 
-def run(path, more="", before=""):
-    code = before + FOREIGN.format(path=str(path), more=more)
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-
-
-def test_without_this_package_it_fails_instead_of_being_random(folder):
-    done = run(folder)
-    assert done.returncode != 0 and "loaded" not in done.stdout
-    assert "Unknown quantization type, got dbf" in done.stderr + done.stdout
-
-
-def test_trusted_code_of_the_folder_imports_this_package(folder):
-    done = run(folder, ", trust_remote_code=True")
+def run(path, *lines):
+    """Return what happens in each line that loads: "loaded", the name of the missing quantizer, or the whole error."""
+    code = "\n".join([PROGRAM, *lines])
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
-    assert "loaded" in done.stdout
+    results = [
+        line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")
+    ]
+    return [UNKNOWN if UNKNOWN in result else result for result in results]
 
 
+@pytest.mark.slow
+def test_without_this_package_it_fails_instead_of_being_random_and_trusted_code_imports_it(folder):
+    assert run(folder, LOADS, TRUSTED) == [UNKNOWN, "loaded"]
+
+
+@pytest.mark.slow
 def test_trusted_code_without_this_package_says_what_to_install(folder):
-    hide = "import sys; sys.modules['dbf_compile'] = None\n"
-    done = run(folder, ", trust_remote_code=True", hide)
-    assert done.returncode != 0 and "dbf_compile" in done.stderr
+    (error,) = run(folder, HIDDEN, TRUSTED)
+    assert "dbf_compile" in error and error != "loaded"
 
 
 def edit(path, change):
