@@ -36,7 +36,7 @@ def main() -> None:
     step(f"calibrating on {len(CALIBRATION)} sentences")
     importance = dbf_compile.calibrate(model, [tokens(CALIBRATION)])
 
-    step(f"factoring at {arguments.bits} bits per weight (kept in the cache: a second run finds the factors)")
+    step(f"factoring at {arguments.bits} bits per weight (a second run reads the factors from the cache)")
     start = time.perf_counter()
     config = dbf_compile.CompressionConfig(bits_per_weight=arguments.bits)
     factors = dbf_compile.factorize_model(model, config, importance)
@@ -47,7 +47,7 @@ def main() -> None:
     picture(rows, arguments.bits)
 
     step("compiling the dense model with backend='inductor' and with backend='dbf'")
-    # The factors are those made above; the backend finds them in the cache.
+    # The backend finds the factors computed above in the cache.
     options = {"bits_per_weight": arguments.bits, "importance": importance, "progress": False}
     inductor = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=False)
     dbf = torch.compile(model, backend="dbf", fullgraph=True, dynamic=False, options=options)
@@ -116,7 +116,7 @@ def load(blocks: int | None):
 
 
 def embed(run, batch: dict[str, Tensor]) -> Tensor:
-    """Return sentence embeddings: the mean over the tokens, of length 1."""
+    """Return sentence embeddings [sentences, features]: normalized means over the tokens."""
     mask = batch["attention_mask"].unsqueeze(-1)
     summed = (run(**batch).last_hidden_state * mask).sum(1)
     return nn.functional.normalize(summed / mask.sum(1), dim=-1)
@@ -124,11 +124,11 @@ def embed(run, batch: dict[str, Tensor]) -> Tensor:
 
 def cosine(dense, run, tokens) -> Tensor:
     """Return the cosine similarity of both models' embeddings, sentence by sentence."""
-    found = []
+    similarities = []
     for start in range(0, len(EVALUATION), BATCH):
         batch = tokens(EVALUATION[start : start + BATCH])
-        found.append((embed(dense, batch) * embed(run, batch)).sum(-1))
-    return torch.cat(found)
+        similarities.append((embed(dense, batch) * embed(run, batch)).sum(-1))
+    return torch.cat(similarities)
 
 
 def compare_layers(model: nn.Module, factors, importance) -> list[dict]:
@@ -161,7 +161,7 @@ def mean_error(rows: list[dict], key: str) -> float:
 
 
 def file_sizes(model: nn.Module, factors) -> dict[str, int]:
-    """Return the bytes of three files: the dense model, the compressed one, and the factors alone."""
+    """Return the bytes of files with the dense model, the factors, the rest of the model, and the last two together."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         save_file(dict(model.state_dict()), path / "dense.safetensors")
@@ -208,14 +208,10 @@ def report(
     ]
     for name, timing in timings.items():
         base = timing["dense, inductor"].median
-        for label, found in timing.items():
-            lines.append(
-                (
-                    f"latency, {name}, {label}",
-                    f"{found.median:7.2f} ms  [{found.low:.2f}, {found.high:.2f}]  "
-                    f"{base / found.median:.2f}x of dense inductor's speed",
-                )
-            )
+        for label, latency in timing.items():
+            ratio = f"{base / latency.median:.2f}x of dense inductor's speed"
+            value = f"{latency.median:7.2f} ms  [{latency.low:.2f}, {latency.high:.2f}]  {ratio}"
+            lines.append((f"latency, {name}, {label}", value))
     width = max(len(name) for name, _ in lines)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in lines))
     print(
@@ -226,7 +222,7 @@ def report(
 
 def _stored_bytes(factors) -> dict[int, int]:
     """Return the bytes of every tensor, shared ones once."""
-    tensors = [tensor for made in factors.values() for tensor in made.tensors().values()]
+    tensors = [tensor for layer in factors.values() for tensor in layer.tensors().values()]
     return {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}
 
 

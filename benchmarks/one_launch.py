@@ -1,19 +1,19 @@
-"""One NVIDIA GPU: what the launch of a layer's second stage costs, and three ways to hide it.
+"""One NVIDIA GPU: the cost of launching a layer's second stage, and three ways to hide it.
 
     python benchmarks/one_launch.py              layers of Llama-2-7B at 2 bits, one token
     python benchmarks/one_launch.py --dry-run    the same computation on small layers, in Triton's interpreter
 
-An experiment, not a part of the library: the winner goes into the lowering. The contenders:
+An experiment, not a part of the library. The contenders:
 
-    two launches     as now: the second kernel starts when the first has ended
-    early            the second one is launched early (programmatic dependent launch), reads its signs, then waits
-    all early        so is the first one, behind the second of the layer in front
-    one launch       programs that stay for both stages; they read the signs of the second before a barrier of the grid
+    two launches     as the library does it: the second kernel starts when the first has ended
+    early            the second kernel is launched early (programmatic dependent launch), reads its signs, then waits
+    all early        the first kernel is launched early as well, behind the second one of the layer before
+    one launch       a persistent kernel for both stages; it reads the signs of the second before a barrier of the grid
 
 In all of them a program adds up 32 x BLOCK_W columns, and the next stage adds the parts of a row, as choose_split_k prefers.
-Times are those of CUDA graphs with enough layers that no signs are in the cache: of the device for one layer, and of the
-host for launching the graph, which early launches made expensive when they were tried first. Results are checked against
-the reference before. A grid barrier needs every program to be resident, so that launch is cooperative.
+Times are those of CUDA graphs with so many layers that no signs are in the cache: the device's time for one layer, and
+the host's for launching the graph, which early launches can make expensive. Results are checked against the reference
+first. A barrier of the grid needs every program to be resident, so that launch is cooperative.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ WAYS = ("two launches", "early", "all early", "one launch")
 
 @triton.jit
 def signs_of(signs_ptr, unit, N, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Load the words that unit ``unit`` of a stage meets, [BLOCK_W, BLOCK_N]; N is a multiple of 16."""
+    """Load the words of unit ``unit`` of a stage, [BLOCK_W, BLOCK_N]; N is a multiple of 16."""
     W: tl.constexpr = (K + 31) // 32
     SPLIT_K: tl.constexpr = (W + BLOCK_W - 1) // BLOCK_W
     n = (unit // SPLIT_K) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -73,11 +73,11 @@ def stage_kernel(  # noqa: PLR0913  a kernel
     x_ptr, signs_ptr, scale_ptr, y_ptr, N, K: tl.constexpr, X_SPLIT_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
     WAITS: tl.constexpr, TELLS: tl.constexpr,
 ):  # fmt: skip
-    """One unit of a stage in each program.
+    """Compute one unit of a stage per program.
 
     Args:
-        WAITS: launched early: x is not touched before the kernel in front has ended.
-        TELLS: the kernel behind may be launched early.
+        WAITS: this kernel is launched early, and reads x only after the kernel before has ended.
+        TELLS: the next kernel may be launched early.
     """
     unit = tl.program_id(0)
     words = signs_of(signs_ptr, unit, N, K, BLOCK_N, BLOCK_W)
@@ -93,11 +93,11 @@ def layer_kernel(  # noqa: PLR0913  a kernel
     x_ptr, signs_in_ptr, h_ptr, scale_mid_ptr, signs_out_ptr, y_ptr, arrived_ptr, R: tl.constexpr, N, K: tl.constexpr,
     PROGRAMS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip
-    """Both stages, with a barrier between; FIRST or SECOND alone for who runs programs one after the other.
+    """Compute both stages, with a barrier between them; an interpreter, which runs programs in sequence, takes one at a time.
 
     Args:
         h_ptr: float32 [SPLIT_K of the first stage, R].
-        arrived_ptr: int32, 0 before the first launch: how many programs have come to the barrier, in all launches.
+        arrived_ptr: int32, 0 before the first launch: number of programs that reached the barrier, in all launches.
     """
     PARTS_IN: tl.constexpr = ((K + 31) // 32 + BLOCK_W - 1) // BLOCK_W
     PARTS_OUT: tl.constexpr = ((R + 31) // 32 + BLOCK_W - 1) // BLOCK_W
@@ -108,10 +108,10 @@ def layer_kernel(  # noqa: PLR0913  a kernel
             add_up(x_ptr, None, words, h_ptr, unit, R, K, 1, BLOCK_N, BLOCK_W)
     words = signs_of(signs_out_ptr, program, N, R, BLOCK_N, BLOCK_W)
     if FIRST and SECOND:
-        tl.debug_barrier()  # all threads of the program have stored; the addition below makes it visible
+        tl.debug_barrier()  # all threads have stored; the addition below makes that visible
         before = tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu")
-        wanted = before - before % PROGRAMS + PROGRAMS  # nothing has to set it back between launches
-        while tl.atomic_add(arrived_ptr, 0, sem="acquire", scope="gpu") < wanted:
+        goal = before - before % PROGRAMS + PROGRAMS  # so no launch has to reset the counter
+        while tl.atomic_add(arrived_ptr, 0, sem="acquire", scope="gpu") < goal:
             pass
         tl.debug_barrier()
     if SECOND:
@@ -122,7 +122,7 @@ def layer_kernel(  # noqa: PLR0913  a kernel
 
 
 class Layer(NamedTuple):
-    """Factors with random signs; activations and results of one token."""
+    """A layer of random factors, with activations and results of one token."""
 
     x: Tensor  # [1, K]
     signs_in: Tensor  # int32 [R, words of K], interleaved
@@ -147,7 +147,7 @@ class Layer(NamedTuple):
         )
 
     def error(self) -> float:
-        """Return the relative error of y, against float64."""
+        """Return the error of y relative to float64."""
         K, R = self.x.shape[1], self.scale_mid.shape[0]
         first, second = (
             unpack_signs(deinterleave(words), columns, torch.float64).T
@@ -162,7 +162,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each way")
+    parser.add_argument("--rounds", type=int, default=9, help="timings of each way")
     arguments = parser.parse_args()
     announce()
     rows = []
@@ -181,7 +181,7 @@ def main() -> None:
 
 
 def ways() -> list[str]:
-    """Return what this device can do: early launches came with sm_90."""
+    """Return the ways that this device supports: early launches need sm_90."""
     early = not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0)
     return [way for way in WAYS if early or "early" not in way]
 
@@ -195,14 +195,14 @@ def units(rows: int, columns: int) -> int:
 
 
 def programs(layer: Layer, each: int) -> int:
-    """Return how many programs stay, if every multiprocessor takes ``each``; no more than there is work for."""
+    """Return the number of persistent programs, ``each`` per multiprocessor, at most one per unit."""
     K, R, N = layer.x.shape[1], layer.scale_mid.shape[0], layer.y.shape[1]
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     return min(each * multiprocessors, max(units(R, K), units(N, R)))
 
 
 def runner(layer: Layer, way: str, resident: int) -> Callable[[], None]:
-    """Return what launches a layer in one of the ways."""
+    """Return a function that launches a layer in one of the ways."""
     K, R, N = layer.x.shape[1], layer.scale_mid.shape[0], layer.y.shape[1]
     on_gpu = layer.x.is_cuda
     if way == "one launch":
@@ -235,7 +235,7 @@ def runner(layer: Layer, way: str, resident: int) -> Callable[[], None]:
 
 
 def time_layer(N: int, K: int, R: int, rounds: int) -> list[dict[str, Any]]:
-    """Time all ways in turn, the launch that stays with one, two and four programs a multiprocessor."""
+    """Time all ways in turn, the persistent kernel with one, two and four programs per multiprocessor."""
     bytes_of_signs = 4 * (R * words_per_row(K) + N * words_per_row(R))
     layers = [Layer.random(N, K, R) for _ in range(max(16, (192 << 20) // bytes_of_signs))]
     cases = [(way, each) for way in ways() for each in ((1, 2, 4) if way == "one launch" else (0,))]
@@ -252,7 +252,7 @@ def time_layer(N: int, K: int, R: int, rounds: int) -> list[dict[str, Any]]:
         except Exception as error:
             print(f"{way}, {each}: left out, {str(error).splitlines()[0]}", flush=True)
             continue
-        graphs[way, each] = graph, calls  # whose counters must live as long
+        graphs[way, each] = graph, calls  # keeps the counters of the calls alive
     device: dict[Any, list[float]] = {case: [] for case in graphs}
     host: dict[Any, list[float]] = {case: [] for case in graphs}
     for _ in range(rounds):

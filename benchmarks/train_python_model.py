@@ -1,13 +1,12 @@
-"""Train a Llama of 10 million parameters on the source text of Python's standard library, from nothing, on the CPU.
+"""Train a Llama of 10 million parameters from scratch on the source of Python's standard library, on the CPU.
 
     python benchmarks/train_python_model.py                  41 minutes on two cores; out/python10m
 
-Compression says something about a model only where that model has learned something; this one knows its text far better
-than the frequencies of its tokens do. The output folder is one of transformers: weights, a byte-level tokenizer trained
-on the same text, and beside them train.txt (pieces of the files that were trained on, to calibrate with), valid.txt
-(files held out, every 20th by the hash of its name) and training.json (the figures). Tests and the tables in `encodings`
-are left out. Products are in bfloat16, the matrices of the blocks learn by Muon, everything else by Adam. Equal seeds see
-equal batches, but how many depends on the time that they take.
+Compressing a model is informative only if the model has learned something; this one predicts its text far better than a
+unigram model. The output is a folder of transformers: weights, a byte-level tokenizer trained on the same text, and beside
+them train.txt (samples of the training files, for calibration), valid.txt (held-out files, every 20th by the hash of its
+name) and training.json (the figures). Tests and the tables in `encodings` are excluded. Products are in bfloat16; Muon
+trains the matrices of the blocks, Adam everything else. Equal seeds see equal batches; their number depends on the speed.
 """
 
 from __future__ import annotations
@@ -56,7 +55,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=40.0, help="of training; the rest takes one more")
+    parser.add_argument(
+        "--minutes", type=float, default=40.0, help="duration of the training; the rest takes one minute more"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "out" / "python10m")
     arguments = parser.parse_args()
@@ -90,21 +91,21 @@ def main() -> None:
         "commit": commit(),
     }
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
-        made = Path(scratch) / "made"
-        model.save_pretrained(made)
-        tokenizer.save_pretrained(made)
-        (made / "train.txt").write_text(sample(training, arguments.seed), encoding="utf-8")
-        (made / "valid.txt").write_text(SEPARATOR.join(held_out), encoding="utf-8")
-        (made / "training.json").write_text(json.dumps(figures, indent=2) + "\n")
+        folder = Path(scratch) / "model"
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "train.txt").write_text(sample(training, arguments.seed), encoding="utf-8")
+        (folder / "valid.txt").write_text(SEPARATOR.join(held_out), encoding="utf-8")
+        (folder / "training.json").write_text(json.dumps(figures, indent=2) + "\n")
         if output.exists():
             output.rename(Path(scratch) / "old")
-        made.rename(output)
+        folder.rename(output)
     print("\n".join(f"{name:<24}{value}" for name, value in figures.items()))
     print(output)
 
 
 def library_texts() -> tuple[list[str], list[str]]:
-    """Return the texts of the files to train on, by name, and of those held out, by the hash of their names."""
+    """Return the texts of the training files, in the order of names, and of the held-out files, in the order of hashes."""
     root = Path(sysconfig.get_paths()["stdlib"])
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
     digests = {
@@ -119,31 +120,31 @@ def library_texts() -> tuple[list[str], list[str]]:
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Return a byte-level tokenizer: every text has tokens, none is unknown and none is special."""
-    made = tokenizers.Tokenizer(tokenizers.models.BPE())
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
+    """Return a byte-level tokenizer, which has tokens for every text, and neither unknown nor special ones."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    made.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=made,
+        tokenizer_object=tokenizer,
         model_max_length=CONFIG["max_position_embeddings"],
         clean_up_tokenization_spaces=False,
     )
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
-    """Return the tokens of all texts, one after the other, as 16-bit numbers."""
+    """Return the tokens of all texts in one int16 vector."""
     rows = tokenizer([text + SEPARATOR for text in texts], verbose=False)["input_ids"]
     return torch.tensor([token for row in rows for token in row], dtype=torch.int16)
 
 
 def sample(texts: list[str], seed: int) -> str:
-    """Return pieces from all over the texts in random order, cut at ends of lines."""
+    """Return samples of all texts in random order, cut at ends of lines."""
     draw = random.Random(seed)
     pieces = [
         text[start : text.rfind("\n", start, start + PIECE) + 1]
@@ -155,7 +156,7 @@ def sample(texts: list[str], seed: int) -> str:
 
 
 def batches(tokens: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield batches of windows of WINDOW + 1 tokens; every round through the text cuts it at other places."""
+    """Yield batches [BATCH, WINDOW + 1] of tokens; every epoch cuts the text at other places."""
     while True:
         start = int(torch.randint(WINDOW, (), generator=generator))
         windows = tokens[start:].unfold(0, WINDOW + 1, WINDOW)
@@ -165,7 +166,7 @@ def batches(tokens: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
 
 
 def train(model: nn.Module, tokens: Tensor, valid: Tensor, seconds: float, seed: int) -> dict[str, Any]:
-    """Train for a time, the learning rate following its elapsed share; return what was done."""
+    """Train for ``seconds``, with a learning rate that follows the elapsed share; return the figures."""
     named = dict(model.named_parameters())
     inner = [name for name, p in named.items() if p.ndim > 1 and "embed" not in name]
     muon = torch.optim.Muon(
@@ -206,7 +207,7 @@ def train(model: nn.Module, tokens: Tensor, valid: Tensor, seconds: float, seed:
 
 
 def loss_of(model: nn.Module, windows: Tensor) -> Tensor:
-    """Return the mean loss in nats of every token of the windows but the first."""
+    """Return the mean loss in nats per token; the first token of a window is not predicted."""
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(windows[:, :-1], use_cache=False).logits
     return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
@@ -219,7 +220,7 @@ def validation_loss(model: nn.Module, tokens: Tensor) -> float:
 
 
 def unigram_loss(tokens: Tensor, valid: Tensor) -> float:
-    """Return the loss of a model that knows how often each token is, and nothing else."""
+    """Return the loss in nats per token of a unigram model."""
     counts = torch.bincount(tokens.long(), minlength=VOCABULARY).double() + 1
     return float(-(counts / counts.sum()).log()[valid.long()].mean())
 
