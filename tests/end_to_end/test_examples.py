@@ -1,0 +1,39 @@
+"""Every program in examples/ runs as a user would run it, and is short."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.house import ROOT
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+LONGEST = 60  # lines
+# What a program prints when it has done what it shows.
+SHOWS = {
+    "budgets_and_importance": "importance kronecker  budget allocated",
+    "compile_your_module": "compiled and eager differ by",
+    "compress_language_model": "top1_agreement",
+    "train_lora": "at the end  loss",
+}
+
+
+def test_there_are_examples_of_everything():
+    assert {path.stem for path in EXAMPLES} == SHOWS.keys()
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_is_short(path: Path):
+    assert len(path.read_text().splitlines()) <= LONGEST
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_runs(path: Path, tmp_path: Path):
+    if path.stem == "train_lora":
+        pytest.importorskip("peft")
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert SHOWS[path.stem] in done.stdout
