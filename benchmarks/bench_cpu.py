@@ -230,81 +230,72 @@ def torch_packed(x: Tensor, N: int, budget: int) -> list[Contender]:
 
 
 def dbf_layers(x: Tensor, N: int, bits: float, budget: int) -> list[Contender]:
+    """Return a factored layer in every instruction set and accuracy, and a compiled one if it is square."""
     M, K = x.shape
     R = mid_features_for(bits, K, N)
     size = stored_bits(K, R, N) // 8
-
-    def tensors() -> tuple[Tensor, ...]:
-        signs = [
-            torch.randint(-(2**31), 2**31, (rows, -(-columns // 32)), dtype=torch.int32)
-            for rows, columns in ((R, K), (N, R))
-        ]
-        scales = [
-            torch.rand(count, generator=torch.Generator().manual_seed(count)).half() for count in (K, R, N)
-        ]
-        return (*signs, *scales)
-
-    base = tensors()
     # Random words are valid interleaved signs.
-    layers = [tuple(tensor.clone() for tensor in base) for _ in range(copies(budget, size))]
-    bias = torch.rand(N)
-    truth = dbf_compile.ops.double_binary_linear(
-        x.double(), *base, bias.double(), torch.float64, interleaved=True
-    )
-    out = torch.empty(M, N)
+    signs = [
+        torch.randint(-(2**31), 2**31, (rows, -(-columns // 32)), dtype=torch.int32)
+        for rows, columns in ((R, K), (N, R))
+    ]
+    scales = [torch.rand(count, generator=torch.Generator().manual_seed(count)).half() for count in (K, R, N)]
+    layers = [[tensor.clone() for tensor in (*signs, *scales)] for _ in range(copies(budget, size))]
+    bias, out = torch.rand(N), torch.empty(M, N)
+    operands = (x.double(), *signs, *scales, bias.double(), torch.float64)
+    truth = dbf_compile.ops.double_binary_linear(*operands, interleaved=True)
     op = torch.ops.dbf_native.double_binary_linear.out
-    found = []
+    contenders = []
+
+    def add(name: str, run: Callable[[int], Tensor]) -> None:
+        name, error = f"dbf {bits:g} bit {name}", relative_error(run(0), truth)
+        contenders.append(Contender(name, 8 * size / (N * K), size, run, len(layers), error))
+
     for isa in usable_isas():
         if isa == "portable" and M * N * K > 1 << 26:
             continue
         for accuracy in ("exact", "fast"):
-            fast = accuracy == "fast"
 
-            def run(i: int, isa: str = isa, fast: bool = fast) -> Tensor:
+            def run(i: int, isa: str = isa, fast: bool = accuracy == "fast") -> Tensor:
                 os.environ["DBF_CPU_ISA"] = isa
                 return op(x, *layers[i], bias, interleaved=True, fast=fast, out=out)
 
-            error = relative_error(run(0), truth)
-            name = f"dbf {bits:g} bit {isa} {accuracy}"
-            found.append(Contender(name, 8 * size / (N * K), size, run, len(layers), error))
+            add(f"{isa} {accuracy}", run)
     os.environ.pop("DBF_CPU_ISA", None)
-    for accuracy in ("exact", "fast"):
-        if (
-            M > 1 or N != K
-        ):  # compiling takes longer than measuring, and the overhead is the same for every shape
-            break
-        torch.compiler.reset()
-        compiled = torch.compile(
-            dbf_compile.ops.double_binary_linear,
-            backend="dbf",
-            dynamic=False,
-            options={"accuracy": accuracy},
-        )
+    # Compiling takes longer than measuring, and its overhead is the same for every shape.
+    for accuracy in ("exact", "fast") if M == 1 and N == K else ():
+        add(f"compiled {accuracy}", compiled_layer(x, layers, bias, accuracy))
+    return contenders
 
-        def run_compiled(i: int, compiled: Callable[..., Tensor] = compiled) -> Tensor:
-            os.environ.pop("DBF_CPU_ISA", None)
-            return compiled(x, *layers[i], bias, torch.float32, interleaved=True)
 
-        with torch.no_grad():
-            error = relative_error(run_compiled(0), truth)
-        name = f"dbf {bits:g} bit compiled {accuracy}"
-        found.append(Contender(name, 8 * size / (N * K), size, run_compiled, len(layers), error))
-    return found
+def compiled_layer(
+    x: Tensor, layers: list[list[Tensor]], bias: Tensor, accuracy: str
+) -> Callable[[int], Tensor]:
+    """Return a function that multiplies by the layer of an index, through torch.compile."""
+    torch.compiler.reset()
+    options = {"accuracy": accuracy}
+    layer = torch.compile(dbf_compile.ops.double_binary_linear, backend="dbf", dynamic=False, options=options)
+
+    def run(i: int) -> Tensor:
+        os.environ.pop("DBF_CPU_ISA", None)
+        return layer(x, *layers[i], bias, torch.float32, interleaved=True)
+
+    return run
 
 
 def usable_isas() -> list[str]:
     """Return the instruction sets that this processor has."""
-    found = []
+    usable = []
     one = torch.ones(1, 1, dtype=torch.int32)
     for isa in ISAS:
         os.environ["DBF_CPU_ISA"] = isa
         try:
             torch.ops.dbf_native.sign_matmul.out(torch.ones(1, 1), one, out=torch.ones(1, 1))
-            found.append(isa)
+            usable.append(isa)
         except RuntimeError:
             continue
     os.environ.pop("DBF_CPU_ISA", None)
-    return found
+    return usable
 
 
 def ggml_types(x: Tensor, N: int, budget: int) -> list[Contender]:
@@ -314,12 +305,12 @@ def ggml_types(x: Tensor, N: int, budget: int) -> list[Contender]:
     library = load()
     if library is None:
         return []
-    found = []
+    products = []
     for name, bits in (("Q2_K", 2.625), ("TQ2_0", 2.0625), ("Q4_K", 4.5), ("F16", 16.0)):
         size = int(N * x.shape[1] * bits / 8)
         product = make_product(library, name, x, N, copies(budget, size), torch.get_num_threads())
-        found.append(Contender(f"llama.cpp {name}", bits, size, product.run, product.count, product.error))
-    return found
+        products.append(Contender(f"llama.cpp {name}", bits, size, product.run, product.count, product.error))
+    return products
 
 
 def copies(budget: int, size: int) -> int:

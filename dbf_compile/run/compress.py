@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from dbf_compile.errors import DBFError, OptionError
-from dbf_compile.integrations.experts import linearize_experts_
 from dbf_compile.keywords import CompressKeywords
 from dbf_compile.machine import cores
 from dbf_compile.options import CompressionConfig, CompressOptions
@@ -96,6 +95,8 @@ def compress(
             f"output {output}, which exists", "a path where nothing is", "remove it, or choose another"
         )
     work = Work(output.with_name(output.name + ".work"), fingerprint, settings.resume)
+    from dbf_compile.integrations.experts import linearize_experts_  # imports Dynamo
+
     linearize_experts_(request.model)
     _finish(Run(request, work))
     if not settings.keep_work:
