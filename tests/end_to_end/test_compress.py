@@ -1,4 +1,4 @@
-"""``compress`` as users run it: killed and resumed, by many processes, on little memory, with files that are damaged."""
+"""``compress`` as users run it: killed and resumed, in several processes, with little memory, on damaged files."""
 
 import json
 import os
@@ -20,7 +20,7 @@ transformers = pytest.importorskip("transformers")
 import dbf_compile  # noqa: E402
 from dbf_compile.errors import CheckpointError, ConversionError, OptionError, ResumeError  # noqa: E402
 
-# A new process imports torch and transformers, which takes seconds: so most tests run in this one.
+# Most tests run in this process, since a new one takes seconds to import torch and transformers.
 RUN = """
 import json, sys
 import dbf_compile
@@ -54,18 +54,18 @@ def independent(dense, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def block(dense, tmp_path_factory):
-    return compress(dense, tmp_path_factory.mktemp("block") / "made", mode="block")
+def sequential(dense, tmp_path_factory):
+    return compress(dense, tmp_path_factory.mktemp("sequential") / "made", mode="sequential")
 
 
-@pytest.fixture(params=["independent", "block"])
+@pytest.fixture(params=["independent", "sequential"])
 def mode(request):
     return request.param
 
 
 @pytest.fixture
 def expected(request, mode):
-    """The folder that an undisturbed run of ``mode`` makes."""
+    """The folder that an undisturbed run of ``mode`` writes."""
     return request.getfixturevalue(mode).folder
 
 
@@ -80,7 +80,7 @@ def test_the_report_says_what_was_done(dense, mode, expected):
     assert all(0 < row["error"] < 1 for row in report["layers"])
     assert {"kl", "dense", "compressed"} <= report["evaluation"].keys()
     stages = [stage["stage"] for stage in report["stages"]]
-    assert stages == ((["tune", "factor"] * 4 + ["refine"]) * 2 if mode == "block" else []) + ["distill"]
+    assert stages == ((["tune", "factor"] * 4 + ["refine"]) * 2 if mode == "sequential" else []) + ["distill"]
     assert "<html" in (expected / "dbf_report.html").read_text()
     assert not expected.with_name("made.work").exists()
     assert {path.name for path in expected.iterdir()} >= {"tokenizer.json", "generation_config.json"}
@@ -97,19 +97,20 @@ def test_one_command_twice_does_nothing_the_second_time(dense, independent, monk
         compress(dense, independent.folder, mode="independent", bits=3.0)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_goes_on_and_writes_the_same_files(dense, mode, expected, tmp_path):
     output, draw, kills = tmp_path / "made", random.Random(0), 0
     work = output.with_name("made.work")
     while kills < 5:
         process = start(dense, output, data=str(text_of(dense)), mode=mode)
         while not work.exists() and process.poll() is None:
-            time.sleep(0.005)  # packages are imported, which is not what is tested
+            time.sleep(0.005)  # waits for the imports
         time.sleep(draw.uniform(0.0, 0.6))
         if process.poll() is None:
             process.kill()
             kills += 1
         process.wait()
-        if output.exists():  # it was faster, or killed in its last moments
+        if output.exists():  # it ended before it was killed
             assert weights_of(output) == weights_of(expected)
             shutil.rmtree(output)
     process = start(dense, output, data=str(text_of(dense)), mode=mode)
@@ -118,6 +119,7 @@ def test_killed_at_random_moments_it_goes_on_and_writes_the_same_files(dense, mo
     assert not work.exists()
 
 
+@pytest.mark.slow
 def test_processes_that_share_the_work_write_the_same_files(dense, mode, expected, tmp_path):
     from dbf_compile.run.workers import compress_in_processes
 
@@ -126,6 +128,7 @@ def test_processes_that_share_the_work_write_the_same_files(dense, mode, expecte
     assert weights_of(made.folder) == weights_of(expected)
 
 
+@pytest.mark.slow
 def test_ranks_of_torchrun_share_the_work(dense, independent, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(RUN)
@@ -142,6 +145,7 @@ def test_ranks_of_torchrun_share_the_work(dense, independent, tmp_path):
     assert weights_of(tmp_path / "made") == weights_of(independent.folder)
 
 
+@pytest.mark.slow
 def test_ray_tasks_share_the_work(dense, independent, tmp_path):
     ray = pytest.importorskip("ray")
     from dbf_compile.integrations.ray import compress_on_ray
@@ -207,11 +211,12 @@ def test_a_damaged_shard_is_an_error_that_names_the_folder(dense, tmp_path):
 
 FULL = """
 import resource, signal
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing past the limit is an error then, as on a full disk
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so writing past the limit is an error, as on a full disk
 resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, ROOM))
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_a_clear_error_and_the_run_goes_on_when_there_is_room(dense, independent, tmp_path):
     options = {**FAST, "data": str(text_of(dense)), "mode": "independent"}
     arguments = json.dumps([str(dense), str(tmp_path / "made"), options])
@@ -256,37 +261,26 @@ print(json.dumps([peak - start for peak, start in zip(peaks, before)]))
 """
 
 
-# What is freed goes back to the system at once: glibc otherwise keeps it, how much differs from run to run.
+# glibc returns freed memory to the system at once; by default it keeps an amount that differs from run to run.
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_memory_depends_on_the_largest_block_and_not_on_the_model(tmp_path):
-    """A model of four times as many blocks needs little more memory, and less than that of its weights besides.
+    """A model of four times as many blocks needs little more memory, and less than its weights take.
 
-    The system's limit is on data, in which it counts what is mapped from files and could be written to: so the weights
-    count once, as a file, and whoever copied them would not fit.
+    The limit is RLIMIT_DATA, which counts writable mappings of files. So the weights count once, as a file, and a copy of
+    them would not fit.
     """
-
-    def wide(layers):
-        config = transformers.LlamaConfig(
-            hidden_size=384,
-            intermediate_size=768,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            vocab_size=256,
-            max_position_embeddings=64,
-        )
-        torch.manual_seed(0)
-        return transformers.LlamaForCausalLM(config)
 
     private, limit = {}, None
     for layers in (4, 16):
-        model = wide(layers)
+        model = tiny_llama(layers, hidden_size=384, intermediate_size=768, num_key_value_heads=4)
         dense = tiny_folder(tmp_path / f"dense{layers}", model=model)
         block = sum(p.numel() * 4 for p in model.model.layers[0].parameters())
         total = sum(p.numel() * 4 for p in model.parameters())
-        options = {**FAST, "data": str(text_of(dense)), "mode": "block", "windows": 2, "holdout": 0}
+        options = {**FAST, "data": str(text_of(dense)), "mode": "sequential", "windows": 2, "holdout": 0}
         options |= {"bits": 1.0, "iterations": 1, "distill": 0, "max_shard_size": 2**20, "preset": "fast"}
         arguments = json.dumps([str(dense), str(tmp_path / f"made{layers}"), options, limit])
         done = subprocess.run(
@@ -298,15 +292,15 @@ def test_memory_depends_on_the_largest_block_and_not_on_the_model(tmp_path):
         )
         assert done.returncode == 0, done.stderr[-3000:]
         private[layers], data = json.loads(done.stdout.splitlines()[-1])
-        limit = data + 12 * block + 12 * block // 4  # for the larger one: its file, and a quarter of that
-    # 12 more blocks of weights, of which nothing may stay.
+        limit = data + 12 * block + 12 * block // 4  # of the larger model: its file and a quarter of it
+    # No weight of the 12 additional blocks may stay in memory.
     assert private[16] - private[4] < 12 * block / 4 < total / 4
 
 
 @pytest.mark.parametrize(
-    ("given", "error", "message"),
+    ("options", "error", "message"),
     [
-        ({"mode": "block", "data": None}, OptionError, "mode='block' without data"),
+        ({"mode": "block", "data": None}, OptionError, "mode='sequential' without data"),
         ({"batches": [torch.ones(1, 4).long()]}, OptionError, "data and batches"),
         ({"resume": "maybe"}, OptionError, "resume='maybe'"),
         ({"temperr": 1}, OptionError, "unknown option 'temperr'.*did you mean 'temper'"),
@@ -316,9 +310,9 @@ def test_memory_depends_on_the_largest_block_and_not_on_the_model(tmp_path):
         ({"length": 10**6}, ConversionError, "source of"),
     ],
 )
-def test_bad_arguments_are_refused_before_anything_is_written(dense, tmp_path, given, error, message):
+def test_bad_arguments_are_refused_before_anything_is_written(dense, tmp_path, options, error, message):
     with pytest.raises(error, match=message):
-        compress(dense, tmp_path / "made", **given)
+        compress(dense, tmp_path / "made", **options)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -345,7 +339,7 @@ def test_without_data_random_tokens_are_used(dense, tmp_path):
     assert made.report["evaluation"] in ({}, None)
 
 
-def test_allocated_budgets_and_other_forms(dense, tmp_path):
+def test_allocated_budgets_and_kronecker_curvature(dense, tmp_path):
     made = compress(dense, tmp_path / "made", budget="allocated", form="kronecker", temper=0.5, bits=3.0)
     sizes = {row["mid_features"] / row["bits_per_weight"] for row in made.report["layers"]}
     assert len(sizes) > 2 and made.report["bits"]["factored"] <= 3.0
