@@ -8,7 +8,7 @@ PIP    := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constrai
 CORE   := tests/test_*.py tests/factorizer tests/passes tests/kernels tests/compiler
 BY_FILE := --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test quick check bench bench-cpu bench-gpu bench-factorizer bench-compress clean
+.PHONY: demo test quick check docs bench bench-cpu bench-gpu bench-factorizer bench-compress clean
 
 # QUICK=1: two layers of the encoder and fewer measurements.
 demo: $(VENV)/.demo
@@ -29,6 +29,10 @@ check: $(VENV)/.dev
 	$(VENV)/bin/python tests/support/house.py
 	$(RUN) -m mypy
 	$(VENV)/bin/lint-imports
+
+# The site of the documents, in site/: every warning is an error, and nothing is fetched.
+docs: $(VENV)/.docs
+	$(RUN) -m mkdocs build --strict --quiet
 
 bench: $(VENV)/.demo
 	$(VENV)/bin/python benchmarks/compile_time.py
@@ -52,7 +56,7 @@ bench-compress: $(VENV)/.demo
 	$(VENV)/bin/python benchmarks/compress_models.py
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage
+	rm -rf $(VENV) build dist out site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage
 
 $(VENV)/.base:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
@@ -70,4 +74,8 @@ $(VENV)/.test: $(VENV)/.demo
 
 $(VENV)/.dev: $(VENV)/.base pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.base pyproject.toml constraints.txt
+	$(PIP) --editable '.[docs]'
 	touch $@
