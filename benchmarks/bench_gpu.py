@@ -1,15 +1,15 @@
-"""One NVIDIA GPU: the kernels checked on fresh data, then timed against their peers, then whole models.
+"""One NVIDIA GPU: kernels are checked on fresh data and timed against their peers; then whole models.
 
     python benchmarks/bench_gpu.py                       all of it; meant for 8 minutes, not timed yet
     python benchmarks/bench_gpu.py --parts check layers --shapes 28672x4096     other layers, as models fuse them
     python benchmarks/bench_gpu.py --parts models --models qwen3-8b
     python benchmarks/bench_gpu.py --dry-run             small sizes on the CPU, no times
 
-Checks compare with float64 on the same device; memory for results is full of NaN before. Layers are timed inside CUDA
-graphs, each call on the next of so many weights that none is in the cache; contenders take turns. A layer of dbf is
-both stages with scales, compiled; peers multiply by the dense matrix that it stands for. Models have random weights, a
-static cache and ``mode="reduce-overhead"``; tokens follow each other without waiting for the host. GemLite joins in for
-single tokens where it is installed: pip install gemlite
+Checks compare with float64 on the same device; the memory of results is filled with NaN beforehand. Layers are timed
+inside CUDA graphs. Each call uses the next of many weights, so that none is in the cache; contenders take turns. A layer
+of dbf is both stages with scales, compiled; peers multiply by the dense matrix that it replaces. Models have random
+weights, a static cache and ``mode="reduce-overhead"``; tokens do not wait for the host. GemLite takes part for single
+tokens where it is installed: pip install gemlite
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ from torch import Tensor, nn
 import dbf_compile.ops
 from dbf_compile import DoubleBinaryLinear
 from dbf_compile.factors import mid_features_for
-from dbf_compile.kernels.sign_matmul.reference import DECODE_TOKENS, sign_matmul
+from dbf_compile.kernels.sign_matmul.reference import sign_matmul
+from dbf_compile.kernels.sign_matmul.regimes import DECODE_TOKENS
 from dbf_compile.signs import interleave, pack_signs, words_per_row
 
 DEFAULT_SHAPES = ("4096x4096", "12288x4096", "22016x4096")
@@ -61,10 +62,10 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--models", nargs="+", default=["llama-2-7b"], choices=MODELS)
     parser.add_argument("--variants", nargs="+", default=list(DEFAULT_VARIANTS), choices=VARIANTS)
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each contender")
-    parser.add_argument("--new", type=int, default=32, help="tokens that a model decodes at a time")
+    parser.add_argument("--rounds", type=int, default=15, help="timings of each contender")
+    parser.add_argument("--new", type=int, default=32, help="tokens that a model decodes in one timing")
     parser.add_argument("--dry-run", action="store_true", help="small sizes on the CPU, no times")
-    parser.add_argument("--table", default="", help="ending of the names of the tables that are written")
+    parser.add_argument("--table", default="", help="suffix of the names of the tables")
     arguments = parser.parse_args()
     if DRY_RUN:
         arguments.shapes, arguments.tokens, arguments.rounds = [SMALL_SHAPE], SMALL_TOKENS, 1
@@ -89,14 +90,14 @@ def main() -> None:
 
 
 def check(large: list[tuple[int, int]]) -> None:
-    """Compare the operator with the reference in float64, and a compiled layer with the eager one; stop at a difference.
+    """Compare the operator with the reference in float64, and a compiled layer with the eager one; exit at a difference.
 
     Args:
-        large: shapes beside odd ones, rows and columns.
+        large: rows and columns of shapes to check besides small odd ones.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses to be deterministic
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
     torch.manual_seed(time.time_ns() % 2**31)
-    # Deterministic algorithms fill new memory with NaN: what a kernel forgets is seen.
+    # Deterministic algorithms fill new memory with NaN, which shows entries that a kernel forgets to write.
     torch.use_deterministic_algorithms(True)
     count = 0
     every = (torch.float32, torch.bfloat16, torch.float16)
@@ -111,7 +112,7 @@ def check(large: list[tuple[int, int]]) -> None:
                 call = (x, interleaved, *vectors, dtype, True)
                 y = torch.ops.dbf.sign_matmul(*call)
                 truth = sign_matmul(x.double(), words, *(v.double() for v in vectors))
-                # The result is rounded once, and so are the operands of tensor cores: by half an eps, at random.
+                # The result is rounded once, and so are the operands of tensor cores, each by at most half an eps.
                 allowed = torch.finfo(dtype).eps + 2e-6
                 error = ((y.double() - truth).norm() / truth.norm()).item()
                 if not error <= allowed or not torch.equal(y, torch.ops.dbf.sign_matmul(*call)):
@@ -121,7 +122,7 @@ def check(large: list[tuple[int, int]]) -> None:
                 count += 1
     for M in (1, 5, 40, 200):
         pair = (random_device_factors(2100, 3000, 2.0), random_device_factors(96, 2100, 2.0))
-        # The first layer's sums stay in parts, which the second one's input adds up.
+        # The first layer is split over K; the reader of its result adds the partial sums.
         layers = nn.Sequential(DoubleBinaryLinear(pair[0]), nn.ReLU(), DoubleBinaryLinear(pair[1]))
         x = torch.randn(M, 3000, device=DEVICE, dtype=torch.bfloat16)
         with torch.inference_mode():
@@ -142,9 +143,9 @@ class Contender(NamedTuple):
     """A layer with many weights.
 
     Args:
-        name: for the table.
-        bytes: of one weight.
-        run: multiplies x by the weight of this number.
+        name: in the table.
+        bytes: size of one weight.
+        run: multiplies x by the weight of this index.
         count: number of weights.
     """
 
@@ -155,7 +156,7 @@ class Contender(NamedTuple):
 
 
 def contenders(N: int, K: int) -> Iterator[Contender]:
-    """Yield all contenders of a shape; each holds more weights than the cache does."""
+    """Yield all contenders of a shape; the weights of each exceed the cache."""
     enough = lambda size: 2 if DRY_RUN else max(2, -(-(256 << 20) // size))  # noqa: E731
     for dtype in (torch.bfloat16, torch.float16):
         size = 2 * N * K
@@ -165,7 +166,7 @@ def contenders(N: int, K: int) -> Iterator[Contender]:
     for peer in (_int4, _gemlite):
         try:
             yield from peer(N, K, enough)
-        except Exception as error:  # not ours to mend, and the others are worth measuring without it
+        except Exception as error:  # a peer that fails must not stop the others
             leave_out(peer.__name__.strip("_"), error)
     for bits in BITS:
         R = mid_features_for(bits, K, N) // 32 * 32
@@ -177,7 +178,7 @@ def contenders(N: int, K: int) -> Iterator[Contender]:
 
 @functools.cache
 def compiled_layer() -> Callable[..., Tensor]:
-    """Return a factored layer as a compiled model has it, signs interleaved; weights are arguments: many share a program."""
+    """Return a compiled factored layer with interleaved signs; weights are arguments, so that one program serves many."""
     layer = lambda x, *factors: dbf_compile.ops.double_binary_linear(x, *factors, None, x.dtype, True)  # noqa: E731
     return torch.compile(layer, backend="dbf", fullgraph=True, dynamic=False)
 
@@ -194,7 +195,7 @@ def _int4(N: int, K: int, enough: Callable[[int], int]) -> Iterator[Contender]:
 
 
 def _gemlite(N: int, K: int, enough: Callable[[int], int]) -> Iterator[Contender]:
-    """Yield two products with GemLite's 1-bit weights, the two stages of a layer of 2 bits, if it is installed."""
+    """Yield two products with GemLite's 1-bit weights, as the two stages of a layer of 2 bits, if it is installed."""
     try:
         from gemlite import DType, GemLiteLinearTriton
     except ImportError:
@@ -232,7 +233,7 @@ def time_layers(arguments: argparse.Namespace) -> None:
         present = list(contenders(N, K))
         for tokens in arguments.tokens:
             rows += time_layer(shape, present, tokens, arguments.rounds, bandwidth)
-        report(f"gpu_layer{arguments.table}", rows)  # what was measured stays, whatever comes
+        report(f"gpu_layer{arguments.table}", rows)  # after every shape: an error later loses nothing
     print_table(rows)
 
 
@@ -240,16 +241,16 @@ def time_layer(
     shape: str, present: list[Contender], tokens: int, rounds: int, bandwidth: float
 ) -> list[dict]:
     """Time all contenders of a shape against each other."""
-    torch.compiler.reset()  # else the many shapes count as one function that is compiled too often
+    torch.compiler.reset()  # else all shapes count as recompilations of one function
     compiled_layer.cache_clear()
     x = torch.randn(tokens, int(shape.split("x")[1]), device=DEVICE, dtype=torch.bfloat16)
     calls: dict[str, tuple[Callable[[int], object], int]] = {}
     kept = {}
     for contender in present:
         if contender.name.startswith("GemLite") and tokens > 1:
-            continue  # it tunes itself for each number of tokens, a quarter of a minute every time
+            continue  # it would tune itself for each number of tokens, 15 s each
         kept[contender.name] = contender
-        # Many tokens take long enough alone; few ones go through all weights.
+        # Many tokens take long enough with two weights; few use all.
         calls[contender.name] = (
             lambda index, run=contender.run: run(x, index),
             contender.count if tokens <= 16 else 2,

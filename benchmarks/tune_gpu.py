@@ -1,13 +1,13 @@
-"""One NVIDIA GPU: the kernels under many launch settings, to choose the defaults of ``decode_blocks``, ``prefill_blocks``
-and the numbers of tokens from which on one kernel takes over from the other.
+"""One NVIDIA GPU: the kernels under many launch settings, to choose the defaults of ``decode_blocks`` and
+``prefill_blocks``, and the numbers of tokens at which one kernel replaces another.
 
     python benchmarks/tune_gpu.py                                        one token, the products of Llama-2-7B at 1 and 2 bits
     python benchmarks/tune_gpu.py --shapes 4096x4096 --tokens 4 16 64    others, rows x columns of the sign matrix
     python benchmarks/tune_gpu.py --dry-run                              a small one on the CPU, no times
 
-"tables" is the kernel for few tokens, "tensor cores" that for many, "written out" a dense matrix of the signs and cuBLAS.
-Products run inside CUDA graphs, each on the next of so many matrices that none is in the cache; settings take turns.
-Beside them stands cuBLAS with a dense bfloat16 matrix of the same size. Settings compile first, in several processes.
+"tables" is the kernel for few tokens, "tensor cores" the one for many, "dequantized" cuBLAS with a dense matrix of the
+signs. Products run inside CUDA graphs. Each uses the next of many matrices, so that none is in the cache; settings take
+turns. cuBLAS with a dense bfloat16 matrix of the same size is the peer. Settings compile first, in several processes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor
 from triton.runtime import OutOfResources
 
 from dbf_compile.factors import mid_features_for
-from dbf_compile.kernels.sign_matmul.reference import DECODE_TOKENS
+from dbf_compile.kernels.sign_matmul.regimes import DECODE_TOKENS
 from dbf_compile.kernels.sign_matmul.triton_decode import (
     choose_split_k,
     decode_blocks,
@@ -55,7 +55,7 @@ def main() -> None:
     )
     parser.add_argument("--shapes", nargs="+", default=[f"{N}x{K}" for N, K in shapes()])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1])
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each setting")
+    parser.add_argument("--rounds", type=int, default=9, help="timings of each setting")
     parser.add_argument("--dry-run", action="store_true", help="a small shape on the CPU, no times")
     arguments = parser.parse_args()
     if DRY_RUN:
@@ -63,24 +63,24 @@ def main() -> None:
     announce()
     sizes = [(M, *map(int, shape.split("x"))) for M in arguments.tokens for shape in arguments.shapes]
     jobs = [(M, N, K, settings) for M, N, K in sizes for settings in candidates(M, N, K)]
-    # Each process has the device open, which takes some of its memory.
+    # Few processes: each opens the device, which takes some of its memory.
     count = min(8, os.cpu_count() or 1)
     with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(compile_job, jobs))
     rows = []
     for size in sizes:
         rows += time_shape(size, [settings for *shape, settings in jobs if tuple(shape) == size], arguments)
-        report("gpu_tuning", rows)  # what was measured stays, whatever comes
+        report("gpu_tuning", rows)  # after every shape: an error later loses nothing
 
 
 def shapes() -> list[tuple[int, int]]:
-    """Return both stages of all layers at 1 and 2 bits."""
-    found = []
+    """Return rows and columns of both stages of all layers, at 1 and 2 bits."""
+    stages = []
     for bits in (1.0, 2.0):
         for N, K in layers("llama-2-7b").values():
             R = mid_features_for(bits, K, N) // 32 * 32
-            found += [(R, K), (N, R)]
-    return found
+            stages += [(R, K), (N, R)]
+    return stages
 
 
 def candidates(M: int, N: int, K: int) -> list[dict[str, int]]:
@@ -94,11 +94,11 @@ def candidates(M: int, N: int, K: int) -> list[dict[str, int]]:
 
 
 def kernel_of(settings: dict[str, int]) -> str:
-    return "tables" if "BLOCK_W" in settings else "tensor cores" if settings else "written out"
+    return "tables" if "BLOCK_W" in settings else "tensor cores" if settings else "dequantized"
 
 
 def launch(x: Tensor, words: Tensor, y: Tensor, N: int, K: int, settings: dict[str, Any]) -> None:
-    """Launch the kernel that the settings are of; x is bfloat16 for all but tables."""
+    """Launch the kernel of these settings; x is float32 for tables, bfloat16 for the others."""
     M, ragged = x.shape[0], is_ragged(N)
     match kernel_of(settings):
         case "tables":
@@ -114,13 +114,13 @@ def launch(x: Tensor, words: Tensor, y: Tensor, N: int, K: int, settings: dict[s
 
 
 def activations(M: int, K: int, settings: dict[str, int]) -> Tensor:
-    """Return what a compiled 16-bit model has there: tables of one token sum what the kernel in front left as float32."""
+    """Return activations [M, K] as a compiled 16-bit model has them: float32 for tables, whose producer leaves float32 sums."""
     return torch.randn(M, K, device=DEVICE, dtype=torch.float32 if "BLOCK_W" in settings else torch.bfloat16)
 
 
 def compile_job(job: Job) -> None:
     M, N, K, settings = job
-    with suppress(OutOfResources):  # said when it is timed
+    with suppress(OutOfResources):  # reported when it is timed
         launch(activations(M, K, settings), random_words(N, K), results(M, N, settings), N, K, settings)
     synchronize()
 
@@ -134,7 +134,7 @@ def results(M: int, N: int, settings: dict[str, int]) -> Tensor:
 
 
 def time_shape(size: tuple[int, int, int], every: list[dict[str, int]], arguments: Any) -> list[dict]:
-    """Time all settings of a shape, and cuBLAS, against each other."""
+    """Time all settings of a shape and cuBLAS against each other; print and return a row per setting."""
     M, N, K = size
     many = lambda bytes: 2 if DRY_RUN else max(2, (192 << 20) // bytes)  # noqa: E731
     narrow = activations(M, K, {})

@@ -1,4 +1,4 @@
-"""DoubleBinaryLinear, the eager layer, and the swap of dense layers for it."""
+"""DoubleBinaryLinear, the factored layer, and the swap of dense layers for it."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from dbf_compile.factors import FIRST_STAGE, SIGN_NAMES, TENSOR_NAMES, DoubleBin
 from dbf_compile.ops import double_binary_linear
 from dbf_compile.signs import deinterleave, interleave, interleaved_on
 
-# Name of an empty tensor that a layer may have where other libraries look for a dense weight.
+# Name of an empty tensor that a layer may have in place of the dense weight that other libraries look for.
 WEIGHT_PLACEHOLDER = "weight"
 
 
 class DoubleBinaryLinear(nn.Module):
-    """A linear layer kept as double binary factors.
+    """A linear layer stored as double binary factors.
 
     ``y = scale_out ⊙ (signs_out · (scale_mid ⊙ (signs_in · (scale_in ⊙ x)))) + bias``, x [..., K], y [..., N]
 
-    The five tensors are buffers: they move with the module and lie in its ``state_dict``, but are not trained.
-    Gradients with respect to x and bias are exact. On CPUs and CUDA devices the words of the signs lie interleaved, as the kernels
-    read them; ``state_dict`` and ``factors`` give them row after row as everywhere else.
+    The five tensors are buffers: they move with the module and are in its ``state_dict``, but are not trained. Gradients
+    with respect to x and bias are exact. On CPUs and CUDA devices the words of the signs are interleaved, as kernels read
+    them; ``state_dict`` and ``factors`` have them row by row.
 
     Args:
         factors: the factored weight.
@@ -38,7 +38,9 @@ class DoubleBinaryLinear(nn.Module):
     scale_in: Tensor
     scale_mid: Tensor
     scale_out: Tensor
-    _shares_with: tuple[DoubleBinaryLinear, ...] = ()  # whose first stage this is; in a tuple it is no child
+    _shares_with: tuple[
+        DoubleBinaryLinear, ...
+    ] = ()  # the owner of the first stage; the tuple keeps it from being a child
 
     def __init__(self, factors: DoubleBinaryFactors, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -55,10 +57,10 @@ class DoubleBinaryLinear(nn.Module):
             self.bias = nn.Parameter(bias, requires_grad=bias.requires_grad)
 
     def share_first_stage_(self, owner: DoubleBinaryLinear) -> None:
-        """Take the first stage of ``owner``, in place; this layer's ``state_dict`` leaves it to the owner's.
+        """Share the first stage of ``owner``, in place; it is then in the ``state_dict`` of the owner alone.
 
-        ``load_state_dict(assign=True)`` of a model that holds both hands the owner's new tensors on, if the owner comes
-        first in the model, and both layers are of one device and dtype.
+        ``load_state_dict(assign=True)`` of a model with both layers shares the owner's new tensors again, if the owner
+        comes first in the model and both layers have one device and dtype.
         """
         for name in FIRST_STAGE:
             self.register_buffer(name, getattr(owner, name), persistent=False)
@@ -84,16 +86,16 @@ class DoubleBinaryLinear(nn.Module):
 
     @property
     def factors(self) -> DoubleBinaryFactors:
-        """The five tensors, checked; signs row after row."""
+        """The five tensors, checked; signs row by row."""
         tensors = {name: getattr(self, name) for name in TENSOR_NAMES}
         if self.interleaved:
             tensors |= {name: deinterleave(tensors[name]) for name in SIGN_NAMES}
         return DoubleBinaryFactors(**tensors)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output [..., N] for x [..., K], in the dtype a dense layer would give."""
+        """Return the output [..., N] for x [..., K], in the dtype that a dense layer would return."""
         device, dtype = x.device.type, x.dtype
-        # Autocast knows no meta device, and leaves float64 alone. (Dynamo cannot ask torch.amp before torch 2.12.)
+        # Autocast has no meta device and ignores float64. Before torch 2.12, Dynamo does not trace torch.amp's own query.
         if dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         return double_binary_linear(
@@ -109,34 +111,34 @@ class DoubleBinaryLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DoubleBinaryLinear:
-        # The model passes the same function to all its layers: what they share, they go on sharing.
+        # A model passes the same function to all its layers; so shared tensors stay shared.
         super()._apply(lambda tensor: _once(fn, tensor), recurse)  # type: ignore[no-untyped-call]
         self._follow_device()
         return self
 
     def _follow_device(self) -> None:
-        """Put the words of the signs in the order of the device that they are on."""
-        wanted = interleaved_on(self.scale_in.device)
-        if wanted != self.interleaved:
+        """Reorder the words of the signs as their device needs them."""
+        interleaved = interleaved_on(self.scale_in.device)
+        if interleaved != self.interleaved:
             for name in SIGN_NAMES:
-                setattr(self, name, _once(interleave if wanted else deinterleave, getattr(self, name)))
-            self.interleaved = wanted
+                setattr(self, name, _once(interleave if interleaved else deinterleave, getattr(self, name)))
+            self.interleaved = interleaved
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.interleaved:
-            kept = [prefix + name for name in SIGN_NAMES if prefix + name in destination]
-            destination |= {key: deinterleave(destination[key]) for key in kept}
+            keys = [prefix + name for name in SIGN_NAMES if prefix + name in destination]
+            destination |= {key: deinterleave(destination[key]) for key in keys}
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        # load_state_dict hands over a copy of the user's dictionary.
+        # state_dict is a copy of the user's dictionary.
         for key in (prefix + name for name in SIGN_NAMES):
             if self.interleaved and key in state_dict and state_dict[key].dim() == 2:
                 state_dict[key] = interleave(state_dict[key])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        # With assign=True tensors are other ones than before, maybe on another device.
+        # assign=True replaces tensors, maybe by tensors on another device.
         for owner in self._shares_with:
             theirs, own = owner.scale_in, self.scale_out
             if (theirs.device, theirs.dtype) == (own.device, own.dtype):
@@ -151,19 +153,19 @@ class DoubleBinaryLinear(nn.Module):
         )
 
 
-# Tensor -> its version, the last function that was applied to it, and the result.
+# Tensor -> (its version, the last function applied to it, the result).
 _applied: MutableMapping[Tensor, tuple[int, weakref.ref[Callable[[Tensor], Tensor]], Tensor]]
 _applied = WeakTensorKeyDictionary()
 
 
 def _once(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """Return ``function(tensor)``, the same object when asked again: layers that share a first stage go on sharing it."""
+    """Return ``function(tensor)``; the same call returns the same object, so that layers go on sharing a first stage."""
     version = 0 if tensor.is_inference() else tensor._version
-    known = _applied.get(tensor)
-    if known is not None and known[0] == version and known[1]() is function:
-        return known[2]
+    last = _applied.get(tensor)
+    if last is not None and last[0] == version and last[1]() is function:
+        return last[2]
     result = function(tensor)
-    if result is not tensor:  # else the entry would keep its own key alive
+    if result is not tensor:  # an entry must not keep its own key alive
         _applied[tensor] = (version, weakref.ref(function), result)
     return result
 
@@ -175,10 +177,10 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def dense_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the linear layers of ``model`` by name, in order: ``nn.Linear`` itself and Conv1D of GPT-2.
+    """Return the dense linear layers of ``model`` by name, in order: ``nn.Linear`` and Conv1D of GPT-2.
 
-    Subclasses of ``nn.Linear`` are left out, since they may compute something else; so are parametrized layers.
-    A layer that is reachable under several names is listed once, under the first.
+    Subclasses of ``nn.Linear``, parametrized layers among them, may compute something else and are left out. A layer with
+    several names is listed once, under the first.
     """
     return {
         name: module
@@ -209,7 +211,7 @@ def swap_(model: nn.Module, factors: Mapping[str, DoubleBinaryFactors]) -> nn.Mo
             Nothing is replaced then.
     """
     layers = dense_linears(model)
-    for name, made in factors.items():
+    for name, layer_factors in factors.items():
         if name not in layers:
             raise ConversionError(
                 f"factors for {name!r}, which is no dense linear layer of {type(model).__name__}",
@@ -217,17 +219,17 @@ def swap_(model: nn.Module, factors: Mapping[str, DoubleBinaryFactors]) -> nn.Mo
                 "check that the checkpoint belongs to this model",
             )
         expected = tuple(dense_weight(layers[name]).shape)
-        if (made.out_features, made.in_features) != expected:
+        if (layer_factors.out_features, layer_factors.in_features) != expected:
             raise ConversionError(
-                f"factors of shape {(made.out_features, made.in_features)} for {name!r}",
+                f"factors of shape {(layer_factors.out_features, layer_factors.in_features)} for {name!r}",
                 f"{expected}, the shape of its weight",
                 "check that the checkpoint belongs to this model",
             )
     moved = move_factors(factors, {name: dense_weight(layers[name]).device for name in factors})
-    for name, made in moved.items():
+    for name, layer_factors in moved.items():
         dense = layers[name]
         bias = dense.bias
-        factored = DoubleBinaryLinear(made, bias if isinstance(bias, Tensor) else None)
+        factored = DoubleBinaryLinear(layer_factors, bias if isinstance(bias, Tensor) else None)
         factored.train(dense.training)
         if name == "":
             return factored
@@ -236,7 +238,7 @@ def swap_(model: nn.Module, factors: Mapping[str, DoubleBinaryFactors]) -> nn.Mo
 
 
 def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` in the place of ``old``, in place: a shared layer hangs under several parents, which all must see it."""
+    """Replace ``old`` by ``new`` under all its parents, in place; a shared layer has several."""
     for parent in model.modules():
         for child_name, child in parent._modules.items():
             if child is old:

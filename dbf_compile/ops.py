@@ -5,16 +5,16 @@
     dbf::sign_matmul_transposed(g, signs, cols, interleaved)
         g_x[..., k] = Σ_n signs[n, k] · g[..., n]
     dbf::double_binary_linear(x, signs_in, signs_out, scale_in, scale_mid, scale_out, bias?, dtype?, interleaved, fast)
-        the first twice: what compiled graphs call for a whole layer on the CPU
+        sign_matmul twice: compiled graphs call it for a whole layer on the CPU
     dbf::sign_matmul_group(x, signs, in_scale?, fast)
-        the first for several sign matrices, interleaved, one result behind the other: what compiled graphs call for
-        siblings on GPUs
+        sign_matmul for several interleaved sign matrices, results side by side: compiled graphs call it for layers of one
+        input on GPUs
 
-Sums are as exact as float32 ones (float64 for float64), whatever the dtype of x; ``fast`` allows a relative error of
-1e-4. More than 16 tokens on a GPU go through tensor cores, which in a 16-bit model read the scaled activations in its
-dtype, as they do for dense layers; from 129 tokens on out_scale is rounded to it, too. Else scales and bias multiply and
-shift activations only. ``interleaved`` says how the words of signs lie: see
-:mod:`dbf_compile.signs`. On a GPU other words are copied into that order at every call.
+Sums are as exact as in float32 (float64 for float64 x), whatever the dtype of x; ``fast`` allows a relative error of 1e-4.
+On a GPU, more tokens than ``regimes.DECODE_TOKENS`` go through tensor cores. In a 16-bit model these read the scaled
+activations in the model's dtype, as for dense layers; above ``regimes.FUSED_TOKENS`` out_scale is rounded to it, too.
+``interleaved`` says that the words of signs are interleaved, see :mod:`dbf_compile.signs`; on a GPU, other words are
+interleaved at every call.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _check(x: Tensor, signs: Tensor, in_scale: _Vector, out_scale: _Vector, bias
         raise KernelInputError(
             f"activations of shape {tuple(x.shape)} for in_features={in_scale.numel()}",
             f"[..., {in_scale.numel()}]",
-            "check what feeds the layer",
+            "check the output of the layer before this one",
         )
     if signs.dtype != torch.int32 or signs.dim() != 2 or signs.shape[1] != words_per_row(columns):
         raise KernelInputError(
@@ -167,7 +167,7 @@ def _transposed_fake(g: Tensor, signs: Tensor, cols: int, interleaved: bool = Fa
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, signs, in_scale, out_scale, bias, _, ctx.interleaved, _ = inputs
-    # Only gradients of scales need the activations again.
+    # Only the gradients of scales need the activations.
     needs_x = any(scale is not None and scale.requires_grad for scale in (in_scale, out_scale))
     ctx.save_for_backward(signs, in_scale, out_scale, x if needs_x else None)
     ctx.cols, ctx.dtypes = (
@@ -179,7 +179,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     signs, in_scale, out_scale, x = ctx.saved_tensors
     x_dtype, in_dtype, out_dtype, bias_dtype = ctx.dtypes
-    # Arguments left at their defaults are not counted.
+    # needs_input_grad has no entries for arguments that were left at their defaults.
     needs_x, _, needs_in, needs_out, needs_bias = (*ctx.needs_input_grad, False, False, False)[:5]
     wide = accumulator_dtype(x_dtype)
     g = grad.to(wide)
@@ -222,14 +222,15 @@ def _transposed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _group(x: Tensor, signs: list[Tensor], in_scale: _Vector = None, fast: bool = False) -> Tensor:
     return torch.cat(
-        [torch.ops.dbf.sign_matmul(x, one, in_scale, interleaved=True, fast=fast) for one in signs], dim=-1
+        [torch.ops.dbf.sign_matmul(x, matrix, in_scale, interleaved=True, fast=fast) for matrix in signs],
+        dim=-1,
     )
 
 
 def _group_fake(x: Tensor, signs: list[Tensor], in_scale: _Vector = None, fast: bool = False) -> Tensor:
-    for one in signs:
-        _check(x, one, in_scale, None, None)
-    rows = sum(one.shape[0] for one in signs)
+    for matrix in signs:
+        _check(x, matrix, in_scale, None, None)
+    rows = sum(matrix.shape[0] for matrix in signs)
     return x.new_empty((*x.shape[:-1], rows), dtype=accumulator_dtype(x.dtype))
 
 
@@ -259,7 +260,7 @@ def double_binary_linear(
     interleaved: bool = False,
     fast: bool = False,
 ) -> Tensor:
-    """Apply a factored linear layer; the one place where the two stages and the three scales meet.
+    """Apply a factored linear layer: two products with signs, and three scales.
 
     ``y = scale_out ⊙ (signs_out · (scale_mid ⊙ (signs_in · (scale_in ⊙ x)))) + bias``
 
@@ -271,18 +272,18 @@ def double_binary_linear(
         scale_mid: floating point [R].
         scale_out: floating point [N].
         bias: floating point [N], or None.
-        dtype: dtype of the result; None for float32 (float64 for float64 ``x``), as all between is; but in a compiled
-            16-bit model on a GPU, what more than 16 tokens have between the products has its dtype.
-        interleaved: whether the words of both sign matrices lie interleaved.
-        fast: allow a relative error of 1e-4 where that takes less time.
+        dtype: of the result; None for float32 (float64 for float64 ``x``). Values between the products are float32 or
+            float64, but of 16 bits for many tokens in a compiled 16-bit model on a GPU.
+        interleaved: whether the words of both sign matrices are interleaved.
+        fast: allow a relative error of 1e-4 if that is faster.
 
     Returns:
         [..., N] of ``dtype``.
 
     Raises:
-        KernelInputError: ``x`` is not floating point, or sizes do not fit together.
+        KernelInputError: ``x`` is not floating point, sizes do not match, or tensors are on several devices.
     """
-    # Kernels on GPUs scale a sum once, before they write it; the CPU's scale activations while they make tables.
+    # A GPU kernel scales each sum once, before it writes it; the CPU kernel scales activations as it builds its LUTs.
     after, before = (scale_mid, None) if x.device.type == "cuda" else (None, scale_mid)
     h = torch.ops.dbf.sign_matmul(x, signs_in, scale_in, after, interleaved=interleaved, fast=fast)
     result: Tensor = torch.ops.dbf.sign_matmul(
@@ -291,5 +292,5 @@ def double_binary_linear(
     return result
 
 
-# Its gradients are those of the two products.
+# Its gradients are those of its two products.
 _library.impl("double_binary_linear", double_binary_linear, "CompositeImplicitAutograd")

@@ -1,18 +1,18 @@
-"""The bit layout of a sign matrix; nobody else packs or unpacks.
+"""The bit layout of a sign matrix, and the only code that packs and unpacks it.
 
-A matrix of ±1 with ``cols`` columns is kept as int32 words, one row after the other:
+A matrix of ±1 with ``cols`` columns is stored as int32 words, row by row:
 
     column   0  1  2  …  31 | 32 33  …  63 | 64 …           bit 1 = +1, bit 0 = -1
     word     0              |  1           |  2              column c is bit c % 32 of word c // 32
     bit      0  1  2  …  31 |  0  1  …  31 |  0 …            (least significant bit first)
 
-Bits past the last column are 0, so that equal matrices have equal words.
+Bits past the last column are 0: equal matrices have equal words.
 
-Kernels read 16 rows at once. For them the words of every full block of 16 rows are kept interleaved, word 0 of all
-16 rows, then word 1 of all 16, and so on; the rows behind the last full block stay one after the other:
+Kernels read 16 rows at once. For them the words of every full block of 16 rows are interleaved: word 0 of all 16 rows,
+then word 1 of all 16, and so on. The rows of an incomplete last block stay stored one by one:
 
     rows     0 … 15                                     | 16 … 31 | … | the last rows % 16
-    words    (0,0) (1,0) … (15,0) (0,1) (1,1) … (15,W)  | …       | … | as above            (row, word)
+    words    (0,0) (1,0) … (15,0) (0,1) (1,1) … (15,W)  | …       | … | row by row          (row, word)
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def pack_signs(signs: Tensor) -> Tensor:
         WORD_BITS, device=signs.device
     )
     words = (bits.view(rows, count, WORD_BITS) * place).sum(-1)
-    # int64 -> int32 wraps modulo 2^32, which is the reinterpretation wanted here.
+    # Reinterpret unsigned 32-bit numbers as int32.
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32).contiguous()
 
 
@@ -70,9 +70,9 @@ def unpack_signs(words: Tensor, cols: int, dtype: torch.dtype = torch.float32) -
     """Unpack 32-bit words into a matrix of ±1: ``[rows, ceil(cols / 32)]`` to ``[rows, cols]``.
 
     Args:
-        words: int32, shape [rows, ceil(cols / 32)], as made by :func:`pack_signs`.
-        cols: number of columns; the bits behind them are ignored.
-        dtype: dtype of the result.
+        words: int32, shape [rows, ceil(cols / 32)], as :func:`pack_signs` returns them.
+        cols: number of columns; the bits past the last one are ignored.
+        dtype: of the result.
 
     Raises:
         SignsError: wrong dtype or number of words for ``cols`` columns.
@@ -84,27 +84,27 @@ def unpack_signs(words: Tensor, cols: int, dtype: torch.dtype = torch.float32) -
 
 
 def interleaved_on(device: torch.device) -> bool:
-    """Return whether layers and compiled graphs keep packed words interleaved on a device."""
+    """Return whether layers and compiled graphs hold interleaved words on a device."""
     return device.type in ("cpu", "cuda")
 
 
 def is_ragged(rows: int) -> bool:
-    """Return whether rows are left behind the last full block, which lie one after the other where others are interleaved."""
+    """Return whether the last 16-row block is incomplete; its rows are stored one by one."""
     return rows % BLOCK_ROWS != 0
 
 
 def interleave(words: Tensor) -> Tensor:
-    """Return packed words [rows, W] in the order that kernels read; same shape, every word once."""
+    """Return packed words [rows, W] in the interleaved order that kernels read, in the same shape."""
     return _reordered(words, BLOCK_ROWS, words.shape[1])
 
 
 def deinterleave(words: Tensor) -> Tensor:
-    """Return packed words [rows, W] row after row; undoes :func:`interleave`."""
+    """Return interleaved words [rows, W] row by row; the inverse of :func:`interleave`."""
     return _reordered(words, words.shape[1], BLOCK_ROWS)
 
 
 def _reordered(words: Tensor, outer: int, inner: int) -> Tensor:
-    """Return a copy in which every full block of rows, seen as [outer, inner], is transposed."""
+    """Return a copy in which every full block of rows, viewed as [outer, inner], is transposed."""
     full = words.shape[0] - words.shape[0] % BLOCK_ROWS
     blocks = full // BLOCK_ROWS
     result = torch.empty_like(words, memory_format=torch.contiguous_format)
@@ -124,7 +124,7 @@ def check_words(words: Tensor, cols: int) -> None:
 
 
 def padding_is_zero(words: Tensor, cols: int) -> bool:
-    """Return whether the bits behind the last of ``cols`` columns are all 0."""
+    """Return whether the bits past the last of ``cols`` columns are all 0."""
     used = cols % WORD_BITS
     if used == 0 or words.numel() == 0:
         return True

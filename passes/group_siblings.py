@@ -1,10 +1,10 @@
-"""Let products of few tokens with several sign matrices be one launch on a GPU.
+"""Group products of few tokens with several sign matrices into one launch on a GPU.
 
     sign_matmul(x, signs_q, in_scale, ...), sign_matmul(x, signs_k, in_scale, ...), ...
         ->  y = sign_matmul_group(x, [signs_q, signs_k, ...], in_scale);  y[..., q rows] · out_scale_q + bias_q, ...
 
-These are the second stages of layers that were factored as one: q, k and v, gate and up. A launch takes longer than such
-a product. Runs on the graph that Inductor is about to lower, where gradients are no question any more.
+Such products are the second stages of layers that were factored as one: q, k and v, or gate and up. A launch takes longer
+than one of them. Runs on the graph that Inductor is about to lower, which needs no gradients.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from dbf_compile.kernels.sign_matmul.reference import DECODE_TOKENS
+from dbf_compile.kernels.sign_matmul.regimes import is_decode
 from dbf_compile.passes.graph import (
     SIGN_MATMUL,
     WeightSource,
@@ -28,7 +28,7 @@ from dbf_compile.passes.graph import (
     storage_of,
 )
 
-MOST = 4  # matrices in one launch
+MOST = 4  # sign matrices in one launch
 
 
 def group_siblings(graph: Graph, source: WeightSource | None = None) -> int:
@@ -45,8 +45,9 @@ def group_siblings(graph: Graph, source: WeightSource | None = None) -> int:
     siblings: dict[Hashable, list[Node]] = {}
     for node in graph.nodes:
         if can_group_siblings(node, written):
-            given = arguments_of(node)
-            siblings.setdefault((given["x"], given["in_scale"], given["fast"]), []).append(node)
+            arguments = arguments_of(node)
+            key = (arguments["x"], arguments["in_scale"], arguments["fast"])
+            siblings.setdefault(key, []).append(node)
     saved = 0
     for nodes in siblings.values():
         for first in range(0, len(nodes), MOST):
@@ -55,37 +56,38 @@ def group_siblings(graph: Graph, source: WeightSource | None = None) -> int:
 
 
 def can_group_siblings(node: Node, written: set[Hashable]) -> bool:
-    """Return whether ``node`` is a product of few tokens on a GPU, of memory that nobody writes to."""
+    """Return whether ``node`` is a product of few tokens on a GPU, and the graph writes to none of its inputs."""
     if node.target not in SIGN_MATMUL:
         return False
-    given = arguments_of(node)
-    x = example_value(given["x"])
+    arguments = arguments_of(node)
+    x = example_value(arguments["x"])
     tokens = math.prod(x.shape[:-1])
-    if not on_gpu(x) or x.dtype == torch.float64 or not given["interleaved"]:
+    if not on_gpu(x) or x.dtype == torch.float64 or not arguments["interleaved"]:
         return False
-    if not isinstance(tokens, int) or not 0 < tokens <= DECODE_TOKENS:
+    if not is_decode(tokens) or tokens == 0:
         return False
-    # The first of the siblings reads the signs of all.
-    return given["signs"].op == "placeholder" and all(
+    # The group stands where the first sibling stood, and reads the signs of all.
+    return arguments["signs"].op == "placeholder" and all(
         storage_of(item) not in written for item in node.all_input_nodes
     )
 
 
 def _group(nodes: list[Node]) -> int:
+    """Replace siblings by one group, and return the number of launches saved."""
     if len(nodes) < 2:
         return 0
-    given = [arguments_of(node) for node in nodes]
-    signs = [one["signs"] for one in given]
-    x, in_scale, fast = given[0]["x"], given[0]["in_scale"], given[0]["fast"]
-    together = _emit(nodes[0], torch.ops.dbf.sign_matmul_group.default, x, signs, in_scale, fast)
+    arguments = [arguments_of(node) for node in nodes]
+    signs = [own["signs"] for own in arguments]
+    x, in_scale, fast = (arguments[0][name] for name in ("x", "in_scale", "fast"))
+    group = _emit(nodes[0], torch.ops.dbf.sign_matmul_group.default, x, signs, in_scale, fast)
     first = 0
-    for node, one in zip(nodes, given, strict=True):
-        rows = example_value(one["signs"]).shape[0]
-        y = _emit(node, torch.ops.aten.slice.Tensor, together, -1, first, first + rows)
+    for node, own in zip(nodes, arguments, strict=True):
+        rows = example_value(own["signs"]).shape[0]
+        y = _emit(node, torch.ops.aten.slice.Tensor, group, -1, first, first + rows)
         first += rows
         for vector, op in (
-            (one["out_scale"], torch.ops.aten.mul.Tensor),
-            (one["bias"], torch.ops.aten.add.Tensor),
+            (own["out_scale"], torch.ops.aten.mul.Tensor),
+            (own["bias"], torch.ops.aten.add.Tensor),
         ):
             if vector is not None:
                 y = _emit(node, op, y, _cast(node, vector, torch.float32))

@@ -1,8 +1,8 @@
 """The entry point: ``torch.compile(model, backend="dbf", options={...})``.
 
-The factors of dense weights reach the compiled code as extra inputs. Dynamo guards neither the identity nor the
-content of parameters, and several instances of one block share one compiled graph; so every call checks whose
-weights it got, and whether they have changed since they were factored.
+The factors of dense weights are extra inputs of the compiled code. Dynamo guards neither the identity nor the content of
+parameters, and several instances of one block share a compiled graph. So every call checks that its weights are the ones
+that were factored, and that they have not changed since.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from dbf_compile.compiler import dynamo, inductor, lowerings
 from dbf_compile.compression.layers import LayerFactorizer
 from dbf_compile.errors import ConversionError, TrainingError
 from dbf_compile.factors import SIGN_NAMES, DoubleBinaryFactors
-from dbf_compile.hashes import source_hash, tensor_hash
-from dbf_compile.kernels.sign_matmul import cpu_kernel
-from dbf_compile.options import CompileOptions, parse
+from dbf_compile.hashes import tensor_hash
+from dbf_compile.options import CompileOptions
 from dbf_compile.passes.graph import FactorNodes, Weight, example_value, is_tensor
 from dbf_compile.passes.pipeline import run_pipeline, run_post_grad_pipeline
+from dbf_compile.records import parse
 from dbf_compile.signs import interleave, interleaved_on
 
 _log = logging.getLogger(__name__)
@@ -43,16 +43,16 @@ def dbf(
 
     Args:
         gm: the graph that Dynamo captured.
-        example_inputs: its inputs; parameters among them are the real ones.
-        mode: mode of Inductor.
+        example_inputs: of the graph; parameters among them are real tensors.
+        mode: of Inductor, as of ``torch.compile``.
         options: fields of ``CompileOptions``.
 
     Returns:
         The compiled graph, with the signature of ``gm``.
 
     Raises:
-        OptionError: an unknown or ill-typed option.
-        TrainingError: a gradient is wanted for a dense weight that would be factored.
+        OptionError: an unknown option, or one of a wrong type or value.
+        TrainingError: a dense weight that would be factored requires a gradient.
     """
     settings = parse(CompileOptions, options or {})
     patches = {**inductor.mode_settings(mode or settings.mode), **settings.inductor}
@@ -71,21 +71,21 @@ def dbf(
 
 
 def _reset() -> None:
-    _made.clear()
+    _factored.clear()
     inductor.reset()
 
 
-dbf.reset = _reset  # type: ignore[attr-defined]  # called by torch.compiler.reset()
+dbf.reset = _reset  # type: ignore[attr-defined]  # torch.compiler.reset() calls it
 
 
 class _Stack(NamedTuple):
-    """Weights at fixed positions among the inputs that are factored as one.
+    """Weights that are factored as one, at fixed positions among the inputs.
 
     Args:
         names: of the layers.
         positions: of the weights among the inputs.
-        transposed: of each weight, whether it is stored as [K, N].
-        identity: of all else that decides on the factors.
+        transposed: for each weight, whether it is stored as [K, N].
+        identity: a key of everything else that determines the factors.
     """
 
     names: tuple[str, ...]
@@ -101,15 +101,15 @@ class _Stack(NamedTuple):
         return [weight.detach().T if transposed else weight.detach() for weight, transposed in pairs]
 
 
-class _Seen:
-    """The weights that factors were made of: identity, version and address of each."""
+class _Snapshot:
+    """Which weights were factored, and in which state: identity, version and address of each."""
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
         self._references = [weakref.ref(weight) for weight in weights]
         self._marks = [_mark(weight) for weight in weights]
 
-    def are(self, weights: Sequence[Tensor]) -> bool:
-        """Return whether ``weights`` are these very tensors with their content of then."""
+    def matches(self, weights: Sequence[Tensor]) -> bool:
+        """Return whether ``weights`` are the same tensors, unchanged."""
         return all(
             reference() is weight and _mark(weight) == mark
             for weight, reference, mark in zip(weights, self._references, self._marks, strict=True)
@@ -117,62 +117,70 @@ class _Seen:
 
 
 def _mark(weight: Tensor) -> tuple[int, int]:
-    # Tensors made under inference_mode have no version.
+    # Tensors of inference_mode have no version.
     return (0 if weight.is_inference() else weight._version, weight.data_ptr())
 
 
-class _Made(NamedTuple):
-    """Factors as the compiled code reads them, and the weights that they were made of."""
+class _Factored(NamedTuple):
+    """Factors as the compiled code reads them, and the weights that were factored."""
 
-    of: _Seen
+    weights: _Snapshot
     tensors: dict[str, Tensor]
     interleaved: bool
 
     @staticmethod
-    def from_factors(of: _Seen, factors: DoubleBinaryFactors) -> _Made:
+    def from_factors(weights: _Snapshot, factors: DoubleBinaryFactors) -> _Factored:
         tensors = factors.tensors()
         interleaved = interleaved_on(factors.scale_in.device)
         if interleaved:
             tensors |= {name: interleave(tensors[name]) for name in SIGN_NAMES}
-        return _Made(of, tensors, interleaved)
+        return _Factored(weights, tensors, interleaved)
 
 
-# first weight -> identity of the stack -> factors. The backend is called several times for one weight: prefill, decode,
-# new shapes, restarts of Dynamo's analysis, other instances of a block.
-_made: MutableMapping[Tensor, dict[str, _Made]] = WeakTensorKeyDictionary()
+# First weight of a stack -> identity of the stack -> factors. Dynamo calls the backend several times for one weight: for
+# prefill and decode, for new shapes, for other instances of a block, and when it restarts its analysis.
+_factored: MutableMapping[Tensor, dict[str, _Factored]] = WeakTensorKeyDictionary()
 
 
-def _make(
+def _factor(
     factorizer: LayerFactorizer, stacks: Sequence[_Stack], inputs: Sequence[Any], changed: bool = False
-) -> list[_Made]:
-    """Return the factors of all stacks, made now where the weights were not seen before."""
+) -> list[_Factored]:
+    """Return the factors of all stacks; factor those whose weights are new.
+
+    Args:
+        factorizer: makes factors.
+        stacks: of the graph.
+        inputs: of the graph.
+        changed: the graph was compiled with other weights.
+    """
     missing = []
     for stack in stacks:
-        known = _made.get(stack.weights(inputs)[0], {}).get(stack.identity)
-        if known is None or not known.of.are(stack.weights(inputs)):
+        cached = _factored.get(stack.weights(inputs)[0], {}).get(stack.identity)
+        if cached is None or not cached.weights.matches(stack.weights(inputs)):
             missing.append(stack)
     if changed:
         for stack in missing:
             _refuse_or_warn(factorizer, stack)
-    seen = [_Seen(stack.weights(inputs)) for stack in missing]
+    snapshots = [_Snapshot(stack.weights(inputs)) for stack in missing]
     factors = factorizer.make([(stack.names, stack.dense(inputs)) for stack in missing])
-    for stack, of, made in zip(missing, seen, factors, strict=True):
-        _made.setdefault(stack.weights(inputs)[0], {})[stack.identity] = _Made.from_factors(of, made)
-    return [_made[stack.weights(inputs)[0]][stack.identity] for stack in stacks]
+    for stack, snapshot, stack_factors in zip(missing, snapshots, factors, strict=True):
+        by_identity = _factored.setdefault(stack.weights(inputs)[0], {})
+        by_identity[stack.identity] = _Factored.from_factors(snapshot, stack_factors)
+    return [_factored[stack.weights(inputs)[0]][stack.identity] for stack in stacks]
 
 
 def _refuse_or_warn(factorizer: LayerFactorizer, stack: _Stack) -> None:
     if factorizer.is_ready(stack.names):
         raise ConversionError(
-            f"another weight for {' + '.join(stack.names)} than at compilation, while its factors came from a checkpoint",
-            "the weights that were there at compilation",
+            f"another weight for {' + '.join(stack.names)} than at compilation, and factors from a checkpoint",
+            "the weights of the compilation",
             "compile again, or convert the model with dbf_compile.convert_(model, dbf_compile.load(path))",
         )
     _log.warning("%s: the weight is another one than at compilation; factoring it", " + ".join(stack.names))
 
 
 class _GraphWeights:
-    """The weights of one graph, as the passes see them."""
+    """The weights of one graph: what passes ask, and the inputs that the factors add to the graph."""
 
     def __init__(self, gm: GraphModule, inputs: Sequence[Any], factorizer: LayerFactorizer) -> None:
         self._graph, self._inputs, self._factorizer = gm.graph, inputs, factorizer
@@ -188,9 +196,9 @@ class _GraphWeights:
             if inputs[position].requires_grad and any(_wants_grad(user) for user in node.users)
         }
         self.stacks: list[_Stack] = []
-        self.extra: list[tuple[int, str]] = []  # per extra input: which stack, which of its tensors
+        self.extra: list[tuple[int, str]] = []  # of each added input: index of the stack, name of the tensor
         self.fake_inputs: list[Tensor] = []
-        self.made: list[_Made] = []
+        self.factored: list[_Factored] = []
 
     def is_constant(self, node: Node) -> bool:
         return node in self._positions
@@ -209,30 +217,29 @@ class _GraphWeights:
             positions = tuple(self._positions[weight.node] for weight in weights)
             transposed = tuple(weight.transposed for weight in weights)
             self.stacks.append(_Stack(names, positions, transposed, self._factorizer.identity(names)))
-        self.made = _make(self._factorizer, self.stacks, self._inputs)
-        return [self._add_inputs(index, made) for index, made in enumerate(self.made)]
+        self.factored = _factor(self._factorizer, self.stacks, self._inputs)
+        return [self._add_inputs(index, factored) for index, factored in enumerate(self.factored)]
 
-    def _add_inputs(self, index: int, made: _Made) -> FactorNodes:
+    def _add_inputs(self, index: int, factored: _Factored) -> FactorNodes:
         nodes: dict[str, Node] = {}
-        for name, tensor in made.tensors.items():
+        for name, tensor in factored.tensors.items():
             node, fake = dynamo.add_static_input(self._graph, f"dbf_{index}_{name}", tensor)
             nodes[name] = node
             self.fake_inputs.append(fake)
             self.extra.append((index, name))
-        return FactorNodes(**nodes, interleaved=made.interleaved)
+        return FactorNodes(**nodes, interleaved=factored.interleaved)
 
     def fingerprint(self) -> str:
-        """Return a hash of the package's sources and of all factors."""
-        digest = hashlib.sha256(source_hash("dbf_compile").encode())
-        digest.update(repr(cpu_kernel.available()).encode())
-        for made in self.made:
-            for tensor in made.tensors.values():
+        """Return a hash of all factors, and of what lowered programs depend on."""
+        digest = hashlib.sha256(lowerings.fingerprint().encode())
+        for factored in self.factored:
+            for tensor in factored.tensors.values():
                 digest.update(tensor_hash(tensor))
         return digest.hexdigest()
 
 
 class _CheckedCall:
-    """Calls the compiled graph with the factors of the very weights that it is called with."""
+    """Calls the compiled graph with the factors of the weights of this call."""
 
     def __init__(
         self, compiled: Callable[..., Any], weights: _GraphWeights, factorizer: LayerFactorizer
@@ -244,21 +251,21 @@ class _CheckedCall:
         self._requires_grad = [
             any(w.requires_grad for w in stack.weights(weights._inputs)) for stack in weights.stacks
         ]
-        self._use(weights.made)
+        self._use(weights.factored)
 
-    def _use(self, made: list[_Made]) -> None:
-        self._made = made
-        self._tensors = [made[index].tensors[name] for index, name in self._extra]
+    def _use(self, factored: list[_Factored]) -> None:
+        self._factored = factored
+        self._tensors = [factored[index].tensors[name] for index, name in self._extra]
 
     def __call__(self, *inputs: Any) -> Any:
-        fresh = True
-        for stack, made, required in zip(self._stacks, self._made, self._requires_grad, strict=True):
+        unchanged = True
+        for stack, factored, required in zip(self._stacks, self._factored, self._requires_grad, strict=True):
             weights = stack.weights(inputs)
             if self._grad_mode and not required and any(weight.requires_grad for weight in weights):
                 raise _training_error(" + ".join(stack.names))
-            fresh = fresh and made.of.are(weights)
-        if not fresh:
-            self._use(_make(self._factorizer, self._stacks, inputs, changed=True))
+            unchanged = unchanged and factored.weights.matches(weights)
+        if not unchanged:
+            self._use(_factor(self._factorizer, self._stacks, inputs, changed=True))
         return self._compiled(*inputs, *self._tensors)
 
 
@@ -274,5 +281,5 @@ def _training_error(name: str) -> TrainingError:
     return TrainingError(
         f"a gradient wanted for the dense weight of {name!r}, which the compiled code does not read",
         "weights without requires_grad, or calls under torch.no_grad() or torch.inference_mode()",
-        "call model.requires_grad_(False) first; gradients with respect to activations then still work",
+        "call model.requires_grad_(False) first; gradients of activations still work",
     )

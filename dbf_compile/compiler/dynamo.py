@@ -18,10 +18,10 @@ from torch.fx import Graph, GraphModule, Node
 
 
 def copy_graph(gm: GraphModule) -> GraphModule:
-    """Return a copy that may be rewritten; Dynamo goes on reading the nodes of its own graph after the backend."""
+    """Return a copy to rewrite; Dynamo still reads the nodes of its own graph after the backend returned."""
     graph, copied = Graph(), dict[Node, Node]()
     graph.output(graph.graph_copy(gm.graph, copied))
-    copy = GraphModule(gm, graph)  # takes over the submodules that the graph names, as bodies of torch.cond
+    copy = GraphModule(gm, graph)  # with the submodules that the graph names, such as bodies of torch.cond
     copy.meta = dict(gm.meta)
     for old, new in copied.items():
         if hasattr(old, "_dynamo_source"):
@@ -33,7 +33,7 @@ def copy_graph(gm: GraphModule) -> GraphModule:
 
 
 def symbolic_sizes() -> AbstractContextManager[Any]:
-    """Return a context in which torch functions take fake tensors of symbolic sizes; as of torch 2.13 they do anyway."""
+    """Return a context in which torch functions take fake tensors of symbolic sizes; torch 2.13 needs none."""
     return enable_python_dispatcher() if torch.__version__ < "2.13" else nullcontext()
 
 
@@ -44,7 +44,7 @@ def is_static_input(node: Node) -> bool:
 
 
 def is_real(value: object) -> bool:
-    """Return whether ``value`` is a tensor with memory behind it."""
+    """Return whether ``value`` is a tensor with data, neither fake nor on the meta device."""
     return isinstance(value, Tensor) and not isinstance(value, FakeTensor) and value.device.type != "meta"
 
 
@@ -57,17 +57,17 @@ def qualified_name(node: Node) -> str:
 
 
 def add_static_input(graph: Graph, name: str, tensor: Tensor) -> tuple[Node, Tensor]:
-    """Append a placeholder for a tensor that is passed at every call, as Dynamo passes parameters.
+    """Append a placeholder for a tensor that every call passes, as Dynamo passes parameters.
 
     Returns:
-        The placeholder, and the fake tensor to compile with; a real one would get dynamic shapes.
+        The placeholder, and the fake tensor to compile with: a real one would get dynamic shapes.
     """
     placeholders = graph.find_nodes(op="placeholder")
     with graph.inserting_after(placeholders[-1]):
         node = graph.placeholder(name)
     node._dynamo_source = None
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-    # Dynamo traced under one fake mode and compiles under another: nodes live in the first, inputs in the second.
+    # Dynamo traces under one fake mode and compiles under another: nodes belong to the first, inputs to the second.
     traced = next(
         value for item in placeholders if isinstance(value := item.meta.get("example_value"), FakeTensor)
     )
@@ -78,6 +78,6 @@ def add_static_input(graph: Graph, name: str, tensor: Tensor) -> tuple[Node, Ten
 
 
 def _fake_like(tensor: Tensor, mode: Any) -> Tensor:
-    # What mode.from_tensor does for a plain tensor with fixed sizes, five times faster.
+    # As mode.from_tensor for a plain tensor of fixed sizes, but five times faster.
     with mode:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)

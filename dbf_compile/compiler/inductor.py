@@ -1,4 +1,4 @@
-"""Compiles graphs with Inductor: settings, passes of ours, keys of its caches.
+"""Compiles graphs with Inductor: its settings, our passes within it, the keys of its caches.
 
 Private names of torch stand here and in ``dynamo.py`` and ``ir.py`` beside it, nowhere else. Proven on torch 2.11 to 2.13.
 """
@@ -32,8 +32,11 @@ def compile_graph(
         gm: a Dynamo graph.
         inputs: example inputs in the order of its placeholders.
         settings: Inductor's settings for this compilation only.
-        fingerprint: becomes part of the keys of Inductor's caches.
-        post_grad_passes: rewrites the graph that is lowered, in place.
+        fingerprint: part of the keys of Inductor's caches.
+        post_grad_passes: rewrites, in place, the graph that Inductor is about to lower.
+
+    Returns:
+        The compiled graph.
     """
     users_pass = settings.get(_POST_GRAD_HOOK, getattr(config, _POST_GRAD_HOOK))
     patches = {**settings, _POST_GRAD_HOOK: _PostGradPass(fingerprint, post_grad_passes, users_pass)}
@@ -47,17 +50,17 @@ def mode_settings(mode: str | None) -> dict[str, Any]:
     Raises:
         OptionError: an unknown mode.
     """
-    known = list_mode_options()
-    if mode is not None and mode not in known:
-        raise OptionError(f"mode={mode!r}", ", ".join(sorted(known)), "leave it out for the default")
-    return dict(known[mode]) if mode is not None else {}
+    modes = list_mode_options()
+    if mode is not None and mode not in modes:
+        raise OptionError(f"mode={mode!r}", ", ".join(sorted(modes)), "leave it out for the default")
+    return dict(modes[mode]) if mode is not None else {}
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Raise OptionError if Inductor has no setting of one of these names."""
-    known = config.get_config_copy() if settings else {}
+    allowed = config.get_config_copy() if settings else {}
     for name in settings:
-        if name not in known:
+        if name not in allowed:
             raise OptionError(
                 f"unknown setting {name!r} in option 'inductor'",
                 "the names in torch._inductor.config",
@@ -66,20 +69,23 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 
 def reset() -> None:
-    """Forget what Inductor keeps between compilations, such as CUDA graphs."""
+    """Drop what Inductor keeps between compilations, such as CUDA graphs."""
     backend = _lookup_backend("inductor")
     if hasattr(backend, "reset"):
         backend.reset()
 
 
 class _PostGradPass(CustomGraphPass):
-    """Our passes after the user's. Inductor's caches know custom passes by ``uuid()``, but not custom lowerings."""
+    """The user's passes, then ours. ``uuid()`` is part of the keys of Inductor's caches, as custom lowerings are not."""
 
     def __init__(self, fingerprint: str, passes: Callable[[Graph], None], users_pass: Any) -> None:
         self._fingerprint, self._passes = fingerprint, passes
-        # torch 2.13 takes a list as well.
-        several = isinstance(users_pass, (list, tuple))
-        self._users_passes = tuple(users_pass) if several else () if users_pass is None else (users_pass,)
+        if users_pass is None:
+            self._users_passes: tuple[Any, ...] = ()
+        elif isinstance(users_pass, (list, tuple)):  # since torch 2.13
+            self._users_passes = tuple(users_pass)
+        else:
+            self._users_passes = (users_pass,)
 
     def __call__(self, graph: Graph) -> None:
         for users_pass in self._users_passes:
@@ -88,5 +94,5 @@ class _PostGradPass(CustomGraphPass):
 
     def uuid(self) -> tuple[Any, ...] | None:
         identities = [getattr(users_pass, "uuid", lambda: None)() for users_pass in self._users_passes]
-        # A pass without an identity bypasses the caches: that is torch's rule for any such pass.
+        # torch's rule: a pass without an identity bypasses the caches.
         return None if None in identities else ("dbf_compile", self._fingerprint, *identities)

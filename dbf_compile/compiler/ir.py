@@ -18,12 +18,12 @@ from torch.utils._sympy.functions import FloorDiv
 
 
 def register_lowering(op: torch._ops.OpOverload, lowering: Callable[..., Any]) -> None:
-    """Let Inductor lower ``op`` by ``lowering``; types are not promoted."""
+    """Register ``lowering`` for ``op`` with Inductor, without type promotion."""
     _register_lowering(op, type_promotion_kind=None)(lowering)
 
 
 def lower_to_operator(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
-    """Lower to a call of the operator itself, whatever device it runs on."""
+    """Lower to a call of the operator itself, on any device."""
     return fallback_handler(op, add_to_fallback_set=False)(*args, **kwargs)
 
 
@@ -48,74 +48,79 @@ def cast(x: Any, dtype: torch.dtype) -> Any:
 
 
 def can_fuse_after(x: Any) -> bool:
-    """Return whether Inductor writes the kernel that computes ``x``, so that it can put more of its own into it."""
+    """Return whether Inductor generates the kernel that computes ``x``, and so can fuse more operations into it."""
     while isinstance(x, (ir.TensorBox, ir.StorageBox, ir.BaseView)):
         x = x.data
     return isinstance(x, (ir.Loops, ir.ComputedBuffer, ir.TemplateBuffer))
 
 
 def is_read_by_another_kernel(products: Sequence[torch._ops.OpOverload]) -> bool:
-    """Return whether a kernel that Inductor writes anyway reads what is being lowered.
+    """Return whether another kernel, which Inductor generates anyway, reads the node that is being lowered.
 
-    Not so for a result of the graph, nor for what only element-wise operations lead to one of ``products``: these become
-    part of the kernel that is being lowered.
+    False for a result of the graph. False also if only element-wise operations stand between the node and the only one of
+    ``products`` that reads it: Inductor fuses these into the kernel of the node.
     """
     node = V.graph.current_node
     if any(user.op == "output" for user in node.users):
         return False
-    on_the_way = False
+    fused = False
     while len(node.users) == 1:
         (node,) = node.users
         if node.target in products:
-            return not on_the_way
+            return not fused
         if torch.Tag.pointwise not in getattr(node.target, "tags", ()):
             return True
-        on_the_way = True
+        fused = True
     return True
 
 
-def reduce_split_k(parts: Any, count: int, size: Sequence[Any]) -> Any:
-    """Return a matrix of ``size`` for Inductor to fuse, the sum of ``count`` that lie one below the other.
+def reduce_split_k(partial_sums: Any, split_k: int, size: Sequence[Any]) -> Any:
+    """Return the sum of partial sums, for Inductor to fuse; :func:`split_k_of` finds them again.
 
     Args:
-        parts: [count · M, N].
-        size: whose product is M · N.
+        partial_sums: [split_k · M, N], one matrix below the other.
+        split_k: number of partial sums.
+        size: of the result, [..., N] of M · N values.
     """
-    if count == 1:
-        return view(parts, size)
-    M = FloorDiv(parts.get_size()[0], count)
-    load = parts.make_loader()
+    if split_k == 1:
+        return view(partial_sums, size)
+    M = FloorDiv(partial_sums.get_size()[0], split_k)
+    load = partial_sums.make_loader()
 
     def value(index: Sequence[Any]) -> Any:
         m, n = index
         total = load([m, n])
-        for part in range(1, count):
-            total = ops.add(total, load([m + part * M, n]))
+        for split in range(1, split_k):
+            total = ops.add(total, load([m + split * M, n]))
         return total
 
-    ranges = [M, parts.get_size()[1]]
     total: Any = ir.Pointwise.create(
-        device=parts.get_device(), dtype=parts.get_dtype(), inner_fn=value, ranges=ranges
+        device=partial_sums.get_device(),
+        dtype=partial_sums.get_dtype(),
+        inner_fn=value,
+        ranges=[M, partial_sums.get_size()[1]],
     )
     y = view(total, size)
-    y._dbf_parts = (count, parts, total.data, total.data.data)
+    y._dbf_split_k = (split_k, partial_sums, total.data, total.data.data)
     return y
 
 
 def split_k_of(x: Any) -> tuple[int, Any]:
-    """Return what :func:`reduce_split_k` made ``x`` of: the number of parts and their buffer; or 1 and None.
+    """Return the split-K factor and the partial sums of which :func:`reduce_split_k` made ``x``, else 1 and None.
 
-    None as well once somebody has written to ``x``, which lets Inductor keep it in memory: the parts know nothing of that.
+    Also 1 and None once the graph has written to ``x``: Inductor may then keep x in memory, and the partial sums do not
+    have what was written.
     """
-    made: tuple[int, Any, Any, Any] = getattr(x, "_dbf_parts", (1, None, None, None))
-    count, parts, storage, formula = made
+    split: tuple[int, Any, Any, Any] = getattr(x, "_dbf_split_k", (1, None, None, None))
+    split_k, partial_sums, storage, formula = split
     while isinstance(x, (ir.TensorBox, ir.BaseView)):
         x = x.data
-    return (count, parts) if storage is not None and x is storage and x.data is formula else (1, None)
+    unchanged = storage is not None and x is storage and x.data is formula
+    return (split_k, partial_sums) if unchanged else (1, None)
 
 
 def matmul(a: Any, b: Any, dtype: torch.dtype) -> Any:
-    """Return ``a · bᵀ`` of two matrices in ``dtype``, theirs or float32, by the library of a GPU."""
+    """Return ``a · bᵀ`` of two matrices by the library of a GPU; ``dtype`` is theirs or float32."""
     b = lowerings[torch.ops.aten.permute.default](b, [1, 0])
     if dtype == a.get_dtype():
         return lowerings[torch.ops.aten.mm.default](a, b)
@@ -123,12 +128,12 @@ def matmul(a: Any, b: Any, dtype: torch.dtype) -> Any:
 
 
 def emits_cpp_wrapper() -> bool:
-    """Return whether the graph being lowered becomes a C++ program, which cannot call operators by Python name."""
+    """Return whether Inductor makes a C++ program of the graph, which cannot call operators by their Python names."""
     return bool(V.graph.cpp_wrapper)
 
 
 def contiguous(*inputs: Any) -> list[Any]:
-    """Return the inputs in memory, row after row."""
+    """Return the inputs as contiguous tensors in memory."""
     return [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(item)) for item in inputs]
 
 
@@ -139,14 +144,14 @@ def lower_to_out_call(
     dtype: torch.dtype,
     settings: Mapping[str, Any],
 ) -> Any:
-    """Lower to ``op(*inputs, **settings, out=buffer)``, with contiguous inputs and a contiguous buffer that Inductor plans.
+    """Lower to ``op(*inputs, **settings, out=buffer)``; inputs are contiguous, and Inductor plans the buffer.
 
     Args:
         op: an overload named ``out``.
         inputs: tensors of the graph.
         size: of the buffer; may be symbolic.
         dtype: of the buffer.
-        settings: keyword arguments that are no tensors.
+        settings: keyword arguments other than tensors.
     """
     realized = contiguous(*inputs)
     layout = ir.FixedLayout(realized[0].get_device(), dtype, list(size))
@@ -161,11 +166,11 @@ def lower_to_out_call(
 
 
 def triton_template(name: str, grid: Callable[..., Any], source: str) -> TritonTemplate:
-    """Return a Triton kernel that Inductor completes with what it fuses; a name is good for one template.
+    """Return a template of a Triton kernel, into which Inductor fuses what follows.
 
     Args:
-        name: of the template.
-        grid: ``grid(*size, settings, cdiv=...)``, three numbers of programs.
+        name: of the template; no two templates may share one.
+        grid: ``grid(*grid_size, settings, cdiv=...)`` returns three numbers of programs.
         source: of the kernel, with Inductor's hooks.
     """
     return TritonTemplate(name, SymbolicGridFn(grid), source)
@@ -180,31 +185,31 @@ def lower_to_template(
     grid_size: Sequence[Any],
     dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """Lower to a kernel that fills a buffer, and into which Inductor fuses what is done to its values.
+    """Lower to a kernel of a template that fills a buffer; Inductor fuses what follows into it.
 
     Args:
-        template: made by :func:`triton_template`.
-        settings: launch settings worth trying; the first is taken unless the user lets Inductor tune.
+        template: of :func:`triton_template`.
+        settings: launch settings to tune over; without tuning, the first is used.
         constants: further constants of the template.
         inputs: contiguous tensors of the graph, see :func:`contiguous`.
         size: of the buffer, two numbers; may be symbolic.
-        grid_size: what the template's grid is made for.
+        grid_size: arguments of the template's grid.
         dtype: of the buffer.
     """
     tune = config.max_autotune or config.max_autotune_gemm
     layout = ir.FixedLayout(inputs[0].get_device(), dtype, list(size))
     choices: list[Any] = []
-    for one in settings if tune else settings[:1]:
+    for launch in settings if tune else settings[:1]:
         template.maybe_append_choice(
             choices,
             input_nodes=tuple(inputs),
             layout=layout,
             call_sizes=list(grid_size),
             **constants,
-            **one,
+            **launch,
         )
-    found = autotune_select_algorithm(template.name, choices, list(inputs), layout)
-    return found[0] if isinstance(found, tuple) else found  # with the choice since torch 2.12
+    result = autotune_select_algorithm(template.name, choices, list(inputs), layout)
+    return result[0] if isinstance(result, tuple) else result  # since torch 2.12 a pair with the choice
 
 
 def view(x: Any, size: Sequence[Any]) -> Any:
@@ -212,15 +217,15 @@ def view(x: Any, size: Sequence[Any]) -> Any:
     return lowerings[torch.ops.aten.view.default](x, list(size))
 
 
-def concatenate(parts: Sequence[Any]) -> Any:
-    """Return tensors one below the other."""
-    return parts[0] if len(parts) == 1 else lowerings[torch.ops.aten.cat.default](list(parts), 0)
+def concatenate(matrices: Sequence[Any]) -> Any:
+    """Return matrices stacked along their rows."""
+    return matrices[0] if len(matrices) == 1 else lowerings[torch.ops.aten.cat.default](list(matrices), 0)
 
 
 def truncate_to_bfloat16(x: Any) -> Any:
-    """Return float32 numbers without the 16 bits that bfloat16 does not have, as float32.
+    """Return float32 numbers truncated to the upper 16 bits, which bfloat16 has, as float32.
 
-    Casting to bfloat16 and back would not do: within a fused kernel, Inductor leaves both casts out.
+    Casts to bfloat16 and back would have no effect: within a fused kernel, Inductor drops both.
     """
     bits = lowerings[torch.ops.aten.view.dtype](x, torch.int32)
     upper = lowerings[torch.ops.aten.bitwise_and.Tensor](bits, -(2**16))
@@ -235,15 +240,15 @@ def where_finite(condition: Any, x: Any) -> Any:
 
 
 def known_at_most(size: Any, limit: int) -> bool | None:
-    """Return whether a symbolic size is at most ``limit``; None where both may happen."""
+    """Return whether a size, which may be symbolic, is at most ``limit``; None if both are possible."""
     sizevars: Any = V.graph.sizevars
     if sizevars.statically_known_leq(size, limit):
         return True
     return False if sizevars.statically_known_gt(size, limit) else None
 
 
-def size_guess(size: Any) -> int:
-    """Return the number a symbolic size had when it was traced; good for choices, never for correctness."""
+def size_estimate(size: Any) -> int:
+    """Return the value of a symbolic size at tracing; for choices of speed only, as later calls have other values."""
     sizevars: Any = V.graph.sizevars
-    guess = getattr(sizevars, "optimization_hint", None) or sizevars.size_hint  # renamed after torch 2.11
-    return int(guess(size))
+    hint = getattr(sizevars, "optimization_hint", None) or sizevars.size_hint  # renamed after torch 2.11
+    return int(hint(size))

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from dbf_compile.compiler import ir
+from dbf_compile.hashes import source_hash
 from dbf_compile.kernels.sign_matmul import cpu_kernel
-from dbf_compile.kernels.sign_matmul.reference import DECODE_TOKENS, FUSED_TOKENS, accumulator_dtype
+from dbf_compile.kernels.sign_matmul.reference import accumulator_dtype
+from dbf_compile.kernels.sign_matmul.regimes import Regime, choose_regime, operand_count, operand_dtype
 from dbf_compile.signs import is_ragged
 
 _PRODUCTS = (torch.ops.dbf.sign_matmul.default, torch.ops.dbf.sign_matmul_group.default)
@@ -24,6 +26,11 @@ def register() -> None:
     ir.register_lowering(torch.ops.dbf.sign_matmul.default, sign_matmul)
     ir.register_lowering(torch.ops.dbf.double_binary_linear.default, double_binary_linear)
     ir.register_lowering(torch.ops.dbf.sign_matmul_group.default, sign_matmul_group)
+
+
+def fingerprint() -> str:
+    """Return what lowered programs depend on beside their graph: our sources, and whether the C++ kernel works here."""
+    return f"{source_hash('dbf_compile')} {cpu_kernel.available()}"
 
 
 def double_binary_linear(
@@ -63,18 +70,18 @@ def sign_matmul(
     interleaved: bool = False,
     fast: bool = False,
 ) -> Any:
-    """Lower ``dbf::sign_matmul``: to the table look-up kernel on the CPU, to one of the Triton kernels on a GPU.
+    """Lower ``dbf::sign_matmul``: to the C++ kernel on a CPU, to a Triton kernel on a GPU, else to the operator.
 
-    The C++ kernel takes scales and bias along, on values that it has in registers anyway: as kernels of their own they
-    would double the number of C++ kernels to compile. Into the Triton kernels Inductor fuses out_scale, bias and what
-    follows; in_scale is for few tokens the kernel's where it cannot be part of what comes before, as it is for many.
+    The C++ kernel applies scales and bias to values that it holds in registers anyway; kernels of their own would double
+    the number of C++ kernels to compile. Into the Triton kernels Inductor fuses out_scale, bias and what follows.
+    `in_scale` is fused into the producer of x; only for few tokens, without one, does the kernel apply it.
     """
     wide = accumulator_dtype(x.get_dtype())
     result = dtype or wide
     vectors = [in_scale, out_scale, bias]
     while vectors and vectors[-1] is None:
         vectors.pop()
-    # Arguments are given by position: none may be missing in the middle.
+    # Arguments are positional: none may be missing in the middle.
     if None not in vectors and _cpu_kernel_takes(x, result, vectors):
         return ir.lower_to_out_call(
             torch.ops.dbf_native.sign_matmul.out,
@@ -84,14 +91,11 @@ def sign_matmul(
             {"interleaved": interleaved, "fast": fast},
         )
     tokens = math.prod(x.get_size()[:-1])
-    few, fused = (ir.known_at_most(tokens, limit) for limit in (DECODE_TOKENS, FUSED_TOKENS))
+    operands, narrow = operand_count(x.get_dtype(), result, fast), operand_dtype(x.get_dtype(), result)
+    regime = choose_regime(tokens, operands, ir.known_at_most)
     on_gpu = x.get_device().type == "cuda" and wide == torch.float32 and interleaved
-    if on_gpu and None not in (few, fused) and 0 not in (tokens, *signs.get_size()):
-        if few:
-            return _few_tokens(x, [signs], in_scale, out_scale, bias, result)
-        y, out_scale = _many_tokens(x, signs, in_scale, out_scale, result, fast, bool(fused))
-    else:
-        # The operator looks at the number of tokens when it is called.
+    if not on_gpu or regime is None or 0 in (tokens, *signs.get_size()):
+        # The operator counts the tokens when it is called.
         return ir.lower_to_operator(
             torch.ops.dbf.sign_matmul.default,
             *(x, signs, in_scale, out_scale, bias),
@@ -99,6 +103,16 @@ def sign_matmul(
             interleaved=interleaved,
             fast=fast,
         )
+    if regime is Regime.DECODE:
+        return _decode(x, [signs], in_scale, out_scale, bias, result)
+    z = x if in_scale is None and operands == 1 else ir.cast(x, torch.float32)
+    if in_scale is not None:
+        z = ir.multiply(z, ir.cast(in_scale, torch.float32))
+    if regime is Regime.DENSE:
+        y = _dense(z, signs, out_scale, narrow, narrow if result == narrow else torch.float32)
+        out_scale = None
+    else:
+        y = _prefill(z, signs, narrow, operands)
     if out_scale is not None:
         y = ir.multiply(y, ir.cast(out_scale, wide))
     if bias is not None:
@@ -108,7 +122,7 @@ def sign_matmul(
 
 def sign_matmul_group(x: Any, signs: Sequence[Any], in_scale: Any = None, fast: bool = False) -> Any:
     """Lower ``dbf::sign_matmul_group``, which the passes emit for few tokens on a GPU, to one launch."""
-    return _few_tokens(x, signs, in_scale, None, None, torch.float32)
+    return _decode(x, signs, in_scale, None, None, torch.float32)
 
 
 def _cpu_kernel_takes(x: Any, result: torch.dtype, vectors: Sequence[Any]) -> bool:
@@ -122,88 +136,81 @@ def _cpu_kernel_takes(x: Any, result: torch.dtype, vectors: Sequence[Any]) -> bo
     )
 
 
-def _few_tokens(
+def _decode(
     x: Any, signs: Sequence[Any], in_scale: Any, out_scale: Any, bias: Any, result: torch.dtype
 ) -> Any:
+    """Multiply few tokens by look-up tables; the results of several sign matrices lie side by side."""
     from dbf_compile.kernels.sign_matmul import triton_decode
 
     *leading, K = x.get_size()
-    M, rows = math.prod(leading), [int(one.get_size()[0]) for one in signs]
+    M, rows = math.prod(leading), [int(matrix.get_size()[0]) for matrix in signs]
     N = sum(rows)
-    # What the kernel before has left in parts, this one adds up.
-    terms, operand = ir.split_k_of(x) if in_scale is None else (1, None)
+    # If the kernel before left partial sums of x, this one adds them.
+    x_split_k, operand = ir.split_k_of(x) if in_scale is None else (1, None)
     if in_scale is not None and ir.can_fuse_after(x):
-        # Each value is scaled once, by the kernel that computes it, and not by every program that reads it.
+        # Scale each value once, in the kernel that computes it, not in every program that reads it.
         x = ir.multiply(ir.cast(x, torch.float32), ir.cast(in_scale, torch.float32))
         in_scale = None
     if operand is None:
         operand = ir.view(x, [M, K])
-    scale = [] if in_scale is None else [in_scale]
-    guess = ir.size_guess(M)
-    # Adding parts up is for the next kernel; where there is none, it is not worth one of its own.
-    adds_up = ir.is_read_by_another_kernel(_PRODUCTS)
-    parts = triton_decode.choose_split_k(guess, N, int(K)) if adds_up else 1
+    estimate = ir.size_estimate(M)
+    # The next kernel adds the partial sums; without one, adding them would cost a kernel of its own.
+    can_split = ir.is_read_by_another_kernel(_PRODUCTS)
+    split_k = triton_decode.choose_split_k(estimate, N, int(K)) if can_split else 1
     y = ir.lower_to_template(
         _decode_template(),
-        triton_decode.decode_blocks(guess, N, int(K), parts),
+        triton_decode.decode_blocks(estimate, N, int(K), split_k),
         {
-            "X_SPLIT_K": terms,
+            "X_SPLIT_K": x_split_k,
             "SCALED": in_scale is not None,
             "RAGGED": any(map(is_ragged, rows)),
             "MATRICES": len(rows),
             **{f"FIRST{index}": sum(rows[:index]) for index in range(1, len(rows))},
         },
-        ir.contiguous(operand, *signs, *scale),
-        [parts * M, N],
+        ir.contiguous(operand, *signs, *([] if in_scale is None else [in_scale])),
+        [split_k * M, N],
         [M, N],
     )
     if out_scale is not None:
         y = ir.multiply(y, ir.cast(out_scale, torch.float32))
-    y = ir.reduce_split_k(y, parts, [*leading, N])
+    y = ir.reduce_split_k(y, split_k, [*leading, N])
     if bias is not None:
         y = ir.add(y, ir.cast(bias, torch.float32))
     return ir.cast(y, result)
 
 
-def _many_tokens(
-    x: Any, signs: Any, in_scale: Any, out_scale: Any, result: torch.dtype, fast: bool, fused: bool
-) -> tuple[Any, Any]:
-    """Return the product, and out_scale if that is not in it yet."""
+def _prefill(z: Any, signs: Any, dtype: torch.dtype, operands: int) -> Any:
+    """Multiply scaled activations, split into 16-bit operands, by signs that become ±1 in registers."""
     from dbf_compile.kernels.sign_matmul import triton_prefill
 
-    *leading, K = x.get_size()
+    *leading, K = z.get_size()
     M, N = math.prod(leading), int(signs.get_size()[0])
-    narrow = triton_prefill.operand_dtype(x.get_dtype(), result)
-    count = triton_prefill.operand_count(x.get_dtype(), result, fast)
-    z = x
-    if in_scale is not None or count > 1:
-        z = ir.cast(x, torch.float32)
-    if in_scale is not None:
-        z = ir.multiply(z, ir.cast(in_scale, torch.float32))
-    if count == 1 and not fused:
-        dense = _dense_signs(signs, out_scale, K, narrow)
-        sums = narrow if result == narrow else torch.float32
-        y = ir.matmul(ir.view(ir.cast(z, narrow), [M, K]), dense, sums)
-        return ir.view(y, [*leading, N]), None
-    terms = []
-    for _ in range(count - 1):
+    split = []
+    for _ in range(operands - 1):
         upper = ir.truncate_to_bfloat16(z)
-        terms.append(ir.cast(upper, narrow))
+        split.append(ir.cast(upper, dtype))
         z = ir.where_finite(z, ir.subtract(z, upper))
-    terms.append(ir.cast(z, narrow))
-    operand = ir.concatenate([ir.view(term, [M, K]) for term in terms])
+    split.append(ir.cast(z, dtype))
     y = ir.lower_to_template(
         _prefill_template(),
-        triton_prefill.prefill_blocks(ir.size_guess(M), N, count),
-        {"OPERANDS": count, "RAGGED": is_ragged(N)},
-        ir.contiguous(operand, signs),
+        triton_prefill.prefill_blocks(ir.size_estimate(M), N, operands),
+        {"OPERANDS": operands, "RAGGED": is_ragged(N)},
+        ir.contiguous(ir.concatenate([ir.view(operand, [M, K]) for operand in split]), signs),
         [M, N],
         [M, N],
     )
-    return ir.view(y, [*leading, N]), out_scale
+    return ir.view(y, [*leading, N])
 
 
-def _dense_signs(signs: Any, scale: Any, K: Any, dtype: torch.dtype) -> Any:
+def _dense(z: Any, signs: Any, scale: Any, dtype: torch.dtype, sums: torch.dtype) -> Any:
+    """Multiply scaled activations by a dense matrix of signs and ``scale``, summed in ``sums``."""
+    *leading, K = z.get_size()
+    dense = _dequantize(signs, scale, K, dtype)
+    y = ir.matmul(ir.view(ir.cast(z, dtype), [math.prod(leading), K]), dense, sums)
+    return ir.view(y, [*leading, int(signs.get_size()[0])])
+
+
+def _dequantize(signs: Any, scale: Any, K: Any, dtype: torch.dtype) -> Any:
     """Return ``w[n, k] = scale[n] · signs[n, k]`` in a buffer of ``dtype`` [N, K]."""
     from dbf_compile.kernels.sign_matmul import triton_dequantize
 
@@ -212,7 +219,7 @@ def _dense_signs(signs: Any, scale: Any, K: Any, dtype: torch.dtype) -> Any:
         _dequantize_template(),
         triton_dequantize.dequantize_blocks(int(K)),
         {
-            # By this name Inductor knows the dtype of a tile that is not of float32.
+            # Inductor reads the dtype of a tile that is not float32 from this name.
             "ACC_TYPE": str(dtype).replace("torch", "tl"),
             "SCALED": scale is not None,
             "RAGGED": is_ragged(N),
@@ -238,7 +245,7 @@ def _decode_template() -> Any:
     M = {{size(None, 0)}} // SPLIT_K
     N = {{size(None, 1)}}
     K: tl.constexpr = {{size("X", 1)}}
-    part, m, n = decode_rows(M, BLOCK_M, BLOCK_N, SPLIT_K)
+    split, m, n = decode_rows(M, BLOCK_M, BLOCK_N, SPLIT_K)
     W = {{size("SIGNS0", 1)}}
     rows, apart = first_words(SIGNS0, n, {{size("SIGNS0", 0)}}, W, RAGGED)
 {% for index in range(1, MATRICES) %}
@@ -246,11 +253,11 @@ def _decode_template() -> Any:
     rows, apart = tl.where(n < FIRST{{index}}, rows, own), tl.where(n < FIRST{{index}}, apart, own_apart)
 {% endfor %}
     y = decode_tile(
-        X, {{"IN_SCALE" if SCALED else "None"}}, rows, apart, part, m, n, M, N, K,
+        X, {{"IN_SCALE" if SCALED else "None"}}, rows, apart, split, m, n, M, N, K,
         BLOCK_M, BLOCK_N, BLOCK_W, SPLIT_K, X_SPLIT_K,
     )
-    m = part * M + m + tl.arange(0, BLOCK_M)
-    M = (part + 1) * M
+    m = split * M + m + tl.arange(0, BLOCK_M)
+    M = (split + 1) * M
 """,
     )
 
@@ -306,10 +313,14 @@ def _template(
     row: str = "m",
     column: str = "n",
 ) -> Any:
-    """Return a template around functions of a kernel: their text stands before it, and its tile ``y`` is stored.
+    """Return a template that starts with the text of ``functions`` and stores the tile ``y`` of ``body``.
 
     Args:
-        row, column: what the body calls the rows and columns of the tile; a capital is how many there are in all.
+        name: of the template.
+        grid: see :func:`dbf_compile.compiler.ir.triton_template`.
+        functions: device functions that the body calls, callees first.
+        body: of the kernel.
+        row, column: the body's names of the rows and columns of its tile; their capitals are the sizes of the result.
     """
     texts = ["import triton\nimport triton.language as tl\n"]
     texts += [inspect.getsource(function.fn) for function in functions]

@@ -1,7 +1,7 @@
 """The C++ table look-up kernels of ``dbf::sign_matmul``, built on first use.
 
 The environment variable ``DBF_CPU_ISA`` names the instruction set: avx512_vbmi, avx512, avx2, neon or portable; unset,
-the fastest that the processor has is used. All give the same bits.
+the fastest one of the processor is used. All give the same bits.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @cache
 def available() -> bool:
-    """Build and load the kernel; return False, with one warning, where this machine cannot build or load it."""
+    """Build and load the kernel; return False, with one warning, if this machine cannot build or load it."""
     try:
         torch.ops.load_library(build(Path(__file__).with_suffix(".cpp")))
-    except (BuildError, OSError) as error:  # OSError: built, but the loader refuses it
+    except (BuildError, OSError) as error:  # OSError: the loader refuses the library
         warnings.warn(f"dbf_compile falls back to its slow reference kernel: {error}", stacklevel=2)
         return False
     return True
 
 
 def takes(*tensors: Tensor | None) -> bool:
-    """Return whether the kernel computes with tensors of these dtypes; there is no float64 in it."""
+    """Return whether the kernel takes these tensors: of float32, bfloat16 or float16, or None."""
     return all(tensor.dtype in DTYPES for tensor in tensors if tensor is not None)
 
 
@@ -54,7 +54,7 @@ def sign_matmul_cpu(
         out_scale: the same [N], or None.
         bias: the same [N], or None.
         dtype: of the result.
-        interleaved: whether the words lie as :func:`dbf_compile.signs.interleave` puts them, which takes less time.
+        interleaved: whether the words are in the order of :func:`dbf_compile.signs.interleave`, which is faster.
         fast: sum with 16 bits (relative error about 1e-4) instead of 24 (as float32).
 
     Returns:

@@ -1,7 +1,6 @@
-"""What ``dbf::sign_matmul`` and its transpose compute, in plain torch; every kernel is tested against this.
+"""The reference of ``dbf::sign_matmul`` and its transpose in plain torch; every kernel is tested against it.
 
-Shape letters: M rows of x (tokens, any number of leading dimensions), K columns of the sign matrix,
-N rows of the sign matrix, W = ceil(K / 32) words.
+Shape letters: K columns and N rows of the sign matrix, W = ceil(K / 32) words; x has any number of leading dimensions.
 """
 
 from __future__ import annotations
@@ -10,12 +9,6 @@ import torch
 from torch import Tensor
 
 from dbf_compile.signs import deinterleave, unpack_signs
-
-DECODE_TOKENS = 16
-"""Up to so many tokens are added up on a GPU, exactly as float32 does; more go through its tensor cores."""
-
-FUSED_TOKENS = 128
-"""Up to so many tokens of a 16-bit model are multiplied by signs in registers; more by a dense matrix of them."""
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -40,8 +33,8 @@ def sign_matmul(
         in_scale: floating point [K], or None for ones.
         out_scale: floating point [N], or None for ones.
         bias: floating point [N], or None for zeros.
-        dtype: of the result; None for that of the sums: float32, or float64 for float64 ``x``.
-        interleaved: whether the words lie as :func:`dbf_compile.signs.interleave` puts them.
+        dtype: of the result; None for the dtype of the sums: float32, or float64 for float64 ``x``.
+        interleaved: whether the words are in the order of :func:`dbf_compile.signs.interleave`.
 
     Returns:
         [..., N].
@@ -67,7 +60,7 @@ def sign_matmul_transposed(grad: Tensor, signs: Tensor, cols: int, interleaved: 
         interleaved: as for :func:`sign_matmul`.
 
     Returns:
-        [..., K] in the accumulator's dtype.
+        [..., K] in the dtype of the sums.
     """
     signs = deinterleave(signs) if interleaved else signs
     dtype = accumulator_dtype(grad.dtype)

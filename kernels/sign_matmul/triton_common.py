@@ -1,4 +1,4 @@
-"""What the Triton kernels have in common."""
+"""Device functions that several Triton kernels share."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import triton.language as tl
 
 @triton.jit  # type: ignore[untyped-decorator]
 def first_words(signs_ptr, n, N, W, RAGGED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return pointers to the first words of rows n, and how many words apart the words of each row lie, both [BLOCK_N].
+    """Return pointers to the first words of rows n, and the stride between words of a row, both [BLOCK_N].
 
     Args:
         signs_ptr: int32 words [N, W], interleaved.
         n: rows of the sign matrix, int64 [BLOCK_N]; int32 where N * W is below 2**31.
-        RAGGED: N is not a multiple of 16, so that the last rows lie one after the other.
+        RAGGED: N is not a multiple of 16; the rows of the incomplete last block are stored one by one.
     """
-    # 16 is BLOCK_ROWS of dbf_compile.signs; a template holds this text and sees no name of a module.
+    # 16 is BLOCK_ROWS of dbf_compile.signs; this text becomes part of templates, which see no module.
     first = (n & -16) * W + (n & 15)
     apart = tl.full(n.shape, 16, tl.int32)
     if RAGGED:
@@ -27,24 +27,24 @@ def first_words(signs_ptr, n, N, W, RAGGED: tl.constexpr):  # type: ignore[no-un
 
 @triton.jit
 def byte_pointers(rows, apart, byte):  # type: ignore[no-untyped-def]
-    """Return pointers to bytes of rows, eight signs each, in the shape that the arguments have together.
+    """Return pointers to bytes of rows, eight signs each, in the broadcast shape of the arguments.
 
     Args:
         rows, apart: as :func:`first_words` returns them.
-        byte: number of a byte in its row.
+        byte: index of a byte in its row.
     """
     return rows.to(tl.pointer_type(tl.uint8)) + byte // 4 * (4 * apart) + byte % 4
 
 
 @triton.jit
 def plus_or_minus(signs, minus):  # type: ignore[no-untyped-def]
-    """Return a number where a bit is set, else its negative: int16 [..., 2, 2, 2], the bits of a byte from the lowest one on.
+    """Return a number where a bit is 1, else its negative: int16 [..., 2, 2, 2], from the lowest bit of a byte on.
 
     Args:
         signs: bytes, uint8 [...].
-        minus: the bits of the negative number, a bfloat16 or float16, in both halves of an int32; scalar, or [..., 1, 1].
+        minus: the bits of the negative number, bfloat16 or float16, in both halves of an int32; scalar, or [..., 1, 1].
     """
-    # Two numbers at once: bit j stays at j, and bit j + 1 comes to j + 16; so one shift puts both where signs belong.
+    # Two numbers at once: bit j stays at j, and bit j + 1 moves to j + 16; one shift then makes both sign bits.
     pairs = signs.to(tl.int32) * 0x8001
     pairs = tl.join(pairs, pairs >> 4)
     pairs = tl.join(pairs, pairs >> 2)

@@ -1,15 +1,18 @@
-"""The Triton kernel for few tokens: sums of four activations are looked up, and nothing else is computed but additions.
+"""The Triton kernel for few tokens: it looks up sums of four activations and computes nothing but additions.
 
-Four neighbouring signs are a number from 0 to 15. For each four columns and each token a table holds the sixteen sums
-±x₀ ± x₁ ± x₂ ± x₃; then a row costs one look-up and one addition for every four of its signs. The tables of a tile lie
-in shared memory, where the sixteen numbers are in sixteen different banks: threads that hold neighbouring rows read
-them without conflict, whatever the signs. Shift and mask, which make a number of the signs, are shared by the tokens.
+Four neighbouring signs are a number from 0 to 15. For every four columns and each token a look-up table (LUT) holds the
+sixteen sums ±x₀ ± x₁ ± x₂ ± x₃; a row then costs one look-up and one addition for every four of its signs. The LUTs of a
+tile lie in shared memory, with the sixteen numbers in sixteen different banks: threads that hold neighbouring rows read
+them without conflict, whatever the signs. All tokens share the shift and mask that turn signs into a number.
 
-The words of 16 rows lie interleaved, so that neighbouring threads load neighbouring words and get those of their own rows;
-with rows one after the other, words had to change threads through shared memory in every step.
+The words of 16 rows are interleaved, so that neighbouring threads load neighbouring words and get those of their own rows.
+With rows one after the other, words had to change threads through shared memory in every step.
 
 Compared with adding activations one by one, chosen or negated by their signs, this takes half of the instructions for
 one token and less for several; `benchmarks/results/gpu.md` has the measurements.
+
+Split-K: several programs may share the columns of a row, each of which writes a partial sum. The next kernel adds the
+partial sums when it reads y.
 
 Shape letters: M rows of x (tokens), K columns and N rows of the sign matrix, W = ceil(K / 32) words.
 """
@@ -38,62 +41,68 @@ def build_lut(  # type: ignore[no-untyped-def]
     BLOCK_K: tl.constexpr,
     X_SPLIT_K: tl.constexpr,
 ):
-    """Return the tables of a tile, float32 [BLOCK_M · BLOCK_K · 4], token by token: 16 sums ±x₀ ± x₁ ± x₂ ± x₃ of every four columns.
+    """Return the LUTs of a tile, float32 [BLOCK_M · BLOCK_K · 4], token by token.
 
-    Bit j of an entry's number is the sign of x_j.
+    A LUT holds the 16 sums ±x₀ ± x₁ ± x₂ ± x₃ of four columns; bit j of an entry's index is the sign of x_j.
 
     Args:
+        x_ptr, in_scale_ptr, X_SPLIT_K: as for :func:`decode_tile`.
         m: the first row of x.
         k: the first column, divisible by 4.
     """
-    # Four neighbouring threads fill a table, four entries each: what they store lies side by side, in all banks. One
-    # dimension holds all of them, as Triton's versions differ in which of several dimensions go to neighbours.
-    part = tl.arange(0, BLOCK_M * BLOCK_K)
-    row = m + part // BLOCK_K
-    column = (k + part % BLOCK_K // 4 * 4)[:, None] + tl.arange(0, 4)[None, :]
-    # Behind the last column x is read as 0, which adds nothing under either sign.
+    # Four neighbouring threads fill a LUT, four entries each: they store side by side, in all banks. One dimension holds
+    # all threads, because Triton's versions differ in which of several dimensions go to neighbours.
+    quarter = tl.arange(0, BLOCK_M * BLOCK_K)
+    row = m + quarter // BLOCK_K
+    column = (k + quarter % BLOCK_K // 4 * 4)[:, None] + tl.arange(0, 4)[None, :]
+    # Past the last column x is read as 0, which adds nothing under either sign.
     inside = (row[:, None] < M) & (column < K)
     x = tl.load(x_ptr + row[:, None] * K + column, mask=inside, other=0.0).to(tl.float32)
-    for term in tl.static_range(1, X_SPLIT_K):
-        x += tl.load(x_ptr + (row[:, None] + term * M) * K + column, mask=inside, other=0.0).to(tl.float32)
+    for split in tl.static_range(1, X_SPLIT_K):
+        x += tl.load(x_ptr + (row[:, None] + split * M) * K + column, mask=inside, other=0.0).to(tl.float32)
     if in_scale_ptr is not None:
         x = x * tl.load(in_scale_ptr + column, mask=column < K, other=0.0).to(tl.float32)
     even, odd = tl.split(x.reshape(BLOCK_M * BLOCK_K, 2, 2))
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
-    upper = tl.where((part & 1) != 0, x2, -x2) + tl.where((part & 2) != 0, x3, -x3)
+    upper = tl.where((quarter & 1) != 0, x2, -x2) + tl.where((quarter & 2) != 0, x3, -x3)
     equal, unequal = x0 + x1, x0 - x1
     four = tl.join(tl.join(upper - equal, upper - unequal), tl.join(upper + unequal, upper + equal))
     return four.reshape(BLOCK_M * BLOCK_K * 4)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def look_up(tables, words, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the sums of every 32 columns, float32 [BLOCK_M, BLOCK_W, BLOCK_N], by :func:`build_lut` and words [BLOCK_W, BLOCK_N]."""
+def look_up(luts, words, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the signed sums of every 32 columns, float32 [BLOCK_M, BLOCK_W, BLOCK_N].
+
+    Args:
+        luts: as :func:`build_lut` returns them.
+        words: int32 [BLOCK_W, BLOCK_N], as :func:`load_words` returns them.
+    """
     nibble = tl.arange(0, 8)
-    # The number of a table's first entry, in the order of columns, one token's tables behind the other's. Words are
-    # counted from BLOCK_W on, and that subtracted: else the compiler of Triton 3.6 finds the same numbers in the
-    # addresses of the words, shares them, and then adds to every address of an entry what could be a constant in it.
+    # The index of a LUT's first entry, in the order of columns, one token's LUTs after the other's. Words are counted
+    # from BLOCK_W on, and BLOCK_W is subtracted again: else the compiler of Triton 3.6 shares these numbers with the
+    # addresses of the words, and then adds at run time what could be a constant in every address of an entry.
     word = tl.arange(BLOCK_W, 2 * BLOCK_W) * 128 - BLOCK_W * 128
-    table = word[None, :, None] | (nibble * 16)[:, None, None]
+    first = word[None, :, None] | (nibble * 16)[:, None, None]
     of_token = (tl.arange(0, BLOCK_M) * (BLOCK_W * 128))[:, None, None, None]
     signs = (words[None, :, :] >> (4 * nibble)[:, None, None]) & 15
-    index = (table + signs)[None, :, :, :] + of_token
-    # Flat, as Triton would exchange entries of a table of two dimensions between the threads of a warp.
-    found = tl.gather(tables, index.reshape(BLOCK_M * 8 * BLOCK_W * BLOCK_N), axis=0)
-    return tl.sum(found.reshape(BLOCK_M, 8, BLOCK_W, BLOCK_N), axis=1)
+    index = (first + signs)[None, :, :, :] + of_token
+    # Flat: Triton would gather from two dimensions by exchanging entries between the threads of a warp.
+    sums = tl.gather(luts, index.reshape(BLOCK_M * 8 * BLOCK_W * BLOCK_N), axis=0)
+    return tl.sum(sums.reshape(BLOCK_M, 8, BLOCK_W, BLOCK_N), axis=1)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def load_words(rows, apart, w, inside, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Load words w of rows, or 0 where not inside: int32 [BLOCK_W, BLOCK_N].
+    """Return words w of rows, 0 where not inside: int32 [BLOCK_W, BLOCK_N].
 
     Args:
         rows, apart: as :func:`first_words` returns them.
         w: int32 [BLOCK_W].
         inside: [BLOCK_W, BLOCK_N].
     """
-    # Flat, so that neighbouring threads load the words of neighbouring rows whatever Triton thinks of the addresses.
+    # Flat, so that neighbouring threads load words of neighbouring rows, whatever Triton infers about the addresses.
     where = (rows[None, :] + w[:, None] * apart[None, :]).reshape(BLOCK_W * BLOCK_N)
     words = tl.load(where, mask=inside.reshape(BLOCK_W * BLOCK_N), other=0)
     return words.reshape(BLOCK_W, BLOCK_N)
@@ -105,7 +114,7 @@ def decode_tile(  # type: ignore[no-untyped-def]
     in_scale_ptr,
     rows,
     apart,
-    part,
+    split,
     m,
     n,
     M,
@@ -117,40 +126,42 @@ def decode_tile(  # type: ignore[no-untyped-def]
     SPLIT_K: tl.constexpr,
     X_SPLIT_K: tl.constexpr = 1,
 ):
-    """Return a tile of a part of y, float32 [BLOCK_M, BLOCK_N]: ``y[m, n] = Σ_k signs[n, k] · in_scale[k] · Σ_t x[t, m, k]``.
+    """Return a tile of y, summed over one split of the columns: float32 [BLOCK_M, BLOCK_N].
+
+    ``y[m, n] = Σ_k signs[n, k] · in_scale[k] · Σ_t x[t, m, k]``, k in the split
 
     Args:
-        x_ptr: float32, bfloat16 or float16 [X_SPLIT_K, M, K], contiguous.
+        x_ptr: float32, bfloat16 or float16 [X_SPLIT_K, M, K], contiguous; X_SPLIT_K partial sums of x.
         in_scale_ptr: floating point [K], or None for ones.
         rows, apart: of the rows of the tile, as :func:`first_words` returns them.
-        part: which of SPLIT_K equal parts of the columns is summed.
+        split: which of SPLIT_K equal splits of the columns is summed.
         m: the first row of x, int64.
         n: rows of the sign matrix, int64 [BLOCK_N].
-        BLOCK_W: words of a row that are met in one step.
+        BLOCK_W: words of a row in one step.
     """
     W: tl.constexpr = (K + 31) // 32
-    SHARE: tl.constexpr = (W + SPLIT_K * BLOCK_W - 1) // (SPLIT_K * BLOCK_W) * BLOCK_W
+    WORDS: tl.constexpr = (W + SPLIT_K * BLOCK_W - 1) // (SPLIT_K * BLOCK_W) * BLOCK_W
     sums = tl.zeros((BLOCK_M, BLOCK_W, BLOCK_N), dtype=tl.float32)
     word = tl.arange(0, BLOCK_W)
-    start = part * SHARE
+    start = split * WORDS
     w = start + word
     words = load_words(rows, apart, w, (w[:, None] < W) & (n[None, :] < N), BLOCK_N, BLOCK_W)
-    for step in range(0, SHARE, BLOCK_W):
-        # The next words are on their way from memory while these are met.
+    for step in range(0, WORDS, BLOCK_W):
+        # Prefetch: the next words are on their way from memory while these are looked up.
         w = start + step + BLOCK_W + word
-        wanted = (w[:, None] < W) & (n[None, :] < N) & (step + BLOCK_W < SHARE)
-        following = load_words(rows, apart, w, wanted, BLOCK_N, BLOCK_W)
+        inside = (w[:, None] < W) & (n[None, :] < N) & (step + BLOCK_W < WORDS)
+        next_words = load_words(rows, apart, w, inside, BLOCK_N, BLOCK_W)
         k = (start + step) * 32
-        tables = build_lut(x_ptr, in_scale_ptr, m, k, M, K, BLOCK_M, BLOCK_W * 32, X_SPLIT_K)
-        sums += look_up(tables, words, BLOCK_M, BLOCK_N, BLOCK_W)
-        words = following
+        luts = build_lut(x_ptr, in_scale_ptr, m, k, M, K, BLOCK_M, BLOCK_W * 32, X_SPLIT_K)
+        sums += look_up(luts, words, BLOCK_M, BLOCK_N, BLOCK_W)
+        words = next_words
     return tl.sum(sums, axis=1)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def decode_rows(M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return what this program is for: the part of the columns, the first row m of x and the rows n of the sign matrix."""
-    # Tiles of the same signs are neighbours, so that these are read from memory once.
+    """Return what this program computes: the split of the columns, the first row m of x, the rows n of the sign matrix."""
+    # Tiles of the same signs are neighbours, so that the signs are read from memory once.
     tiles_m = tl.cdiv(M, BLOCK_M)
     tile = tl.program_id(0) // SPLIT_K
     # 64 bits: m * K, n * W and m * N may pass 2**31.
@@ -177,7 +188,9 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     RAGGED: tl.constexpr,
     X_SPLIT_K: tl.constexpr = 1,
 ):
-    """Compute ``y[p, m, n] = out_scale[n] · Σ_k signs[n, k] · in_scale[k] · Σ_t x[t, m, k] + bias[n]``, k in part p of the columns.
+    """Compute the partial sums of y, a tile in every program.
+
+    ``y[s, m, n] = out_scale[n] · Σ_k signs[n, k] · in_scale[k] · Σ_t x[t, m, k] + bias[n]``, k in split s
 
     Args:
         x_ptr: float32, bfloat16 or float16 [X_SPLIT_K, M, K], contiguous.
@@ -186,25 +199,24 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         in_scale_ptr: floating point [K], or None; so out_scale_ptr and bias_ptr, [N].
         RAGGED: as for :func:`first_words`.
     """
-    part, m, n = decode_rows(M, BLOCK_M, BLOCK_N, SPLIT_K)
+    split, m, n = decode_rows(M, BLOCK_M, BLOCK_N, SPLIT_K)
     rows, apart = first_words(signs_ptr, n, N, (K + 31) // 32, RAGGED)
     y = decode_tile(
-        x_ptr, in_scale_ptr, rows, apart, part, m, n, M, N, K, BLOCK_M, BLOCK_N, BLOCK_W, SPLIT_K, X_SPLIT_K
+        x_ptr, in_scale_ptr, rows, apart, split, m, n, M, N, K, BLOCK_M, BLOCK_N, BLOCK_W, SPLIT_K, X_SPLIT_K
     )
-    y_ptr += part.to(tl.int64) * M * N
+    y_ptr += split.to(tl.int64) * M * N
     store_tile(y_ptr, y, m + tl.arange(0, BLOCK_M), n, M, N, out_scale_ptr, bias_ptr)
 
 
-# What a template needs beside its own text, callees first.
+# The functions that a template calls, callees first.
 DEVICE_FUNCTIONS = (first_words, build_lut, look_up, load_words, decode_tile, decode_rows)
 
 
 def choose_split_k(M: int, N: int, K: int) -> int:
-    """Return into how many parts the columns go that different programs sum, where whoever reads y adds the parts up.
+    """Return the split-K factor; the reader of y adds the partial sums.
 
-    Programs of a single step suit best: while one waits for its signs, or for its threads to have filled the tables,
-    others add. More than four parts are too much to read for the next kernel; large matrices have programs enough, and
-    were slower in parts.
+    Programs of a single step are best: while one waits for its signs or its LUTs, others add. More than four partial sums
+    cost the next kernel too much to read. Large matrices have programs enough and were slower with split-K.
 
     Args:
         M, N, K: as for :func:`decode_blocks`.
@@ -213,30 +225,30 @@ def choose_split_k(M: int, N: int, K: int) -> int:
     if M > 1 or (steps > 4 and N > 16384):
         return 1
     most = 2 if steps > 4 and N > 8192 else 4
-    return -(-steps // -(-steps // most))  # equal parts of whole steps, none of them empty
+    return -(-steps // -(-steps // most))  # equal splits of whole steps, none of them empty
 
 
-def decode_blocks(M: int, N: int, K: int, parts: int = 1) -> list[dict[str, int]]:
-    """Return the launch settings that are worth trying, the one for use without trying first.
+def decode_blocks(M: int, N: int, K: int, split_k: int = 1) -> list[dict[str, int]]:
+    """Return the launch settings to tune over, the default first.
 
     Args:
         M: tokens.
         N: rows of the sign matrix.
         K: columns of the sign matrix.
-        parts: of the columns.
+        split_k: splits of the columns, see :func:`choose_split_k`.
 
     Returns:
-        BLOCK_M, BLOCK_N, BLOCK_W, SPLIT_K, num_warps, num_stages. All from times on an H200, with rows of words
-            one after the other.
+        BLOCK_M, BLOCK_N, BLOCK_W, SPLIT_K, num_warps, num_stages. All were timed on an H200, with rows of words one
+            after the other.
     """
     W = max(layout.words_per_row(K), 1)
-    if parts > 1:
+    if split_k > 1:
         block_m = 1
-        best = (64 if parts * -(-N // 64) >= 128 else 32, 32, 8)
+        best = (64 if split_k * -(-N // 64) >= 128 else 32, 32, 8)
         tiles = [(32, 32, 4), (32, 32, 8), (64, 32, 4), (128, 32, 8), (64, 64, 8)]
     elif M == 1:
-        # A tile of rows for each of 132 multiprocessors and as many columns at once as shared memory takes, or half of
-        # them where that leaves much less of a row over; of many rows, smaller tiles, so that several have room.
+        # One tile of rows for each of 132 multiprocessors, and as many columns at once as shared memory holds; or half as
+        # many if much less of a row is then left over. With many rows, smaller tiles: several share a multiprocessor.
         block_m = 1
         if N > 16384:
             best = (64, 32, 8)
@@ -255,26 +267,30 @@ def decode_blocks(M: int, N: int, K: int, parts: int = 1) -> list[dict[str, int]
         block_m = 2 if M == 2 else 4 if M <= 8 else 8
         best = (64, 32, 8) if M == 2 else (64, 16, 4) if M <= 4 else (128, 16 if M <= 8 else 8, 8)
         tiles = [(64, 32, 4), (64, 16, 8), (128, 8, 8), (128, 16, 8), (128, 32, 16)]
-    found = [_settings(block_m, *tile, N, W, parts) for tile in (best, *tiles)]
-    return [settings for index, settings in enumerate(found) if settings not in found[:index]]
+    every = [_settings(block_m, tile, N, W, split_k) for tile in (best, *tiles)]
+    return [settings for index, settings in enumerate(every) if settings not in every[:index]]
 
 
-def _settings(
-    block_m: int, block_n: int, block_w: int, warps: int, N: int, W: int, parts: int
-) -> dict[str, int]:
+def _settings(block_m: int, tile: tuple[int, int, int], N: int, W: int, split_k: int) -> dict[str, int]:
+    block_n, block_w, warps = tile
     block_n = min(block_n, 1 << max(N - 1, 0).bit_length())
-    # Tables of 64 KB at most, and no more words than there are.
+    # LUTs of 64 KB at most, and no more words than there are.
     block_w = min(block_w, 128 // block_m, 1 << (W - 1).bit_length())
     warps = max(1, min(warps, block_n * block_w // 32))
-    tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_W": block_w, "SPLIT_K": parts}
-    return {**tile, "num_warps": warps, "num_stages": 1}
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_W": block_w, "SPLIT_K": split_k}
+    return {**blocks, "num_warps": warps, "num_stages": 1}
 
 
 def decode_grid(
     M: Any, N: Any, blocks: dict[str, Any], cdiv: Callable[[Any, Any], Any] = triton.cdiv
 ) -> tuple[Any, int, int]:
-    """Return the launch grid; ``cdiv`` rounds up a quotient of what M is: a number or an expression.
+    """Return the launch grid.
 
     One dimension holds all tiles, because the second and third are limited to 65535 programs.
+
+    Args:
+        M, N: of y; numbers, or expressions of Inductor.
+        blocks: one of :func:`decode_blocks`.
+        cdiv: rounds up a quotient of such numbers or expressions.
     """
     return (cdiv(M, blocks["BLOCK_M"]) * cdiv(N, blocks["BLOCK_N"]) * blocks["SPLIT_K"], 1, 1)

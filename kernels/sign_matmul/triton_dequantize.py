@@ -1,6 +1,6 @@
-"""The Triton kernel that writes signs out as a dense matrix, for more than a hundred tokens to share.
+"""The Triton kernel that dequantizes signs: it writes a dense matrix, which many tokens share.
 
-A tile is 16 rows, whose words lie interleaved: they are read side by side, and written row by row.
+A tile is 16 rows, whose words are interleaved: they are read side by side and written row by row.
 
 Shape letters: N rows and K columns of the sign matrix, W = ceil(K / 32) words.
 """
@@ -58,7 +58,7 @@ def dequantize_tile(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def dequantize_rows(K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return what this program is for: rows n, int64, and the first column k."""
+    """Return what this program computes: rows n, int64, and the first column k."""
     tiles = tl.cdiv(K, BLOCK_K)
     n = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     return n, tl.program_id(0) % tiles * BLOCK_K
@@ -81,24 +81,24 @@ def dequantize_kernel(  # type: ignore[no-untyped-def]
     tl.store(w_ptr + n[:, None] * K + k[None, :], w, mask=(n[:, None] < N) & (k[None, :] < K))
 
 
-# What a template needs beside its own text, callees first.
+# The functions that a template calls, callees first.
 DEVICE_FUNCTIONS = (first_words, byte_pointers, plus_or_minus, dequantize_tile, dequantize_rows)
 
 
 def dequantize_blocks(K: int) -> list[dict[str, int]]:
-    """Return the launch settings that are worth trying, the one for use without trying first: BLOCK_N, BLOCK_K, num_warps, num_stages."""
+    """Return the launch settings to tune over, the default first: BLOCK_N, BLOCK_K, num_warps, num_stages."""
     widest = max(32, triton.next_power_of_2(K))
-    found = [
+    every = [
         {"BLOCK_N": BLOCK_ROWS, "BLOCK_K": min(columns, widest), "num_warps": warps, "num_stages": 1}
         for columns, warps in ((512, 4), (256, 4), (1024, 8))
     ]
-    return [settings for index, settings in enumerate(found) if settings not in found[:index]]
+    return [settings for index, settings in enumerate(every) if settings not in every[:index]]
 
 
 def dequantize_grid(
     N: Any, K: Any, blocks: dict[str, Any], cdiv: Callable[[Any, Any], Any] = triton.cdiv
 ) -> tuple[Any, int, int]:
-    """Return the launch grid, as :func:`dbf_compile.kernels.sign_matmul.triton_decode.decode_grid`."""
+    """Return the launch grid, as :func:`~dbf_compile.kernels.sign_matmul.triton_decode.decode_grid` does."""
     return (cdiv(N, blocks["BLOCK_N"]) * cdiv(K, blocks["BLOCK_K"]), 1, 1)
 
 

@@ -1,4 +1,4 @@
-"""``dbf::sign_matmul`` on GPUs: the choice between the kernels for few tokens and for many, and their launches."""
+"""``dbf::sign_matmul`` on GPUs: chooses a Triton kernel and launches it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from dbf_compile.kernels.sign_matmul.reference import DECODE_TOKENS, FUSED_TOKENS
+from dbf_compile.kernels.sign_matmul.regimes import Regime, choose_regime, operand_count, operand_dtype
 from dbf_compile.kernels.sign_matmul.triton_decode import decode_blocks, decode_grid, decode_kernel
 from dbf_compile.kernels.sign_matmul.triton_dequantize import dequantize
 from dbf_compile.kernels.sign_matmul.triton_prefill import (
     bf16x3_split,
-    operand_count,
-    operand_dtype,
     prefill_blocks,
     prefill_grid,
     prefill_kernel,
@@ -50,23 +48,24 @@ def sign_matmul_triton(
         return y
     signs, ragged = signs.contiguous(), is_ragged(N)
     scales = [None if vector is None else vector.contiguous() for vector in (out_scale, bias)]
-    # Triton launches on the current device, not on that of x; the -1 of a CPU tensor changes nothing.
+    operands, narrow = operand_count(x.dtype, dtype, fast), operand_dtype(x.dtype, dtype)
+    regime = choose_regime(M, operands)
+    # Triton launches on the current device, not on that of x; -1, the index of a CPU tensor, changes nothing.
     with torch.cuda.device(x.get_device()):
-        if M <= DECODE_TOKENS:
+        if regime is Regime.DECODE:
             settings = decode_blocks(M, N, K)[0]
             before = None if in_scale is None else in_scale.contiguous()
             decode_kernel[decode_grid(M, N, settings)](
                 x.contiguous(), signs, y, before, *scales, M, N, K, RAGGED=ragged, **settings
             )
-        elif M > FUSED_TOKENS and operand_count(x.dtype, dtype, fast) == 1:
-            dense = dequantize(signs, out_scale, K, operand_dtype(x.dtype, dtype))
+        elif regime is Regime.DENSE:
+            dense = dequantize(signs, out_scale, K, narrow)
             _dense_matmul(_scaled(x, in_scale).reshape(M, K), dense, bias, y.view(M, N))
         else:
-            terms = operand_count(x.dtype, dtype, fast)
-            settings = prefill_blocks(M, N, terms)[0]
-            operand = bf16x3_split(_scaled(x, in_scale).reshape(M, K), operand_dtype(x.dtype, dtype), terms)
+            settings = prefill_blocks(M, N, operands)[0]
+            operand = bf16x3_split(_scaled(x, in_scale).reshape(M, K), narrow, operands)
             prefill_kernel[prefill_grid(M, N, settings)](
-                operand, signs, y, *scales, M, N, K, terms, ragged, **settings
+                operand, signs, y, *scales, M, N, K, operands, ragged, **settings
             )
     return y
 
@@ -81,6 +80,6 @@ def _dense_matmul(z: Tensor, dense: Tensor, bias: Tensor | None, y: Tensor) -> N
     if z.is_cuda and bias is None and y.dtype == dense.dtype:
         torch.mm(z, dense.T, out=y)
         return
-    # Not on a device in the interpreter.
+    # On the CPU, in Triton's interpreter, mm takes no out_dtype.
     sums = torch.mm(z, dense.T, out_dtype=torch.float32) if z.is_cuda else z.float() @ dense.float().T
     y.copy_(sums if bias is None else sums + bias)

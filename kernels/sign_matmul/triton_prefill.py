@@ -1,21 +1,21 @@
 """The Triton kernel for many tokens: signs become ±1 in registers, and tensor cores multiply.
 
-Tensor cores take 16-bit numbers. Activations that have more are cut into a few bfloat16 terms,
+Tensor cores take 16-bit numbers. A float32 activation is split into three bfloat16 operands (bf16x3 split),
 
     x  =  x₀ + x₁ + x₂,   x₀ = upper half of x,  x₁ = upper half of x - x₀,  x₂ = x - x₀ - x₁
 
-three of which hold all 24 bits of a float32; the products of each with ±1 are exact, and sums are float32.
+which hold all 24 bits; the products of each with ±1 are exact, and sums are float32.
 
-Signs are read byte by byte: the eight signs of a byte are what one thread hands to the tensor cores, in the order of the
-columns, so that Triton finds a layout in which every thread expands the very signs that it multiplies by. With whole
-words the expanded signs had to change threads through shared memory, twice. Tiles of 64 tokens and more go to the
-instructions of Hopper and Blackwell for groups of warps, which read both operands from shared memory: there the
-expanded signs are written once, 16 bytes at a time.
+Signs are read byte by byte. One thread hands the eight signs of a byte to the tensor cores, in the order of the columns,
+so that Triton finds a layout in which every thread expands the very signs that it multiplies by. With whole words, the
+expanded signs had to change threads through shared memory, twice. Tiles of 64 tokens and more use the instructions of
+Hopper and Blackwell for groups of warps, which read both operands from shared memory: there the expanded signs are written
+once, 16 bytes at a time.
 
-For more than a hundred tokens of a 16-bit model signs are written as a dense matrix, which all tokens then share, and the
-device's library multiplies by that: it took less time, when this was measured with an earlier kernel.
+More than a hundred tokens of a 16-bit model share a dense matrix of signs instead (see ``triton_dequantize.py``), which
+the device's library multiplies by: that took less time, measured with an earlier kernel.
 
-Shape letters: T terms, M rows of x (tokens), K columns and N rows of the sign matrix, W = ceil(K / 32) words.
+Shape letters: M rows of x (tokens), K columns and N rows of the sign matrix, W = ceil(K / 32) words.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def prefill_tile(  # type: ignore[no-untyped-def]
         m: the first row of x, int64.
         n: rows of the sign matrix, int64 [BLOCK_N].
         RAGGED: as for :func:`first_words`.
-        BLOCK_K: columns that are met in one step, a multiple of 32.
+        BLOCK_K: columns in one step, a multiple of 32.
     """
     number = x_ptr.dtype.element_ty
     minus = -0x407F4080 if number == tl.bfloat16 else -0x43FF4400  # twice the bits of -1
@@ -74,17 +74,17 @@ def prefill_tile(  # type: ignore[no-untyped-def]
         signs = plus_or_minus(packed, minus).to(number, bitcast=True)
         signs = tl.permute(signs, (0, 2, 3, 4, 1)).reshape(BLOCK_K, BLOCK_N)
         k = (first + tl.arange(0, BLOCK_K))[None, :]
-        for term in tl.static_range(OPERANDS):
-            # Behind the last column x is read as 0, which adds nothing under either sign.
-            x = tl.load(x_ptr + (row + term * M) * K + k, mask=(row < M) & (k < K), other=0.0)
+        for operand in tl.static_range(OPERANDS):
+            # Past the last column x is read as 0, which adds nothing under either sign.
+            x = tl.load(x_ptr + (row + operand * M) * K + k, mask=(row < M) & (k < K), other=0.0)
             sums = tl.dot(x, signs, sums)
     return sums
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def prefill_rows(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return what this program is for: the first row m of x and the rows n of the sign matrix, int64."""
-    # Eight neighbouring tiles of tokens take turns with the same signs: both stay in the cache.
+    """Return what this program computes: the first row m of x and the rows n of the sign matrix, int64."""
+    # Eight neighbouring tiles of tokens take turns with the same signs, so that both stay in the cache.
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0)
     first = tile // (8 * tiles_n) * 8
@@ -125,38 +125,29 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     store_tile(y_ptr, y, m + tl.arange(0, BLOCK_M), n, M, N, out_scale_ptr, bias_ptr)
 
 
-# What a template needs beside its own text, callees first.
+# The functions that a template calls, callees first.
 DEVICE_FUNCTIONS = (first_words, byte_pointers, plus_or_minus, prefill_tile, prefill_rows)
 
 
-def operand_dtype(x: torch.dtype, result: torch.dtype | None) -> torch.dtype:
-    """Return the dtype in which tensor cores get activations of dtype ``x`` for a result of dtype ``result``.
+def bf16x3_split(z: Tensor, dtype: torch.dtype, count: int) -> Tensor:
+    """Split activations into operands that add up to them: [M, K] to ``dtype`` [count, M, K].
 
-    A 16-bit model keeps its dtype, as its dense layers do: that of the activations, else that of the result.
+    Args:
+        z: float32 [M, K]; of any dtype if count is 1.
+        dtype: of the operands; bfloat16 if count is not 1.
+        count: 3 holds all bits of a float32, 2 holds 16 of 24.
     """
-    narrow = (torch.bfloat16, torch.float16)
-    return x if x in narrow else result if result in narrow else torch.bfloat16
-
-
-def operand_count(x: torch.dtype, result: torch.dtype | None, fast: bool = False) -> int:
-    """Return how many terms hold an activation: one in a 16-bit model, else three, or two for fast sums."""
-    narrow = (torch.bfloat16, torch.float16)
-    return 1 if x in narrow or result in narrow else 2 if fast else 3
-
-
-def bf16x3_split(z: Tensor, dtype: torch.dtype, terms: int) -> Tensor:
-    """Cut activations into terms that add up to them: [M, K] to ``dtype`` [terms, M, K]; several terms of float32 only."""
-    parts = []
-    for _ in range(terms - 1):
+    operands = []
+    for _ in range(count - 1):
         upper = (z.view(torch.int32) & -(2**16)).view(torch.float32)
-        parts.append(upper.to(dtype))
-        # What is infinite is so in the first term; infinity minus infinity would be undefined.
+        operands.append(upper.to(dtype))
+        # The first operand alone is infinite: infinity minus infinity would be NaN.
         z = torch.where(z.isfinite(), z - upper, 0.0)
-    return torch.stack([*parts, z.to(dtype)])
+    return torch.stack([*operands, z.to(dtype)])
 
 
-# BLOCK_M, BLOCK_N, BLOCK_K and warps; and what 128 columns of such a tile keep busy, in cycles of a multiprocessor: its
-# schedulers, counted in the machine code for sm_90, and its tensor cores, at their rate.
+# (BLOCK_M, BLOCK_N, BLOCK_K, warps): cycles of a multiprocessor for 128 columns of such a tile, of its schedulers, counted
+# in the machine code for sm_90, and of its tensor cores, at their rate.
 _TILES = {
     (16, 32, 128, 4): (143, 52),
     (16, 64, 128, 4): (239, 103),
@@ -167,33 +158,34 @@ _TILES = {
     (64, 256, 64, 8): (837, 982),
     (128, 128, 64, 8): (591, 982),
 }
-# Of an H100 or H200: activations that come from its cache in a cycle, for each of its multiprocessors.
+# Of an H100 or H200: its multiprocessors, and the activations that each of them gets from the cache in a cycle.
 _MULTIPROCESSORS, _ACTIVATIONS = 132, 14
 
 
-def prefill_blocks(M: int, N: int, terms: int = 1) -> list[dict[str, int]]:
-    """Return the launch settings that are worth trying, the one for use without trying first.
+def prefill_blocks(M: int, N: int, operands: int = 1) -> list[dict[str, int]]:
+    """Return the launch settings to tune over, the default first.
 
     Args:
-        M: tokens, or a guess.
+        M: tokens, or an estimate.
         N: rows of the sign matrix.
-        terms: of an activation.
+        operands: 16-bit numbers that an activation is split into.
 
     Returns:
         BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages.
     """
 
     def cycles(tile: tuple[int, int, int, int]) -> int:
-        # Programs that run one after the other, or side by side, wait for what is busiest; the first one for the next, too.
+        # The busiest unit limits programs that run one after the other or side by side; the first program also waits for
+        # the second busiest.
         busy = sorted((*_TILES[tile], tile[0] * 128 // _ACTIVATIONS))
         programs = -(-M // tile[0]) * -(-N // tile[1])
         return -(-programs // _MULTIPROCESSORS) * busy[-1] + busy[-2]
 
     tiles = sorted((tile for tile in _TILES if tile[0] < max(2 * M, 32)), key=cycles)
-    # Steps on their way from memory: several terms of several steps would fill the shared memory.
+    # Stages are steps on their way from memory: several operands of many steps would overflow shared memory.
     return [
         {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
-        for stages in ((3, 4) if terms == 1 else (2, 3))
+        for stages in ((3, 4) if operands == 1 else (2, 3))
         for m, n, k, warps in tiles
     ]
 
@@ -201,5 +193,5 @@ def prefill_blocks(M: int, N: int, terms: int = 1) -> list[dict[str, int]]:
 def prefill_grid(
     M: Any, N: Any, blocks: dict[str, Any], cdiv: Callable[[Any, Any], Any] = triton.cdiv
 ) -> tuple[Any, int, int]:
-    """Return the launch grid, as :func:`dbf_compile.kernels.sign_matmul.triton_decode.decode_grid`."""
+    """Return the launch grid, as :func:`~dbf_compile.kernels.sign_matmul.triton_decode.decode_grid` does."""
     return (cdiv(M, blocks["BLOCK_M"]) * cdiv(N, blocks["BLOCK_N"]), 1, 1)

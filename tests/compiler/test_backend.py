@@ -79,7 +79,7 @@ def test_several_batch_sizes_share_factors_and_stay_right(count_factorizations):
     model = MLP(seed=11)
     run, eager = compiled(model), factored(model)
     count_factorizations.clear()
-    backend._made.clear()
+    backend._factored.clear()
     for batch in (4, 7, 1, 9):
         x = randn(batch, 67, seed=batch)
         assert error_of(run(x), eager(x)) < TOLERANCE
@@ -275,10 +275,10 @@ def test_a_checkpoint_that_is_missing_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 2}, r"OptionError: unknown option 'bits'; allowed: accuracy, bits_per_weight, .*skip"),
+        ({"rank": 2}, r"OptionError: unknown option 'rank'; allowed: accuracy, bits_per_weight, .*skip"),
         ({"bits_per_weight": "two"}, "OptionError: option bits_per_weight='two'; allowed: a number"),
         ({"bits_per_weight": 40.0}, "OptionError: 40.0 bits per weight"),
-        ({"accuracy": "exakt"}, "OptionError: accuracy='exakt'; allowed: 'exact' or 'fast'"),
+        ({"accuracy": "exakt"}, "OptionError: accuracy='exakt'; allowed: 'exact', 'fast'"),
         ({"mode": "fastest"}, "OptionError: mode='fastest'; allowed: default, .*max-autotune"),
         ({"inductor": {"no_such_setting": 1}}, "OptionError: unknown setting 'no_such_setting'"),
     ],
@@ -399,9 +399,9 @@ def test_a_model_without_parameters_compiles():
 def test_reset_forgets_the_factors():
     model = MLP()
     compiled(model)(randn(5, 67))
-    assert len(backend._made) > 0
+    assert len(backend._factored) > 0
     backend.dbf.reset()
-    assert len(backend._made) == 0
+    assert len(backend._factored) == 0
 
 
 def test_the_memory_of_factors_does_not_keep_weights_alive():

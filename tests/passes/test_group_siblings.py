@@ -1,4 +1,4 @@
-"""Graphs on the CPU stand for graphs on a GPU here, except where the device is what is tested."""
+"""Graphs on the CPU stand for graphs on a GPU, except in tests of the device."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from support.graphs import HandGraph, targets
 from support.strategies import FLOAT_DTYPES, random_signs, seeds, sizes
 
-from dbf_compile.kernels.sign_matmul.reference import DECODE_TOKENS
+from dbf_compile.kernels.sign_matmul.regimes import DECODE_TOKENS
 from dbf_compile.passes import group_siblings as module
 from dbf_compile.passes.group_siblings import MOST, group_siblings
 from dbf_compile.signs import interleave, pack_signs
@@ -22,21 +22,21 @@ def pretended_gpu(monkeypatch):
 
 
 def siblings(
-    rows,
-    tokens=3,
-    K=37,
-    seed=0,
-    dtype=torch.float32,
-    result=None,
-    dynamic=(),
-    vectors=True,
-    scales=1,
-    interleaved=True,
+    rows, shape=(3, 37), seed=0, x_dtype=torch.float32, vectors=True, scales=1, dynamic=(), **settings
 ):
-    """Return a graph of products of one input, and the input; ``scales`` says how many in_scales there are."""
+    """Return a graph of products of one input, the input, and the products.
+
+    Args:
+        rows: of the sign matrices.
+        shape: of the input.
+        vectors: whether there are out_scales and biases.
+        scales: number of in_scales.
+        settings: further arguments of the products, by name.
+    """
+    K, interleaved = shape[1], settings.setdefault("interleaved", True)
     generator = torch.Generator().manual_seed(seed)
     hand = HandGraph()
-    x = hand.input(torch.randn(tokens, K, generator=generator).to(dtype), dynamic)
+    x = hand.input(torch.randn(*shape, generator=generator).to(x_dtype), dynamic)
     in_scales = [hand.constant(torch.rand(K, generator=generator)) for _ in range(scales)]
     products = []
     for index, N in enumerate(rows):
@@ -46,7 +46,7 @@ def siblings(
             hand.constant(torch.rand(N, generator=generator).half()) if vectors else None for _ in range(2)
         )
         scale = in_scales[index % scales]
-        products.append(hand.call(SIGN_MATMUL, x, signs, scale, out_scale, bias, result, interleaved))
+        products.append(hand.call(SIGN_MATMUL, x, signs, scale, out_scale, bias, **settings))
     return hand, x, products
 
 
@@ -55,12 +55,12 @@ def siblings(
     tokens=st.integers(1, DECODE_TOKENS),
     K=sizes,
     seed=seeds,
-    dtype=st.sampled_from(FLOAT_DTYPES),
-    result=st.sampled_from((None, *FLOAT_DTYPES)),
+    x_dtype=st.sampled_from(FLOAT_DTYPES),
+    dtype=st.sampled_from((None, *FLOAT_DTYPES)),
     vectors=st.booleans(),
 )
-def test_siblings_become_one_product_of_equal_values(rows, tokens, K, seed, dtype, result, vectors):
-    hand, _, products = siblings(rows, tokens, K, seed, dtype, result, vectors=vectors)
+def test_siblings_become_one_product_of_equal_values(rows, tokens, K, seed, x_dtype, dtype, vectors):
+    hand, _, products = siblings(rows, (tokens, K), seed, x_dtype, vectors, dtype=dtype)
     hand.output(*(hand.call(torch.neg, y) for y in products))
     before = hand.run()
     assert group_siblings(hand.graph) == len(rows) - 1
@@ -82,7 +82,7 @@ def test_more_than_fit_in_a_launch_are_several():
 
 
 def test_what_a_node_says_of_itself_is_true():
-    hand, _, products = siblings([5, 6], dtype=torch.bfloat16, result=torch.bfloat16)
+    hand, _, products = siblings([5, 6], x_dtype=torch.bfloat16, dtype=torch.bfloat16)
     trace = object()
     products[1].meta["stack_trace"] = trace
     hand.output(*products)
@@ -93,18 +93,18 @@ def test_what_a_node_says_of_itself_is_true():
 
 
 @pytest.mark.parametrize(
-    "given",
+    "case",
     [
         pytest.param({"rows": [5]}, id="one alone"),
         pytest.param({"rows": [5, 6], "scales": 2}, id="other scales"),
-        pytest.param({"rows": [5, 6], "tokens": DECODE_TOKENS + 1}, id="many tokens"),
+        pytest.param({"rows": [5, 6], "shape": (DECODE_TOKENS + 1, 37)}, id="many tokens"),
         pytest.param({"rows": [5, 6], "dynamic": (0,)}, id="any number of tokens"),
-        pytest.param({"rows": [5, 6], "dtype": torch.float64}, id="double precision"),
-        pytest.param({"rows": [17, 18], "interleaved": False}, id="rows one after the other"),
+        pytest.param({"rows": [5, 6], "x_dtype": torch.float64}, id="double precision"),
+        pytest.param({"rows": [17, 18], "interleaved": False}, id="words row by row"),
     ],
 )
-def test_not_for_others(given):
-    hand, _, products = siblings(**given)
+def test_not_for_others(case):
+    hand, _, products = siblings(**case)
     hand.output(*products)
     assert group_siblings(hand.graph) == 0
 

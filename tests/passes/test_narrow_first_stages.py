@@ -1,4 +1,4 @@
-"""Graphs on the CPU stand for graphs on a GPU here, except where the device is what is tested."""
+"""Graphs on the CPU stand for graphs on a GPU, except in tests of the device."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from support.graphs import HandGraph
 from support.strategies import random_signs, seeds, sizes
 
-from dbf_compile.kernels.sign_matmul.reference import DECODE_TOKENS
+from dbf_compile.kernels.sign_matmul.regimes import DECODE_TOKENS
 from dbf_compile.passes import narrow_first_stages as module
 from dbf_compile.passes.narrow_first_stages import narrow_first_stages
 from dbf_compile.signs import interleave, pack_signs
@@ -29,23 +29,25 @@ def words(rows, cols, seed):
 def layers(
     readers=1,
     tokens=MANY,
-    K=37,
-    R=24,
-    N=5,
+    features=(37, 24, 5),
     seed=0,
-    dtype=torch.bfloat16,
+    dtypes=(torch.bfloat16, None),
     results=(torch.bfloat16,),
     interleaved=True,
-    first=None,
-    second=None,
 ):
-    """Return a graph of factored layers that share their first stage: the graph, and the node of that stage.
+    """Return a graph of factored layers that share their first stage, and the node of that stage.
 
-    Nothing is larger than 1 at its input, and no scale is.
+    Activations and scales are at most 1.
+
+    Args:
+        features: K, R and N.
+        dtypes: of the input, and of the first stage.
+        results: dtypes of the layers, in turn.
     """
+    K, R, N = features
     generator = torch.Generator().manual_seed(seed)
     hand = HandGraph()
-    x = hand.input((2 * torch.rand(tokens, K, generator=generator) - 1).to(dtype))
+    x = hand.input((2 * torch.rand(tokens, K, generator=generator) - 1).to(dtypes[0]))
     vector = lambda size: hand.constant(torch.rand(size, generator=generator).half())  # noqa: E731
     h = hand.call(
         SIGN_MATMUL,
@@ -53,7 +55,8 @@ def layers(
         hand.constant(words(R, K, seed)),
         vector(K),
         vector(R),
-        **{"interleaved": interleaved, **(first or {})},
+        dtype=dtypes[1],
+        interleaved=interleaved,
     )
     ends = [
         hand.call(
@@ -62,7 +65,8 @@ def layers(
             hand.constant(words(N, R, seed + 1 + index)),
             None,
             vector(N),
-            **{"dtype": results[index % len(results)], "interleaved": interleaved, **(second or {})},
+            dtype=results[index % len(results)],
+            interleaved=interleaved,
         )
         for index in range(readers)
     ]
@@ -80,13 +84,13 @@ def layers(
     narrow=st.sampled_from((torch.bfloat16, torch.float16)),
 )
 def test_what_tensor_cores_read_is_narrowed(readers, tokens, K, R, N, seed, narrow):
-    hand, h = layers(readers, tokens, K, R, N, seed, narrow, (narrow,))
+    hand, h = layers(readers, tokens, (K, R, N), seed, (narrow, None), (narrow,))
     before = hand.run()
     assert narrow_first_stages(hand.graph) == 1
     assert h.meta["example_value"].dtype == narrow
     for old, new in zip(before, hand.run(), strict=True):
         assert new.dtype == old.dtype
-        # R sums of K numbers up to 1 are rounded before they are added up, and the result is.
+        # Each of R sums of K numbers up to 1 is rounded before they are added, and so is the result.
         error = (new.double() - old.double()).abs().max()
         assert error <= torch.finfo(narrow).eps * (R * K / 2 + old.double().abs().max())
     assert narrow_first_stages(hand.graph) == 0
@@ -95,25 +99,25 @@ def test_what_tensor_cores_read_is_narrowed(readers, tokens, K, R, N, seed, narr
 @pytest.mark.parametrize(
     "case",
     [
-        {"tokens": DECODE_TOKENS},  # few are summed as exactly as float32 does
-        {"dtype": torch.float32},  # has its activations cut into terms
+        {"tokens": DECODE_TOKENS},  # summed as exactly as in float32
+        {"dtypes": (torch.float32, None)},  # activations are split into three
         {"results": (torch.float32,)},
         {"results": (None,)},
         {"readers": 2, "results": (torch.bfloat16, torch.float16)},
         {"readers": 2, "results": (torch.bfloat16, None)},
-        {"first": {"dtype": torch.bfloat16}},
-        {"interleaved": False},  # the kernels do not take such
+        {"dtypes": (torch.bfloat16, torch.bfloat16)},
+        {"interleaved": False},  # the kernels need interleaved words
     ],
     ids=str,
 )
-def test_leaves_alone(case):
+def test_not_for_others(case):
     hand, h = layers(**case)
     dtype = h.meta["example_value"].dtype
     assert narrow_first_stages(hand.graph) == 0
     assert h.meta["example_value"].dtype == dtype
 
 
-def test_leaves_alone_what_others_read_too():
+def test_not_what_others_read_too():
     hand = HandGraph()
     x = hand.input(torch.randn(MANY, 37).bfloat16())
     h = hand.call(SIGN_MATMUL, x, hand.constant(words(24, 37, 0)), interleaved=True)
@@ -123,7 +127,7 @@ def test_leaves_alone_what_others_read_too():
     assert narrow_first_stages(hand.graph) == 0
 
 
-def test_leaves_alone_what_is_scaled_before_it_is_rounded():
+def test_not_what_is_scaled_before_it_is_rounded():
     hand = HandGraph()
     x = hand.input(torch.randn(MANY, 37).bfloat16())
     h = hand.call(SIGN_MATMUL, x, hand.constant(words(24, 37, 0)), interleaved=True)
@@ -133,7 +137,7 @@ def test_leaves_alone_what_is_scaled_before_it_is_rounded():
     assert narrow_first_stages(hand.graph) == 0
 
 
-def test_fires_on_no_cpu(monkeypatch):
+def test_not_on_the_cpu(monkeypatch):
     monkeypatch.setattr(module, "on_gpu", on_gpu)
     hand, _ = layers()
     assert narrow_first_stages(hand.graph) == 0

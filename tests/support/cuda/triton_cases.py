@@ -183,7 +183,7 @@ def _with_other_settings(
 ) -> Any:
     """Yield the results of the kernels under some of the settings that are worth trying."""
     from dbf_compile.kernels.sign_matmul import triton_decode, triton_dequantize, triton_prefill
-    from dbf_compile.kernels.sign_matmul.reference import DECODE_TOKENS
+    from dbf_compile.kernels.sign_matmul.regimes import DECODE_TOKENS
     from dbf_compile.signs import is_ragged
 
     M, N, K = math.prod(x.shape[:-1]), words.shape[0], x.shape[-1]
@@ -199,7 +199,7 @@ def _with_other_settings(
             yield y
         # As compiled programs launch it: columns in parts that somebody else adds up, activations that are a sum themselves.
         terms = _at_the_edge(torch.stack([x - 3, torch.full_like(x, 3)]))
-        settings_ = triton_decode.decode_blocks(M, N, K, parts=3)[0] | {"BLOCK_W": 1}
+        settings_ = triton_decode.decode_blocks(M, N, K, split_k=3)[0] | {"BLOCK_W": 1}
         parts = _at_the_edge(torch.full((3, *x.shape[:-1], N), math.nan))
         grid = triton_decode.decode_grid(M, N, settings_)
         triton_decode.decode_kernel[grid](
