@@ -1,4 +1,4 @@
-"""Let products with signs take the fast sums of the CPU kernels: a relative error of 1e-4 instead of that of float32.
+"""Allow the fast sums of the CPU kernels: a relative error of 1e-4 instead of that of float32.
 
 sign_matmul(..., fast=False)  ->  sign_matmul(..., fast=True)
 """
@@ -23,7 +23,7 @@ def allow_fast_sums(graph: Graph, source: WeightSource | None = None) -> int:
     marked = 0
     for node in graph.nodes:
         if node.target in SIGN_MATMUL and not arguments_of(node)["fast"]:
-            node.args = node.args[:7]  # what stands before ``fast``
+            node.args = node.args[:7]  # those before ``fast``
             node.kwargs = {**node.kwargs, "fast": True}
             marked += 1
     return marked

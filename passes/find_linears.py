@@ -5,7 +5,7 @@
     mm(x, w.t()), x @ w.T  ->  linear(x, w, None)
     linear(x, w, bias=b)   ->  linear(x, w, b)                three positional arguments
 
-A linear layer whose weight is no constant, or is written to in the graph, is left as it is.
+A product is left alone if its weight is not constant, or if the graph writes to the weight.
 """
 
 from __future__ import annotations
@@ -32,13 +32,19 @@ from dbf_compile.passes.graph import (
 
 
 class _Form(NamedTuple):
-    """A spelling of a product: names of its positional arguments, and which of them is what."""
+    """A spelling of a product.
+
+    Args:
+        arguments: names of the positional arguments.
+        x, weight, bias: which of them is which; bias may be None.
+        transposed: the weight argument is [K, N].
+    """
 
     arguments: tuple[str, ...]
     x: str
     weight: str
     bias: str | None
-    transposed: bool  # the weight argument is [K, N]
+    transposed: bool
 
 
 _aten = torch.ops.aten
@@ -92,7 +98,7 @@ def find_linears(graph: Graph, source: WeightSource) -> int:
 
 
 def can_find_linears(product: _Product, source: WeightSource, written: set[object]) -> bool:
-    """Return whether the weight is a constant matrix nobody writes to, and the bias one value per output."""
+    """Return whether the weight is a constant to which the graph does not write, and the bias has one value per output."""
     if not source.is_constant(product.weight) or storage_of(product.weight) in written:
         return False
     out_features = example_value(product.weight).shape[1 if product.transposed else 0]
@@ -105,12 +111,12 @@ def _read(node: Node) -> _Product | None:
     form = _FORMS.get(node.target)
     if form is None:
         return None
-    given = dict(zip(form.arguments, node.args, strict=False)) | node.kwargs
-    plain = given.pop("beta", 1) == 1 and given.pop("alpha", 1) == 1
-    x, weight = given.pop(form.x, None), given.pop(form.weight, None)
-    bias = given.pop(form.bias, None) if form.bias else None
-    # What is left, such as out=, makes it another operation.
-    if given or not plain or not isinstance(x, Node) or not isinstance(weight, Node):
+    arguments = dict(zip(form.arguments, node.args, strict=False)) | node.kwargs
+    unscaled = arguments.pop("beta", 1) == 1 and arguments.pop("alpha", 1) == 1
+    x, weight = arguments.pop(form.x, None), arguments.pop(form.weight, None)
+    bias = arguments.pop(form.bias, None) if form.bias else None
+    # Any other argument, such as out=, makes it another operation.
+    if arguments or not unscaled or not isinstance(x, Node) or not isinstance(weight, Node):
         return None
     if not (bias is None or isinstance(bias, Node)) or not is_tensor(x) or not is_tensor(weight, 2):
         return None

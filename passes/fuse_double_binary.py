@@ -1,9 +1,9 @@
-"""Let the two products of a factored layer be one call on the CPU.
+"""Fuse the two products of a factored layer into one call on the CPU.
 
     h = sign_matmul(x, signs_in, scale_in);  sign_matmul(h, signs_out, scale_mid, scale_out, bias)
         ->  double_binary_linear(x, signs_in, signs_out, scale_in, scale_mid, scale_out, bias)
 
-Runs on the graph that Inductor is about to lower, where gradients are no question any more.
+Runs on the graph that Inductor is about to lower, which needs no gradients.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dbf_compile.passes.graph import (
 
 
 def fuse_double_binary(graph: Graph, source: WeightSource | None = None) -> int:
-    """Fuse every pair of products of which the second alone reads the first.
+    """Fuse every pair of products in which only the second reads the first.
 
     Args:
         graph: changed in place.
@@ -51,7 +51,7 @@ def fuse_double_binary(graph: Graph, source: WeightSource | None = None) -> int:
 
 
 def can_fuse_double_binary(node: Node) -> bool:
-    """Return whether ``node`` is the second product of a layer on the CPU, and nobody else reads the first."""
+    """Return whether ``node`` is the second product of a layer on the CPU, and alone reads the first."""
     if node.target not in SIGN_MATMUL or not isinstance(node.args[0], Node):
         return False
     h = node.args[0]
@@ -64,7 +64,7 @@ def can_fuse_double_binary(node: Node) -> bool:
         return False
     if (first["interleaved"], first["fast"]) != (second["interleaved"], second["fast"]):
         return False
-    # Between the two, h is as wide as the sums; and what the first reads must still be there at the second.
+    # h must be as wide as the sums, and the inputs of the first product must not change before the second.
     if example_value(h).dtype != torch.promote_types(example_value(first["x"]).dtype, torch.float32):
         return False
     nodes = list(node.graph.nodes)

@@ -1,7 +1,7 @@
-"""What every pass needs: weights in a graph, aliases, mutation, and emission of new nodes.
+"""What every pass needs: weights in a graph, writes and aliases, and the emission of new nodes.
 
-Passes rewrite plain torch into plain torch: between any two of them the graph can be run. Every node carries the
-fake tensor it stands for in ``meta["example_value"]``, as Dynamo leaves it; nodes emitted here get one as well.
+Passes rewrite plain torch into plain torch: between any two of them the graph can be run. Every node has a fake tensor in
+``meta["example_value"]``, as Dynamo leaves it; nodes emitted here get one as well.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 from torch.fx.node import map_aggregate, map_arg
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, resolve_name
 
 from dbf_compile import ops as _ops  # noqa: F401  # defines the dbf:: operators
 from dbf_compile.errors import GraphInvariantError
 
-# What a new node takes over from the node that it replaces: where it came from.
+# Where a node comes from: a new node takes this over from the node that it replaces.
 PROVENANCE = ("nn_module_stack", "source_fn_stack", "stack_trace", "from_node", "custom")
 
 
 OpOverload = type(torch.ops.aten.add.Tensor)
 OpOverloadPacket = type(torch.ops.aten.add)
 
-# The product with signs, as modules call it and as the passes emit it.
+# The product with signs, as modules call it and as passes emit it.
 SIGN_MATMUL = (torch.ops.dbf.sign_matmul, torch.ops.dbf.sign_matmul.default)
 
 
@@ -50,7 +50,7 @@ class FactorNodes(NamedTuple):
     """The nodes of the five tensors of a factorization; see ``DoubleBinaryFactors``.
 
     Args:
-        interleaved: whether the words of both sign matrices lie as kernels read them.
+        interleaved: whether the words of both sign matrices are interleaved, as kernels read them.
     """
 
     signs_in: Node
@@ -62,16 +62,16 @@ class FactorNodes(NamedTuple):
 
 
 class WeightSource(Protocol):
-    """What the passes ask of whoever knows the weights; they know nothing of bits, files or names themselves."""
+    """The weights of a graph; the passes themselves know nothing of bits, files or names."""
 
     def is_constant(self, node: Node) -> bool:
-        """Return whether ``node`` is a tensor that does not change between calls, such as a parameter."""
+        """Return whether ``node`` is a tensor that stays the same in all calls, such as a parameter."""
 
     def group(self, weight: Weight) -> Hashable | None:
         """Return None if the weight stays dense; weights with equal keys may be factored as one."""
 
     def factors(self, requests: Sequence[tuple[Weight, ...]]) -> list[FactorNodes]:
-        """Return the factors of each stack of weights, as nodes at the top of the graph."""
+        """Return the factors of each stack of weights, as placeholders of the graph."""
 
 
 def example_value(node: Node) -> Any:
@@ -92,7 +92,7 @@ def example_value(node: Node) -> Any:
 
 
 def is_tensor(node: object, dims: int | None = None) -> bool:
-    """Return whether ``node`` is a node that stands for a tensor, of ``dims`` dimensions if given."""
+    """Return whether ``node`` is a node whose value is a tensor, of ``dims`` dimensions if given."""
     if not isinstance(node, Node):
         return False
     value = node.meta.get("example_value", node.meta.get("val"))
@@ -100,7 +100,7 @@ def is_tensor(node: object, dims: int | None = None) -> bool:
 
 
 def on_gpu(x: Tensor) -> bool:
-    """Return whether a (fake) tensor lies where the Triton kernels run."""
+    """Return whether a (fake) tensor is on a device of the Triton kernels."""
     return x.device.type == "cuda"
 
 
@@ -110,7 +110,7 @@ def is_linear(node: Node) -> bool:
 
 
 def weights_of(node: object, source: WeightSource) -> tuple[Weight, ...] | None:
-    """Read a weight expression: a constant, its transpose, or a stack of such along the rows.
+    """Return the weights in an expression: a constant, its transpose, or a stack of these along the rows.
 
     Args:
         node: the weight argument of a linear.
@@ -122,10 +122,8 @@ def weights_of(node: object, source: WeightSource) -> tuple[Weight, ...] | None:
     if not isinstance(node, Node):
         return None
     if is_cat(node):
-        parts = [weights_of(part, source) for part in node.args[0]]  # type: ignore[union-attr]
-        return (
-            None if any(part is None for part in parts) else tuple(w for part in parts if part for w in part)
-        )
+        stack = [weights_of(item, source) for item in node.args[0]]  # type: ignore[union-attr]
+        return None if None in stack else tuple(weight for weights in stack if weights for weight in weights)
     inner = transposed_operand(node)
     if inner is not None:
         return (Weight(inner, True),) if source.is_constant(inner) and is_tensor(inner, 2) else None
@@ -133,9 +131,9 @@ def weights_of(node: object, source: WeightSource) -> tuple[Weight, ...] | None:
 
 
 def only_linears_read(weight: Node) -> bool:
-    """Return whether all readers of a weight are linear layers, through transposes and stacks at most.
+    """Return whether only linear layers read a weight, directly or through transposes and stacks.
 
-    Where an embedding reads it too, as a tied output head has it, the dense tensor has to stay in memory anyway.
+    If an embedding also reads it, as with a tied output head, the dense tensor has to stay in memory anyway.
     """
     return all(
         only_linears_read(user)
@@ -186,70 +184,83 @@ def arguments_of(node: Node) -> dict[str, Any]:
     target: Any = node.target
     if not isinstance(target, OpOverload):
         target = target.default
-    given = dict(zip((argument.name for argument in target._schema.arguments), node.args, strict=False))
+    positional = dict(zip((argument.name for argument in target._schema.arguments), node.args, strict=False))
     defaults = {a.name: a.default_value for a in target._schema.arguments if a.has_default_value()}
-    return defaults | given | node.kwargs
+    return defaults | positional | node.kwargs
+
+
+def is_pure(node: Node) -> bool:
+    """Return whether ``node`` is known to write to no memory.
+
+    Known are operators, by their schemas, and the functions and methods of torch and of Python's operators, by their
+    names. Every other call counts as impure: a function of the user, or a higher-order operator with its bodies.
+    """
+    target: Any = node.target
+    if "out" in node.kwargs:
+        return False
+    if isinstance(target, OpOverload):
+        return not _writes(target, node)
+    if isinstance(
+        target, OpOverloadPacket
+    ):  # Dynamo leaves the choice of an overload open where the model does
+        return not any(_writes(getattr(target, name), node) for name in target.overloads())
+    if node.op == "call_function" and not _is_documented(target):
+        return False
+    return node.op != "call_module" and not writes_in_place(node)
+
+
+def writes_in_place(node: Node) -> bool:
+    """Return whether ``node`` calls a function or method that, by its name or ``inplace=``, writes to its first argument."""
+    return bool(node.args) and (_is_in_place(_called_name(node)) or _is_told_to_be_in_place(node))
 
 
 def mutated_by(node: Node) -> tuple[Node, ...]:
-    """Return the nodes whose memory ``node`` may write to."""
-    hit: list[Any] = []
-    target = node.target
-    if isinstance(target, (OpOverload, OpOverloadPacket)):
-        for schema in _schemas_of(target):
-            given = [*zip(schema.arguments, node.args, strict=False)]
-            given += [(one, node.kwargs[one.name]) for one in schema.arguments if one.name in node.kwargs]
-            hit += [value for one, value in given if one.alias_info is not None and one.alias_info.is_write]
-    elif getattr(target, "namespace", None) == "higher_order":
-        bodies = _bodies_of(node)  # none of a user's Triton kernel, which may write to all that it is given
-        hit += node.all_input_nodes if not bodies or any(map(_writes_to_inputs, bodies)) else []
-    elif node.op in ("call_method", "call_function") and node.args:
-        name = _called_name(node)
-        in_place = name.endswith("_") and not name.endswith("__")
-        if (
-            in_place
-            or target is operator.setitem
-            or name.strip("_") in _IN_PLACE_OPERATORS
-            or _is_told_to_be_in_place(node)
-        ):
-            hit.append(node.args[0])
-    if "out" in node.kwargs:
-        hit.append(node.kwargs["out"])
-    found: list[Node] = []
-    map_arg(hit, found.append)
-    return tuple(dict.fromkeys(found))
+    """Return the nodes whose memory ``node`` may write to: all that an impure node reads."""
+    return () if is_pure(node) else tuple(node.all_input_nodes)
 
 
-def _schemas_of(target: Any) -> list[Any]:
-    """Return the schema of an operator's overload, or of all overloads where Dynamo left the choice open."""
-    if isinstance(target, OpOverload):
-        return [target._schema]
-    return [getattr(target, name)._schema for name in target.overloads()]
+def _is_documented(function: Any) -> bool:
+    """Return whether a function is one of torch or of Python's operators, which keep to their conventions of names."""
+    return (
+        function is getattr
+        or getattr(function, "__module__", None) == "_operator"
+        or resolve_name(function) is not None
+    )
 
 
-def _bodies_of(node: Node) -> list[GraphModule]:
-    """Return the graphs that a higher-order operator such as torch.cond is given."""
-    owner = node.graph.owning_module
-    named = [one for one in node.all_input_nodes if one.op == "get_attr" and owner is not None]
-    values = [operator.attrgetter(str(one.target))(owner) for one in named]
-    return [value for value in values if isinstance(value, GraphModule)]
+def _writes(overload: Any, node: Node) -> bool:
+    """Return whether the schema of an operator says that a call writes to one of its arguments."""
+    return any(
+        argument.alias_info is not None
+        and argument.alias_info.is_write
+        and (not argument.kwarg_only or argument.name in node.kwargs)
+        for argument in overload._schema.arguments
+    )
 
 
-def _writes_to_inputs(body: GraphModule) -> bool:
-    given = {storage_of(one) for one in body.graph.nodes if one.op in ("placeholder", "get_attr")}
-    return not given.isdisjoint(mutated_storages(list(body.graph.nodes)))
+def _is_in_place(name: str) -> bool:
+    """Return whether this is the name of a write to the first argument: add_, iadd, __iadd__, setitem."""
+    bare = name.strip("_")
+    trailing = (
+        name.endswith("_") and not name.endswith("__") and not hasattr(operator, name)
+    )  # as operator.and_
+    return (
+        trailing
+        or bare in ("setitem", "delitem")
+        or (bare[:1] == "i" and hasattr(operator, f"__{bare[1:]}__"))
+    )
 
 
 def _is_told_to_be_in_place(node: Node) -> bool:
     """Return whether a function of torch.nn.functional is given ``inplace=True``, by name or position."""
     if "inplace" in node.kwargs or not callable(node.target):
         return bool(node.kwargs.get("inplace"))
-    position = _place_of_inplace(node.target)
+    position = _position_of_inplace(node.target)
     return position is not None and position < len(node.args) and bool(node.args[position])
 
 
 @cache
-def _place_of_inplace(function: Callable[..., Any]) -> int | None:
+def _position_of_inplace(function: Callable[..., Any]) -> int | None:
     try:
         names = list(inspect.signature(function).parameters)
     except (TypeError, ValueError):  # not written in Python
@@ -257,29 +268,10 @@ def _place_of_inplace(function: Callable[..., Any]) -> int | None:
     return names.index("inplace") if "inplace" in names else None
 
 
-_IN_PLACE_OPERATORS = frozenset(
-    [
-        "iadd",
-        "isub",
-        "imul",
-        "itruediv",
-        "ifloordiv",
-        "imod",
-        "ipow",
-        "iand",
-        "ior",
-        "ixor",
-        "ilshift",
-        "irshift",
-        "imatmul",
-    ]
-)
-
-
 def storage_of(node: Node) -> Hashable:
-    """Return a key of the memory that a tensor node lives in; views of one tensor have equal keys.
+    """Return a key of the memory of a tensor; views of one tensor have equal keys.
 
-    What torch.vmap is working on does not tell its memory: all of that has one key, as any of it may be a view of another.
+    Tensors inside torch.vmap expose no storage; all get one key, as any may alias any other.
     """
     value = node.meta.get("example_value", node.meta.get("val"))
     if isinstance(value, Tensor) and value.layout == torch.strided:
@@ -292,17 +284,17 @@ def storage_of(node: Node) -> Hashable:
 
 
 def mutated_storages(nodes: Sequence[Node]) -> set[Hashable]:
-    """Return the keys of all memory that ``nodes`` write to."""
+    """Return the keys of all memory that ``nodes`` may write to."""
     return {storage_of(target) for node in nodes for target in mutated_by(node)}
 
 
 def emit(node: Node, function: Callable[..., Tensor], *args: Any) -> Node:
-    """Run ``function`` on the fake values of ``args`` and put what it did in front of ``node``.
+    """Run ``function`` on the fake values of ``args``, and insert the calls that it makes before ``node``.
 
     Args:
-        node: the new nodes stand before it and take over its provenance.
+        node: where to insert; new nodes take over its provenance.
         function: any function of tensors.
-        args: its arguments; nodes stand for their values, also inside lists.
+        args: of ``function``; nodes, also inside lists, are replaced by their values.
 
     Returns:
         The node of the result.
@@ -314,7 +306,7 @@ def emit(node: Node, function: Callable[..., Tensor], *args: Any) -> Node:
 
 
 class _Recorder(TorchFunctionMode):
-    """Writes every torch function that is called with known tensors into the graph, before ``anchor``."""
+    """Inserts every call of a torch function into the graph, before ``anchor``."""
 
     def __init__(self, anchor: Node) -> None:
         super().__init__()
@@ -339,9 +331,8 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if (
-            not isinstance(result, Tensor) or id(result) in self._nodes
-        ):  # sizes, dtypes, a cast to the same dtype
+        # Sizes and dtypes are no nodes; a cast to the same dtype returns its argument.
+        if not isinstance(result, Tensor) or id(result) in self._nodes:
             return result
         is_method = isinstance(func, type(Tensor.mul))
         graph = self._anchor.graph
@@ -362,7 +353,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def _autocast_of(node: Node) -> AbstractContextManager[Any]:
-    """Return the autocast state under which ``node`` runs, told from the dtypes of its first input and its output."""
+    """Return the autocast state under which ``node`` runs, inferred from the dtypes of its first input and its output."""
     if not is_tensor(node) or not node.args or not is_tensor(node.args[0]):
         return nullcontext()
     output, first = example_value(node), example_value(node.args[0])  # type: ignore[arg-type]
@@ -371,17 +362,17 @@ def _autocast_of(node: Node) -> AbstractContextManager[Any]:
 
 
 def replace(node: Node, by: Node) -> None:
-    """Let all users of ``node`` read ``by``, then remove ``node`` and what only it needed.
+    """Let all users of ``node`` read ``by``, then remove ``node`` and the inputs that only it read.
 
-    Placeholders stay. Call it outside of ``inserting_before(node)``: nodes inserted next to an erased one are lost.
+    Call it outside of ``inserting_before(node)``: nodes inserted next to an erased one are lost.
     """
     node.replace_all_uses_with(by)
     remove_unused(node)
 
 
 def remove_unused(node: Node) -> None:
-    """Erase ``node`` if nobody reads it, and then its inputs likewise, except placeholders and writing nodes."""
-    if node.users or node.op in ("placeholder", "output") or mutated_by(node):
+    """Erase ``node`` if it is pure, no placeholder, and nobody reads it; then its inputs likewise."""
+    if node.users or node.op in ("placeholder", "output") or not is_pure(node):
         return
     inputs = list(node.all_input_nodes)
     node.graph.erase_node(node)

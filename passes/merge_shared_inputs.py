@@ -1,9 +1,9 @@
-"""Let linear layers that read one input become one: q/k/v, gate/up.
+"""Merge linear layers that read the same input: q/k/v, gate/up.
 
     linear(x, w1, b1), linear(x, w2, b2)  ->  y = linear(x, cat([w1, w2]), cat([b1, b2]));  narrow(y), narrow(y)
 
-The stack is factored as one weight, so that the parts share their first stage: one product with ``signs_in``
-instead of several, and a taller matrix loses less at equal bits.
+The stacked weight is factored as one, so that the layers share their first stage: one product with ``signs_in`` instead
+of several. A taller matrix also loses less at equal bits.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def merge_shared_inputs(graph: Graph, source: WeightSource) -> int:
         source: knows which weights may be factored as one.
 
     Returns:
-        The number of stacks made.
+        The number of merged layers.
     """
     order = {node: position for position, node in enumerate(graph.nodes)}
     written = mutated_storages(list(order))
@@ -57,28 +57,29 @@ def merge_shared_inputs(graph: Graph, source: WeightSource) -> int:
 def can_merge_shared_inputs(siblings: Sequence[Node], order: dict[Node, int], source: WeightSource) -> bool:
     """Return whether ``siblings`` may be computed where the first one stands.
 
-    Illegal if x may change between the first and the last, or if a weight or a bias is only made after the first.
+    Illegal if x, a weight or a bias may change between the first and the last, or is computed after the first.
     """
     nodes = list(order)
     first, last = order[siblings[0]], order[siblings[-1]]
     x = siblings[0].args[0]
     assert isinstance(x, Node)
-    if storage_of(x) in mutated_storages(nodes[first:last]):
-        return False
     weights = [weight.node for node in siblings for weight in weights_of(node.args[1], source) or ()]
     biases = [node.args[2] for node in siblings if isinstance(node.args[2], Node)]
-    return all(order[item] < first for item in (*weights, *biases))
+    changed = mutated_storages(nodes[first:last])
+    return all(storage_of(item) not in changed for item in (x, *weights, *biases)) and all(
+        order[item] < first for item in (*weights, *biases)
+    )
 
 
 def should_merge_shared_inputs(node: Node, source: WeightSource, written: set[Hashable]) -> Hashable | None:
-    """Return the key under which the layer may meet its siblings, or None if it stays alone."""
+    """Return the key that the layer has in common with its siblings, or None if it stays alone."""
     if not is_linear(node) or is_cat(node.args[1]):  # type: ignore[arg-type]
         return None
     weights = weights_of(node.args[1], source)
     if weights is None or storage_of(weights[0].node) in written or not only_linears_read(weights[0].node):
         return None
     key = source.group(weights[0])
-    # Under autocast, equal inputs can still give outputs of several dtypes.
+    # Under autocast, layers of one input may have outputs of several dtypes.
     return None if key is None else (key, example_value(node).dtype)
 
 
@@ -98,8 +99,8 @@ def _stacked_linear(
     x: Tensor, stored: Sequence[Tensor], transposed: Sequence[bool], biases: Sequence[Tensor | None]
 ) -> Tensor:
     weights = [w.t() if t else w for w, t in zip(stored, transposed, strict=True)]
-    known = next((bias for bias in biases if bias is not None), None)
-    if known is None:
+    first = next((bias for bias in biases if bias is not None), None)
+    if first is None:
         return F.linear(x, torch.cat(weights, 0), None)
-    filled = [known.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
+    filled = [first.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
     return F.linear(x, torch.cat(weights, 0), torch.cat(filled, 0))

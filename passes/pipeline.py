@@ -1,4 +1,4 @@
-"""The passes in their order; running them twice does nothing the second time.
+"""The passes in their order; a second run rewrites nothing.
 
 ``PIPELINE`` rewrites the graph that Dynamo captured, ``POST_GRAD_PIPELINE`` the one that Inductor is about to lower.
 """
@@ -38,10 +38,10 @@ POST_GRAD_PIPELINE: tuple[Callable[[Graph], int], ...] = (
 
 
 def run_pipeline(graph: Graph, source: WeightSource, fast: bool = False) -> dict[str, int]:
-    """Run all passes over ``graph``, in place, and return the number of rewrites of each by its name.
+    """Run all passes over ``graph`` in place, and return the number of rewrites of each pass by name.
 
     Args:
-        graph: in the form that Dynamo leaves.
+        graph: of Dynamo.
         source: knows the weights.
         fast: allow fast sums.
     """
@@ -50,6 +50,6 @@ def run_pipeline(graph: Graph, source: WeightSource, fast: bool = False) -> dict
 
 
 def run_post_grad_pipeline(graph: Graph) -> None:
-    """Run the passes over the graph that is about to be lowered, in place."""
+    """Run the passes over the graph that Inductor is about to lower, in place."""
     for step in POST_GRAD_PIPELINE:
         step(graph)

@@ -24,7 +24,7 @@ from dbf_compile.passes.graph import (
 
 
 def replace_linears(graph: Graph, source: WeightSource) -> int:
-    """Replace every linear layer that the source factors; all factors are asked for at once.
+    """Replace every linear layer that the source factors; one request asks for all factors.
 
     Args:
         graph: in the form that ``find_linears`` leaves; changed in place.
@@ -39,7 +39,7 @@ def replace_linears(graph: Graph, source: WeightSource) -> int:
         weights = can_replace_linears(node, source, written)
         if weights is not None and should_replace_linears(weights, source):
             sites.append((node, weights))
-    # One request per stack: a layer called twice is factored once.
+    # Each stack is asked for once: a layer may be called twice.
     requests = list(dict.fromkeys(weights for _, weights in sites))
     factors = dict(zip(requests, source.factors(requests), strict=True)) if requests else {}
     for node, weights in sites:
@@ -51,7 +51,7 @@ def replace_linears(graph: Graph, source: WeightSource) -> int:
 
 
 def can_replace_linears(node: Node, source: WeightSource, written: set[object]) -> tuple[Weight, ...] | None:
-    """Return the constant floating-point weights of a linear layer nobody writes to, or None."""
+    """Return the constant floating-point weights of a linear layer, or None if it has others or the graph writes to one."""
     weights = weights_of(node.args[1], source) if is_linear(node) else None
     if weights is None or any(storage_of(weight.node) in written for weight in weights):
         return None
@@ -59,7 +59,7 @@ def can_replace_linears(node: Node, source: WeightSource, written: set[object]) 
 
 
 def should_replace_linears(weights: tuple[Weight, ...], source: WeightSource) -> bool:
-    """Return whether the source factors these weights, as one if they are several, and nobody else needs them."""
+    """Return whether the source factors these weights as one, and only linear layers read them."""
     keys = {source.group(weight) for weight in weights}
     return len(keys) == 1 and None not in keys and all(only_linears_read(weight.node) for weight in weights)
 

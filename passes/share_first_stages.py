@@ -1,8 +1,8 @@
-"""Compute a first stage once that several factored layers have in common.
+"""Compute a first stage once if several factored layers have it in common.
 
     sign_matmul(x, signs_in, scale_in)  twice, on the same nodes  ->  once
 
-Layers that were factored as one share ``scale_in`` and ``signs_in``; as modules, each computes its own product.
+Layers that were factored as one share ``scale_in`` and ``signs_in``, but each module computes its own product.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dbf_compile.passes.graph import SIGN_MATMUL, WeightSource, mutated_storages
 
 
 def share_first_stages(graph: Graph, source: WeightSource) -> int:
-    """Let equal products with signs be one node.
+    """Replace equal products with signs by one node.
 
     Args:
         graph: changed in place.
@@ -37,9 +37,9 @@ def share_first_stages(graph: Graph, source: WeightSource) -> int:
 
 
 def can_share_first_stages(node: Node, written: set[Hashable]) -> bool:
-    """Return whether ``node`` is a product with signs on memory that nobody writes to.
+    """Return whether ``node`` is a product with signs, and the graph writes neither to its inputs nor to its result.
 
-    A node that leaves the graph stays: two outputs must not become one tensor.
+    A result of the graph stays: two results must not become one tensor.
     """
     if node.target not in SIGN_MATMUL or any(user.op == "output" for user in node.users):
         return False

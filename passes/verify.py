@@ -7,29 +7,29 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from dbf_compile.errors import GraphInvariantError
-from dbf_compile.passes.graph import SIGN_MATMUL, WeightSource, example_value, mutated_by, storage_of
+from dbf_compile.passes.graph import SIGN_MATMUL, WeightSource, example_value, storage_of, writes_in_place
 from dbf_compile.signs import words_per_row
 
 
 def verify(graph: Graph, source: WeightSource) -> int:
-    """Raise unless the graph is well formed and every product with signs is given what it needs.
+    """Raise unless the graph is well formed and every product with signs is legal.
 
     Args:
         graph: any graph; not changed.
         source: unused; every pass takes the same arguments.
 
     Returns:
-        0: nothing is rewritten.
+        0, as nothing is rewritten.
 
     Raises:
-        GraphInvariantError: a node reads one that comes later, has no example value, multiplies by signs of a wrong or
-            symbolic size or of another dtype, or writes to signs.
+        GraphInvariantError: a node reads a later one, has no example value, multiplies by signs of a wrong size, a
+            symbolic size or another dtype, or writes to signs.
     """
     try:
         graph.lint()
     except (RuntimeError, ValueError) as error:
         raise GraphInvariantError(
-            f"a malformed graph: {error}", "a graph that passes lint()", _REPORT
+            f"a malformed graph: {error}", "a graph that passes lint()", _PASS_IS_WRONG
         ) from error
     signs: set[object] = set()
     for node in graph.nodes:
@@ -37,17 +37,16 @@ def verify(graph: Graph, source: WeightSource) -> int:
             _check_product(node)
             signs.add(storage_of(node.args[1]))
     for node in graph.nodes:
-        for target in mutated_by(node):
-            if storage_of(target) in signs:
-                raise GraphInvariantError(
-                    f"{node.format_node()} writes to signs",
-                    "signs that are only read",
-                    "remove the write from the model",
-                )
+        if writes_in_place(node) and storage_of(node.args[0]) in signs:
+            raise GraphInvariantError(
+                f"{node.format_node()} writes to signs",
+                "signs that are only read",
+                "remove the write from the model",
+            )
     return 0
 
 
-_REPORT = "report this graph: a pass of dbf_compile is wrong"
+_PASS_IS_WRONG = "report this graph: a pass of dbf_compile is wrong"
 
 
 def _check_product(node: Node) -> None:
@@ -72,5 +71,5 @@ def _check_product(node: Node) -> None:
             f"{node.format_node()}: x {tuple(x.shape)}, signs {signs.dtype} {tuple(signs.shape)}, "
             f"output {tuple(output.shape)}",
             "x [..., K], signs int32 [N, ceil(K / 32)], output [..., N]",
-            _REPORT,
+            _PASS_IS_WRONG,
         )

@@ -10,13 +10,14 @@ from dbf_compile.passes.fuse_double_binary import fuse_double_binary
 SIGN_MATMUL = torch.ops.dbf.sign_matmul.default
 
 
-def layer(
-    K=37, R=24, N=5, seed=0, dtype=torch.float64, bias=True, result=None, dynamic=(), first=None, second=None
-):
-    """Return a graph of one factored layer: the graph, its input, both products.
+def layer(sizes=(37, 24, 5), seed=0, dtype=torch.float64, bias=True, dynamic=(), first=None, second=None):
+    """Return a graph of one factored layer, its input and both products.
 
-    ``first`` and ``second`` override arguments of one product by name.
+    Args:
+        sizes: K, R and N.
+        first, second: arguments of one product, by name, that override others.
     """
+    K, R, N = sizes
     hand = HandGraph()
     x = hand.input(torch.randn(3, K, generator=torch.Generator().manual_seed(seed)).to(dtype), dynamic)
     node = {
@@ -24,7 +25,7 @@ def layer(
     }
     shift = hand.constant(torch.randn(N, dtype=dtype)) if bias else None
     inner = {"in_scale": node["scale_in"], **(first or {})}
-    outer = {"in_scale": node["scale_mid"], "out_scale": node["scale_out"], "bias": shift, "dtype": result}
+    outer = {"in_scale": node["scale_mid"], "out_scale": node["scale_out"], "bias": shift}
     h = hand.call(SIGN_MATMUL, x, node["signs_in"], **inner)
     y = hand.call(SIGN_MATMUL, h, node["signs_out"], **{**outer, **(second or {})})
     return hand, x, h, y
@@ -32,7 +33,8 @@ def layer(
 
 @given(K=sizes, R=sizes, N=sizes, seed=seeds, dtype=float_dtypes, bias=st.booleans(), fast=st.booleans())
 def test_two_products_become_one_call_of_equal_value(K, R, N, seed, dtype, bias, fast):
-    hand, _, _, y = layer(K, R, N, seed, dtype, bias, dtype, first={"fast": fast}, second={"fast": fast})
+    second = {"fast": fast, "dtype": dtype}
+    hand, _, _, y = layer((K, R, N), seed, dtype, bias, first={"fast": fast}, second=second)
     hand.output(hand.call(torch.neg, y))
     (before,) = hand.run()
     assert fuse_double_binary(hand.graph) == 1

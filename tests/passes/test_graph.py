@@ -11,6 +11,7 @@ from dbf_compile.passes.graph import (
     emit,
     example_value,
     is_linear,
+    is_pure,
     is_tensor,
     mutated_by,
     only_linears_read,
@@ -104,7 +105,11 @@ def test_weights_of_wants_matrices():
         (torch.relu_, (), {}, [0]),
         (F.relu, (), {"inplace": True}, [0]),
         (operator.iadd, (1,), {}, [0]),
+        (operator.iand, (1,), {}, [0]),
+        ("__ior__", (1,), {}, [0]),
         (operator.setitem, (0, 1.0), {}, [0]),
+        (operator.delitem, (0,), {}, [0]),
+        (torch.nn.init.zeros_, (), {}, [0]),
         (torch.ops.aten.mul_.Tensor, (2.0,), {}, [0]),
         ("__iadd__", (1,), {}, [0]),
         (F.relu, (True,), {}, [0]),
@@ -131,8 +136,41 @@ def test_mutated_by(target, args, kwargs, which):
 
 def test_mutated_by_sees_out_arguments():
     hand, x, w = weight_graph()
-    assert mutated_by(hand.graph.call_function(torch.neg, (x,), {"out": w})) == (w,)
-    assert mutated_by(hand.graph.call_function(torch.ops.aten.neg.out, (x,), {"out": w})) == (w,)
+    for target in (torch.neg, torch.ops.aten.neg.out, torch.ops.aten.neg):
+        assert w in mutated_by(hand.graph.call_function(target, (x,), {"out": w}))
+
+
+def somebodys_function(x):
+    return x + 1
+
+
+@pytest.mark.parametrize("target", [somebodys_function, torch.ops.higher_order.cond, len])
+def test_what_is_not_known_may_write_to_all_that_it_reads(target):
+    hand, x, w = weight_graph()
+    node = hand.graph.call_function(target, (x, [w]))
+    assert not is_pure(node) and mutated_by(node) == (x, w)
+
+
+@pytest.mark.parametrize(
+    ("target", "args"),
+    [
+        (getattr, ("T",)),
+        (operator.getitem, (0,)),
+        (operator.and_, (1,)),
+        (operator.invert, ()),
+        (torch.Tensor.index_select, (0, 0)),
+        (F.silu, ()),
+        (F.scaled_dot_product_attention, (0, 0)),
+        (torch.ops.dbf.sign_matmul, (0,)),
+        ("__and__", (1,)),
+        ("float", ()),
+        ("index_select", (0, 0)),
+    ],
+)
+def test_torchs_functions_are_pure_but_for_those_whose_name_says_otherwise(target, args):
+    hand, x, _ = weight_graph()
+    create = hand.graph.call_method if isinstance(target, str) else hand.graph.call_function
+    assert is_pure(create(target, (x, *args)))
 
 
 def test_an_operator_that_shows_no_body_may_write_to_all_that_it_is_given():

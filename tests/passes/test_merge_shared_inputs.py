@@ -15,10 +15,11 @@ def randn(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def siblings(rows, biases, K=5, M=3, transposed=(), seed=0, hand=None, dynamic=()):
-    """Return a graph of linear layers that read one input."""
+def siblings(rows, biases, shape=(3, 5), transposed=(), seed=0, hand=None, dynamic=()):
+    """Return a graph of linear layers that read one input, the input of ``shape``, and the outputs."""
     hand = hand or HandGraph()
-    x = hand.input(randn(M, K, seed=seed), dynamic=dynamic)
+    K = shape[1]
+    x = hand.input(randn(*shape, seed=seed), dynamic=dynamic)
     outputs = []
     for index, (N, has_bias) in enumerate(zip(rows, biases, strict=True)):
         b = hand.constant(randn(N, seed=seed + 2 * index + 1)) if has_bias else None
@@ -44,7 +45,7 @@ def must_not_fire(hand):
 def test_siblings_become_one_layer_of_equal_values(rows, data, K, M, seed):
     biases = data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows)))
     transposed = data.draw(st.sets(st.integers(0, len(rows) - 1)))
-    hand, x, outputs = siblings(rows, biases, K, M, transposed, seed)
+    hand, x, outputs = siblings(rows, biases, (M, K), transposed, seed)
     hand.output(*[hand.call(torch.neg, y) for y in outputs])
     before = hand.run()
 
@@ -89,6 +90,24 @@ def test_not_when_the_input_changes_in_between():
     hand.call("add_", hand.call("view", x, 15), 1.0)  # through a view
     second = hand.call(F.linear, x, v, None)
     hand.output(first, second)
+    must_not_fire(hand)
+
+
+def test_not_when_a_bias_changes_in_between():
+    hand, _, (first, second) = siblings([4, 4], [True, True])
+    with hand.graph.inserting_after(first):
+        write = hand.graph.call_method("add_", (second.args[2], 1.0))
+        write.meta["example_value"] = example_value(second.args[2])
+    hand.output(first, second)
+    must_not_fire(hand)
+
+
+def test_not_when_a_function_of_the_user_reads_the_input_in_between():
+    hand = HandGraph()
+    x, w, v = hand.input(randn(3, 5)), hand.constant(randn(4, 5)), hand.constant(randn(4, 5, seed=1))
+    first = hand.call(F.linear, x, w, None)
+    between = hand.call(lambda x: x + 1, x)
+    hand.output(first, between, hand.call(F.linear, x, v, None))
     must_not_fire(hand)
 
 

@@ -15,7 +15,9 @@ def randn(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
-def layer(M=3, K=5, N=7, bias=True, transposed=False, seed=0, dtype=torch.float64, group=None, dynamic=()):
+def layer(sizes=(3, 5, 7), bias=True, transposed=False, seed=0, dtype=torch.float64, group=None, dynamic=()):
+    """Return a graph of one linear layer, its weight and its output; sizes are M, K and N, where M may be several."""
+    M, K, N = sizes
     hand = HandGraph(group)
     x = hand.input(
         randn(*((M, K) if isinstance(M, int) else (*M, K)), seed=seed, dtype=dtype), dynamic=dynamic
@@ -41,9 +43,9 @@ def must_not_fire(hand):
     seed=seeds,
 )
 def test_the_factored_form_computes_what_the_dense_form_of_its_factors_does(M, K, N, bias, transposed, seed):
-    hand, _, y = layer(M, K, N, bias, transposed, seed)
+    hand, _, y = layer((M, K, N), bias, transposed, seed)
     hand.output(hand.call(torch.neg, y))
-    original, _, z = layer(M, K, N, bias, transposed, seed)
+    original, _, z = layer((M, K, N), bias, transposed, seed)
     original.output(original.call(torch.neg, z))
 
     assert replace_linears(hand.graph, hand) == 1
@@ -100,7 +102,7 @@ def test_under_autocast_the_output_has_the_lower_dtype():
 
 
 def test_batch_and_sequence_length_stay_symbolic():
-    hand, _, y = layer(M=(2, 3), dynamic=(0, 1))
+    hand, _, y = layer(((2, 3), 5, 7), dynamic=(0, 1))
     user = hand.call(torch.neg, y)
     hand.output(user)
     assert replace_linears(hand.graph, hand) == 1
