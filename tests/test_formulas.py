@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -153,6 +154,12 @@ def test_a_factored_layer_costs_more_with_every_middle_feature(
 def test_stored_bits_are_the_formula(in_features: int, mid_features: int, out_features: int) -> None:
     sizes = (in_features, mid_features, out_features)
     assert stored_bits(*sizes) == factored_bits(*sizes)
+
+
+@given(st.integers(1, 500), st.integers(1, 500), st.integers(1, 500))
+def test_one_more_middle_feature_costs_a_row_and_sometimes_a_word_a_row(n: int, k: int, r: int) -> None:
+    step = stored_bits(k, r + 1, n) - stored_bits(k, r, n)
+    assert step == 32 * math.ceil(k / 32) + 16 + (32 * n if r % 32 == 0 else 0)
 
 
 # What follows by algebra
