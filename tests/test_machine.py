@@ -1,0 +1,48 @@
+"""What a process may use: cores that ranks share, and the device of each rank."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dbf_compile import machine
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+def test_without_a_gpu_the_cpu_is_chosen(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert machine.chosen_device(None) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("rank", "index"), [(None, 0), ("0", 0), ("1", 1), ("3", 1)])
+def test_every_local_rank_has_its_gpu(two_gpus, monkeypatch, rank, index):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert machine.chosen_device(None) == torch.device("cuda", index)
+
+
+def test_a_device_that_is_named_is_taken_and_has_the_index_of_its_tensors(two_gpus):
+    assert machine.chosen_device("cpu") == torch.device("cpu")
+    assert machine.with_index("meta") == torch.empty(1, device="meta").device
+
+
+@given(cores=st.integers(1, 256), ranks=st.integers(1, 300))
+def test_ranks_share_the_cores_and_each_has_at_least_one_worker(cores, ranks):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "cores", lambda: cores)
+        patch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        workers = machine.default_workers(torch.device("cpu"))
+        assert workers == 1 or workers * ranks <= cores
+        assert machine.default_workers(torch.device("cuda", 0)) == 1
+
+
+def test_cores_are_those_that_the_process_may_use():
+    assert 1 <= machine.cores() <= (os.cpu_count() or 1)
