@@ -12,6 +12,7 @@ from pathlib import Path
 
 import command_tables
 import option_tables
+import pass_tables
 import result_tables
 from mkdocs.structure.files import File, Files
 
@@ -21,7 +22,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 GENERATORS: dict[str, Callable[..., str]] = {
     "options": option_tables.table,
     "aliases": option_tables.aliases,
+    "extras": option_tables.extras,
     "command": command_tables.table,
+    "passes": pass_tables.table,
     **result_tables.GENERATORS,
 }
 # Files outside of docs/ that are pages of the site, or pictures of them.

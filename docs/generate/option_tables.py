@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from html import escape
 
 import dbf_compile
+from dbf_compile.doctor import EXTRAS
 from dbf_compile.records import ALIASES, describe
 
 _BASE = dbf_compile.CompressionConfig
@@ -24,6 +25,12 @@ def table(name: str) -> str:
 def aliases() -> str:
     """Return a list of other spellings of options."""
     return "\n".join(f"- `{short}` stands for `{name}`" for short, name in ALIASES.items())
+
+
+def extras() -> str:
+    """Return what each extra installs, and what that brings."""
+    rows = (f"| `{extra}` | `{package}` | {cell(use)} |" for package, (extra, use) in EXTRAS.items())
+    return "\n".join(["| extra | package | for |", "|---|---|---|", *rows])
 
 
 def _rows(record: type) -> Iterator[str]:

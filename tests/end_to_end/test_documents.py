@@ -23,6 +23,7 @@ from dbf_compile.cli import app
 sys.path.append(str(ROOT / "docs" / "generate"))
 import command_tables
 import option_tables
+import pass_tables
 import pictures
 import result_tables
 
@@ -267,3 +268,9 @@ def test_the_map_of_the_house_names_every_module():
     there = {path.relative_to(ROOT).as_posix() for path in paths if path.name != "__init__.py"}
     linked = ("dbf_compile/passes/", "dbf_compile/kernels/")  # seen under their real names
     assert named == {name for name in there if not name.startswith(linked)}
+
+
+def test_every_pass_is_described_by_a_sentence():
+    text = pass_tables.table("dynamo") + pass_tables.table("inductor")
+    files = {path.stem for path in (ROOT / "passes").glob("*.py")} - {"__init__", "graph", "pipeline"}
+    assert set(re.findall(r"^\| `(\w+)` \| \w.+ \|$", text, re.MULTILINE)) == files
