@@ -36,7 +36,7 @@ from dbf_compile.factors import (
     DoubleBinaryFactors,
     factor_shapes,
 )
-from dbf_compile.files import appearing
+from dbf_compile.files import atomic_write
 
 FORMAT, VERSION = "dbf", "1"
 RESERVED_KEYS = ("format", "format_version", "layers")
@@ -173,7 +173,7 @@ def write_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, str], path
         CheckpointError: the file cannot be written.
     """
     try:
-        with appearing(path) as partial:
+        with atomic_write(path) as partial:
             save_file(dict(tensors), partial, dict(header))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Where dbf_compile keeps what may be made again, and how it writes a file so that nobody ever sees half of one."""
+"""Files: the cache folder, and atomic writes, so that nobody ever reads half a file."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def appearing(path: Path) -> Iterator[Path]:
-    """Yield the path of a file to write; at the end it is moved to ``path``, and survives a power failure there.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield the path of a temporary file; at the end it is flushed to disk and renamed to ``path``.
 
-    Where the block raises, ``path`` is left as it was. The folder of ``path`` exists.
+    If the block raises, ``path`` is left as it was.
+
+    Args:
+        path: the file; its folder exists.
     """
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name[:64]}.") as folder:
         partial = Path(folder) / "partial"
@@ -35,8 +38,8 @@ def appearing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file in UTF-8, which appears whole or not at all and replaces what was there."""
-    with appearing(path) as partial:
+    """Write a file in UTF-8 by atomic rename; it replaces what was there."""
+    with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Text from a model, compiled, with what it took."""
+"""Generation of text with compiled decoding, and its speed and memory."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from dbf_compile.machine import chosen_device
 
 @dataclass(frozen=True)
 class Generation:
-    """A text and its making.
+    """Generated text, and the time and memory it took.
 
     Attributes:
-        text: what came after the prompt.
-        prompt_tokens, new_tokens: how many.
-        prefill_seconds: until the first new token.
-        decode_seconds: for those after it.
-        compile_seconds: before that, once for a model and its shapes.
-        weight_bytes: of the model's parameters and buffers, what several layers share counted once.
+        text: the text after the prompt.
+        prompt_tokens: tokens of the prompt.
+        new_tokens: tokens of the text.
+        prefill_seconds: time until the first new token.
+        decode_seconds: time for the new tokens after the first.
+        compile_seconds: time to compile, before all that; once for a model and its shapes.
+        weight_bytes: bytes of parameters and buffers; tensors that layers share count once.
     """
 
     text: str
@@ -68,12 +69,12 @@ def generate(
 
     Args:
         model: a model of transformers, its folder, or its name on the Hub.
-        prompt: the text to go on from, or its tokens [1, T].
+        prompt: the text to continue, or its token ids, int64 [1, T].
         tokenizer: of the model; None for that of its folder.
         max_new_tokens: 1 or more.
-        stream: called with every piece of text as it comes.
+        stream: called with every piece of text as it is generated.
         compiled: False to run eagerly.
-        device: where to; None for a GPU where there is one.
+        device: where to compute; None for a GPU if there is one.
         **options: further arguments of ``model.generate``, such as ``do_sample`` and ``temperature``.
 
     Returns:
@@ -85,29 +86,26 @@ def generate(
         folder = pretrained.local_folder(model)
         tokenizer = pretrained.tokenizer_of(folder) if tokenizer is None else tokenizer
         model = pretrained.open_any(folder)
-    where = chosen_device(device)
-    chosen: Any = model
-    chosen = chosen.to(where).eval()
+    runnable: Any = model
+    runnable = runnable.to(chosen_device(device)).eval()
     ids = prompt if isinstance(prompt, Tensor) else tokenizer(prompt, return_tensors="pt")["input_ids"]
-    given = {"input_ids": ids.to(where), "attention_mask": torch.ones_like(ids).to(where)}
-    settings = {"do_sample": False, **options, **_compilation(chosen, compiled)}
+    ids = ids.to(chosen_device(device))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    settings = {"do_sample": False, **options, **_compilation(runnable, compiled)}
     length = {"max_new_tokens": max_new_tokens, "min_new_tokens": min(2, max_new_tokens)}
+    prompt_tokens = ids.shape[1]
     began = time.perf_counter()
     if compiled:
-        # The cache has the length that the real call will have: its shape is compiled for.
-        cached = {
-            "max_new_tokens": max_new_tokens,
-            "stopping_criteria": [_AfterTwo(given["input_ids"].shape[1])],
-        }
+        # The cache gets the length of the real call: programs are compiled for its shape.
+        warmup = {"max_new_tokens": max_new_tokens, "stopping_criteria": [_AfterTwo(prompt_tokens)]}
         with torch.no_grad():
-            chosen.generate(**given, **settings, **cached)
+            runnable.generate(**inputs, **settings, **warmup)
     compile_seconds = time.perf_counter() - began
     streamer = pretrained.timed_streamer(tokenizer, stream)
     began = time.perf_counter()
     with torch.no_grad():
-        tokens = chosen.generate(**given, **settings, **length, streamer=streamer)
+        tokens = runnable.generate(**inputs, **settings, **length, streamer=streamer)
     ended = time.perf_counter()
-    prompt_tokens = given["input_ids"].shape[1]
     first = streamer.times[0] if streamer.times else ended
     return Generation(
         tokenizer.decode(tokens[0, prompt_tokens:], skip_special_tokens=True),
@@ -116,7 +114,7 @@ def generate(
         first - began,
         ended - first,
         compile_seconds,
-        weight_bytes(chosen),
+        weight_bytes(runnable),
     )
 
 
@@ -127,14 +125,14 @@ def time_models(
     rounds: int,
     device: torch.device | str | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Time models in turns, so that all see the same machine, and return the medians of :meth:`Generation.summary`.
+    """Time models in turns, and return the medians of :meth:`Generation.summary` by name.
 
     Args:
         models: folders or names on the Hub.
-        prompt_tokens: of a prompt of random tokens.
-        new_tokens: generated after it.
-        rounds: how often.
-        device: where to; None for a GPU where there is one.
+        prompt_tokens: length of a prompt of random tokens.
+        new_tokens: tokens generated after it.
+        rounds: repetitions; one round runs every model once, so that all meet the same state of the machine.
+        device: where to compute; None for a GPU if there is one.
     """
     from dbf_compile.integrations import pretrained
 
@@ -147,10 +145,10 @@ def time_models(
         for name, (model, tokenizer) in opened.items():
             generator = torch.Generator().manual_seed(0)
             prompt = torch.randint(len(tokenizer), (1, prompt_tokens), generator=generator)
-            made = generate(
+            generation = generate(
                 model, prompt, tokenizer=tokenizer, max_new_tokens=new_tokens, device=device, eos_token_id=-1
             )
-            figures[name].append(made.summary())
+            figures[name].append(generation.summary())
     return {
         name: {key: statistics.median(row[key] for row in rows) for key in rows[0]}
         for name, rows in figures.items()
@@ -158,7 +156,7 @@ def time_models(
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Return the bytes of a model's parameters and buffers; what several layers share counts once."""
+    """Return the bytes of a model's parameters and buffers; tensors that layers share count once."""
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in (*model.parameters(), *model.buffers())
@@ -176,7 +174,7 @@ def _compilation(model: nn.Module, compiled: bool) -> dict[str, Any]:
 
 
 class _AfterTwo:
-    """Stops after two new tokens: prefill and one step of decoding are compiled then."""
+    """Stops after two new tokens: by then prefill and one step of decoding are compiled."""
 
     def __init__(self, prompt_tokens: int) -> None:
         self._enough = prompt_tokens + 2

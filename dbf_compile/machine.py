@@ -1,4 +1,4 @@
-"""What a process may use: cores, devices."""
+"""Cores and devices that this process may use."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 
 
 def cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def chosen_device(device: torch.device | str | None) -> torch.device:
-    """Return ``device``; for None a GPU where there is one, of torchrun's ranks each its own, else the CPU."""
+    """Return ``device``; for None this rank's GPU if CUDA is available, else the CPU."""
     if device is not None:
         return with_index(device)
     if not torch.cuda.is_available():
@@ -22,12 +22,12 @@ def chosen_device(device: torch.device | str | None) -> torch.device:
 
 
 def with_index(device: torch.device | str) -> torch.device:
-    """Return the device that tensors on ``device`` say they are on: "cuda" is "cuda:0"."""
+    """Return the device with its index, as tensors report it: "cuda" is "cuda:0"."""
     return torch.empty(0, device=device).device
 
 
 def default_workers(device: torch.device) -> int:
-    """Return how many weights a process factors at a time: one a core, shared with torchrun's other ranks, or a GPU."""
+    """Return the number of weights to factor at a time: one for a GPU, else one for each core of this rank of torchrun."""
     if device.type != "cpu":
         return 1
     return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -1,4 +1,4 @@
-"""Mixtures of experts, whose weights transformers keeps in three dimensions, as linear layers that can be factored.
+"""Mixtures of experts: the fused weights of transformers, [E, N, K], as linear layers that can be factored.
 
     y[t] = Σ_j  p[t, j] · down_e( gate( up_e(x[t]) ) )          e = index[t, j], the experts that token t goes to
 
@@ -25,8 +25,8 @@ class Experts(nn.Module):
     Its forward is left out of compiled graphs: which experts run depends on the data, and only those are read.
 
     Args:
-        fused: a module for which :func:`is_fused` holds. It loses its weights, of which the layers here are views, and
-            goes on giving its activation and its rule for gates.
+        fused: a module for which :func:`is_fused` holds. It keeps its activation and its rule for gates, and loses its weights;
+            the layers here are views of them.
     """
 
     def __init__(self, fused: nn.Module) -> None:
@@ -37,7 +37,7 @@ class Experts(nn.Module):
             if weight is not None:
                 self.add_module(name, nn.ModuleList(_linears(weight, bias, bool(fused.is_transposed))))
         self.fused: Any
-        # Not as a module of this one: to transformers it would be experts that lack their weights.
+        # Not a submodule: transformers would take it for experts whose weights are missing.
         object.__setattr__(self, "fused", fused)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -47,7 +47,7 @@ class Experts(nn.Module):
         result = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
             if not 0 <= expert < len(downs):
-                continue  # a place that is masked, or belongs to another device
+                continue  # masked, or an expert of another device
             tokens, places = torch.where(top_k_index == expert)
             inner = ups[expert](hidden_states[tokens])
             inner = self.fused._apply_gate(inner) if self.fused.has_gate else self.fused.act_fn(inner)
@@ -62,11 +62,11 @@ def linearize_experts_(model: nn.Module) -> list[str]:
     Returns:
         The names of the modules that were replaced.
     """
-    found = [name for name, module in model.named_modules() if is_fused(module)]
-    for name in found:
+    names = [name for name, module in model.named_modules() if is_fused(module)]
+    for name in names:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, Experts(model.get_submodule(name)))
-    return found
+    return names
 
 
 def is_fused(module: nn.Module) -> bool:

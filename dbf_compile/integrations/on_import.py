@@ -1,4 +1,4 @@
-"""Run something once another module has been imported, without importing it."""
+"""Run a function once another module has been imported, without importing it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != self._name:
             return None
-        sys.meta_path.remove(self)  # the search below must not come here again
+        sys.meta_path.remove(self)  # the search below must not find this finder again
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader, self._action)

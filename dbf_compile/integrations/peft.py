@@ -17,7 +17,7 @@ from dbf_compile.linear import WEIGHT_PLACEHOLDER, DoubleBinaryLinear
 
 
 class LoraDoubleBinary(nn.Module, LoraLayer):
-    """A factored layer with adapters beside it; it takes the place of the layer in a model of PEFT."""
+    """A factored layer with adapters beside it; PEFT puts it in the place of the layer."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class LoraDoubleBinary(nn.Module, LoraLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return y [..., N] for x [..., K], in the dtype of the layer's own output."""
-        adapters: Any = self  # what LoraLayer has is not annotated
+        adapters: Any = self  # LoraLayer's attributes are not annotated
         y: Tensor = adapters.base_layer(x, *args, **kwargs)
         if adapters.disable_adapters:
             return y
@@ -47,7 +47,7 @@ class LoraDoubleBinary(nn.Module, LoraLayer):
         return y
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: signs cannot take up an adapter."""
+        """Refuse: an adapter cannot become part of signs."""
         raise NotImplementedError("adapters cannot be merged into factored layers; leave them beside them")
 
 
@@ -73,5 +73,5 @@ def add_lora(model: nn.Module, config: LoraConfig | None = None, **kwargs: Any) 
     with warnings.catch_warnings():
         # PEFT does not know the layer, but reads the sizes it needs from its attributes.
         warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
-        made: PeftModel = get_peft_model(model, config, **kwargs)
-    return made
+        wrapped: PeftModel = get_peft_model(model, config, **kwargs)
+    return wrapped

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dbf_compile.errors import CheckpointError
-from dbf_compile.files import appearing
+from dbf_compile.files import atomic_write
 from dbf_compile.run.charts import MARKS, layer_charts, series_of, short_name, stage_gains
 from dbf_compile.run.report import Bits, Coverage, Report
 
@@ -31,7 +31,7 @@ def write_report(report: Report | Mapping[str, Any], path: str | os.PathLike[str
     """
     path, page = Path(path), report_html(report)
     try:
-        with appearing(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text(page, encoding="utf-8", errors="replace")  # JSON may hold halves of characters
     except OSError as error:
         raise CheckpointError(
