@@ -31,8 +31,6 @@ TESTED_ELSEWHERE = {
     "dbf_compile/inspection": "test_cli.py",
     "dbf_compile/keywords": "test_options.py",
     "dbf_compile/records": "test_options.py",
-    "dbf_compile/compiler/dynamo": "compiler/test_backend.py",
-    "dbf_compile/compiler/inductor": "compiler/test_backend.py",
     "dbf_compile/compiler/ir": "compiler/test_lowerings.py",
     "dbf_compile/compression/cache": "compression/test_jobs.py",
     "dbf_compile/compression/layers": "compression/test_jobs.py",

@@ -1,4 +1,4 @@
-"""The benchmarks for GPUs run from end to end, small and on the CPU: nobody sees that one is broken until a GPU is there."""
+"""The benchmarks for GPUs run from end to end on the CPU, with small sizes: else a mistake shows only on a GPU."""
 
 import os
 import subprocess
@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TABLES = {

@@ -1,4 +1,4 @@
-"""Every kind of model on a CUDA device that is not there: what Inductor generates is computed in Triton's interpreter."""
+"""Every kind of model, compiled for a CUDA device that is absent; the generated kernels run in Triton's interpreter."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from support.cuda.codegen import ARCHITECTURE_TOKENS, NEEDS, generate_all
 from support.cuda.interpreter import run_all
 from support.models.architectures import KINDS
 
-pytestmark = NEEDS
+pytestmark = [*NEEDS, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

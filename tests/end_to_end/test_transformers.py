@@ -1,4 +1,4 @@
-"""Tiny random models of the library transformers, whole."""
+"""Whole tiny models of the library transformers, random."""
 
 import copy
 import logging
@@ -9,6 +9,7 @@ from support.models.tiny import OPTIONS, error_of, factored, tiny_bert, tiny_gpt
 from torch._dynamo.utils import counters
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow
 
 # Two layers of float32 sums of at most 200 products behind norms and softmax; other kernels sum in another order.
 TOLERANCE = 1e-4
@@ -92,7 +93,7 @@ def compile_config(dynamic=None):
 
 
 def test_generate_with_a_static_cache(graphs):
-    model = factored(tiny_llama())
+    model = factored(tiny_llama(layers=1))
     prompts = [ids(1, 7), ids(1, 7, seed=1), ids(2, 7)]
     expected = [generate(model, prompt, disable_compile=True) for prompt in prompts]
     for prompt, tokens in zip(prompts, expected, strict=True):
@@ -103,7 +104,7 @@ def test_generate_with_a_static_cache(graphs):
 
 
 def test_generate_through_a_compiled_forward_compiles_prefill_and_decode(graphs):
-    model = factored(tiny_llama())
+    model = factored(tiny_llama(layers=1))
     prompt = ids(1, 7)
     expected = generate(model, prompt, disable_compile=True)
     model.forward = torch.compile(model.forward, backend="dbf", fullgraph=True)
@@ -113,7 +114,7 @@ def test_generate_through_a_compiled_forward_compiles_prefill_and_decode(graphs)
 
 
 def test_generate_with_a_dense_model_compiled_whole(graphs):
-    model = tiny_llama()
+    model = tiny_llama(layers=1)
     prompt = ids(1, 7)
     expected = generate(factored(model), prompt, disable_compile=True)
     model.forward = torch.compile(model.forward, backend="dbf", fullgraph=True, options=OPTIONS)
