@@ -47,7 +47,7 @@ class Formula:
 
     @cached_property
     def _function(self) -> Callable[..., int]:
-        from sympy import gcd_terms, lambdify  # type: ignore[import-untyped]
+        from sympy import gcd_terms, lambdify
         from sympy.printing.pycode import PythonCodePrinter  # type: ignore[import-untyped]
 
         class Exact(PythonCodePrinter):  # type: ignore[misc]

@@ -20,8 +20,9 @@ def tensor_hash(tensor: Tensor) -> bytes:
     """Return the SHA-256 of a tensor's dtype, shape and content, whatever its device and strides."""
     content = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{content.dtype} {tuple(content.shape)}".encode())
-    if content.numel():  # an empty tensor may have strides that no view as bytes allows
-        digest.update(content.reshape(-1).view(torch.uint8).numpy().data)
+    # A contiguous tensor of one entry or none may have strides that a view as bytes refuses.
+    flat = content.as_strided((content.numel(),), (1,))
+    digest.update(flat.view(torch.uint8).numpy().data)
     return digest.digest()
 
 

@@ -20,7 +20,7 @@ from dbf_compile.errors import CheckpointError
 from dbf_compile.factors import FIRST_STAGE, TENSOR_NAMES, DoubleBinaryFactors
 from dbf_compile.linear import DoubleBinaryLinear
 
-# One folder for all examples of a test is wanted: each example overwrites the file of the one before.
+# One folder for all examples of a test: each example overwrites the file of the one before.
 one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 layer_names = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)

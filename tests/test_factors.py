@@ -160,10 +160,12 @@ def test_what_several_share_is_moved_once_and_stays_shared() -> None:
     whole = random_factors(70, 5, 9)
     parts = dict(zip("qkv", whole.split([3, 4, 2]), strict=True)) | {"o": random_factors(70, 5, 4, seed=1)}
     moved = move_factors(parts, dict.fromkeys(parts, torch.device("meta")))
-    assert all(tensor.device.type == "meta" for made in moved.values() for tensor in made.tensors().values())
+    assert all(
+        tensor.device.type == "meta" for factors in moved.values() for tensor in factors.tensors().values()
+    )
     for name in FIRST_STAGE:
         assert len({id(getattr(moved[part], name)) for part in "qkv"}) == 1
         assert getattr(moved["o"], name) is not getattr(moved["q"], name)
-    assert [made.out_features for made in moved.values()] == [3, 4, 2, 4]
+    assert [factors.out_features for factors in moved.values()] == [3, 4, 2, 4]
     stay = move_factors(parts, dict.fromkeys(parts, torch.device("cpu")))
     assert all(stay[part].signs_in is parts[part].signs_in for part in parts)

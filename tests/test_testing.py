@@ -52,11 +52,11 @@ def test_a_bound_may_differ_by_entry() -> None:
 
 
 @pytest.mark.parametrize(
-    ("got", "true"), [(NAN, 1.0), (1.0, NAN), (NAN, NAN), (INF, 1.0), (1.0, INF), (INF, -INF)]
+    ("value", "reference"), [(NAN, 1.0), (1.0, NAN), (NAN, NAN), (INF, 1.0), (1.0, INF), (INF, -INF)]
 )
-def test_nan_and_infinity_are_never_close_to_anything_else(got: float, true: float) -> None:
+def test_nan_and_infinity_are_never_close_to_anything_else(value: float, reference: float) -> None:
     with pytest.raises(AssertionError, match="1 of 2 entries"):
-        assert_close(torch.tensor([got, 3.0]), torch.tensor([true, 3.0]), rtol=1.0)
+        assert_close(torch.tensor([value, 3.0]), torch.tensor([reference, 3.0]), rtol=1.0)
 
 
 def test_equal_infinities_are_close() -> None:

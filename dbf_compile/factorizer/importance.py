@@ -207,7 +207,8 @@ def _stacked_outputs(moments: Sequence[Tensor | None], rows: Sequence[int]) -> T
     ]
     if any(moment.dim() == 2 for moment in present):
         blocks = [moment if moment.dim() == 2 else moment.diag() for moment in stacked]
-        return torch.block_diag(*blocks).float()
+        matrix: Tensor = torch.block_diag(*blocks)
+        return matrix.float()
     return torch.cat(stacked).float()
 
 

@@ -30,13 +30,13 @@ def windows(source, **options):
 )
 def test_windows_are_the_text_in_order(texts, length, count, batch_size):
     joined = "\n\n".join(texts).encode()
-    wanted = [list(joined[i : i + length]) for i in range(0, len(joined) - length + 1, length)][:count]
-    if not wanted:
+    expected = [list(joined[i : i + length]) for i in range(0, len(joined) - length + 1, length)][:count]
+    if not expected:
         with pytest.raises(ConversionError, match="at least one window"):
             windows(texts, length=length, count=count)
         return
     batches = list(token_batches(texts, bytewise, length=length, count=count, batch_size=batch_size))
-    assert [row for batch in batches for row in batch["input_ids"].tolist()] == wanted
+    assert [row for batch in batches for row in batch["input_ids"].tolist()] == expected
     assert all(len(batch["input_ids"]) == batch_size for batch in batches[:-1])
 
 
@@ -75,10 +75,10 @@ def test_a_tokenizer_of_transformers_adds_nothing():
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    made = Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "b": 2, "?": 3}, unk_token="?"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
+    backend = Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "b": 2, "?": 3}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     (batch,) = token_batches(["a b", "b a"], tokenizer, length=4)
     assert batch["input_ids"].tolist() == [[1, 2, 2, 1]]
 

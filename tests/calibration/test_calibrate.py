@@ -11,23 +11,23 @@ from dbf_compile.errors import ConversionError, OptionError, WeightError
 
 def test_input_moments_are_means_over_all_positions(batches):
     model = Net()
-    found = calibrate(model, batches, loss=None)
+    importance = calibrate(model, batches, loss=None)
     positions = torch.cat([batch.reshape(-1, 5) for batch in batches])
     hidden = model.first(positions).relu().detach()
-    assert set(found) == {"first", "second"}
+    assert set(importance) == {"first", "second"}
     # Moments are summed in float64 and rounded once; the hidden layer is a float32 product of another shape.
     torch.testing.assert_close(
-        found["first"].input_second_moment, positions.square().mean(0), rtol=1e-5, atol=0
+        importance["first"].input_second_moment, positions.square().mean(0), rtol=1e-5, atol=0
     )
     torch.testing.assert_close(
-        found["second"].input_second_moment, hidden.square().mean(0), rtol=1e-5, atol=1e-7
+        importance["second"].input_second_moment, hidden.square().mean(0), rtol=1e-5, atol=1e-7
     )
-    assert found["first"].output_grad_second_moment is None
+    assert importance["first"].output_grad_second_moment is None
 
 
 def test_gradient_moments_match_autograd_up_to_one_factor_for_all_layers(batches):
     model = Net().eval()
-    found = calibrate(model, batches, loss=squared_sum)
+    importance = calibrate(model, batches, loss=squared_sum)
     positions = torch.cat([batch.reshape(-1, 5) for batch in batches])
     hidden = model.first(positions)
     output = model.second(hidden.relu())
@@ -37,7 +37,7 @@ def test_gradient_moments_match_autograd_up_to_one_factor_for_all_layers(batches
     for name, moment in zip(("first", "second"), moments, strict=True):
         # float32 products in another order.
         torch.testing.assert_close(
-            found[name].output_grad_second_moment, moment / common, rtol=1e-4, atol=1e-7
+            importance[name].output_grad_second_moment, moment / common, rtol=1e-4, atol=1e-7
         )
 
 
@@ -50,9 +50,9 @@ def test_frozen_models_have_gradient_moments_too(batches):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_other_dtypes_give_float32_moments(batches, dtype):
-    found = calibrate(Net().to(dtype), [batch.to(dtype) for batch in batches], loss=squared_sum)
-    assert found["first"].input_second_moment.dtype == torch.float32
-    assert found["first"].output_grad_second_moment.dtype == torch.float32
+    importance = calibrate(Net().to(dtype), [batch.to(dtype) for batch in batches], loss=squared_sum)
+    assert importance["first"].input_second_moment.dtype == torch.float32
+    assert importance["first"].output_grad_second_moment.dtype == torch.float32
 
 
 def test_tiny_gradients_do_not_vanish(batches):
@@ -96,8 +96,8 @@ def test_a_layer_called_by_keyword_is_measured():
 def test_a_layer_called_twice_counts_both():
     shared = nn.Linear(2, 2, bias=False)
     nn.init.eye_(shared.weight)
-    found = calibrate(nn.Sequential(shared, nn.Hardtanh(-1, 1), shared), [torch.tensor([[3.0, 1.0]])])
-    assert found["0"].input_second_moment.tolist() == [5, 1]
+    importance = calibrate(nn.Sequential(shared, nn.Hardtanh(-1, 1), shared), [torch.tensor([[3.0, 1.0]])])
+    assert importance["0"].input_second_moment.tolist() == [5, 1]
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["succeeds", "raises"])
@@ -161,9 +161,9 @@ def test_layers_the_loss_does_not_reach_have_input_moments_only(batches):
         def forward(self, x):
             return self.used(x), self.ignored(x)
 
-    found = calibrate(TwoHeads(), batches, loss=lambda output, batch: output[0].sum())
-    assert found["ignored"].output_grad_second_moment is None
-    assert found["used"].output_grad_second_moment is not None
+    importance = calibrate(TwoHeads(), batches, loss=lambda output, batch: output[0].sum())
+    assert importance["ignored"].output_grad_second_moment is None
+    assert importance["used"].output_grad_second_moment is not None
 
 
 def test_only_the_layers_asked_for_are_measured(batches):
@@ -193,10 +193,10 @@ def test_gradients_of_layers_can_be_compared():
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     nn.init.eye_(model[0].weight)
     model[1].weight.data = 10 * torch.eye(4)
-    found = calibrate(model, [torch.ones(3, 4)], loss=lambda output, batch: output.sum())
+    importance = calibrate(model, [torch.ones(3, 4)], loss=lambda output, batch: output.sum())
     # ∂loss/∂y is 1 behind the second layer and 10 before it.
-    assert found["0"].output_grad_second_moment.tolist() == pytest.approx([1.0] * 4)
-    assert found["1"].output_grad_second_moment.tolist() == pytest.approx([0.01] * 4)
+    assert importance["0"].output_grad_second_moment.tolist() == pytest.approx([1.0] * 4)
+    assert importance["1"].output_grad_second_moment.tolist() == pytest.approx([0.01] * 4)
 
 
 def test_without_data_tokens_are_random_and_the_same_every_time():

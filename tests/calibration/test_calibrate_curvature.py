@@ -11,10 +11,10 @@ from dbf_compile.factorizer.factorize import FactorizerConfig, factorize
 def test_whole_moments_have_the_vectors_on_their_diagonal(batches):
     vectors = calibrate(Net(), batches, loss=squared_sum)
     for curvature, sides in (("input", 1), ("kronecker", 2)):
-        found = calibrate(Net(), batches, loss=squared_sum, curvature=curvature)["second"]
-        assert found.input_second_moment.shape == (7, 7)
-        assert found.output_grad_second_moment.dim() == sides
-        plain = found.diagonal()
+        importance = calibrate(Net(), batches, loss=squared_sum, curvature=curvature)["second"]
+        assert importance.input_second_moment.shape == (7, 7)
+        assert importance.output_grad_second_moment.dim() == sides
+        plain = importance.diagonal()
         for name in ("input_second_moment", "output_grad_second_moment"):
             # float64 sums of the same float32 numbers, rounded once.
             torch.testing.assert_close(
@@ -23,12 +23,12 @@ def test_whole_moments_have_the_vectors_on_their_diagonal(batches):
 
 
 def test_a_whole_input_moment_is_the_mean_of_outer_products_drawn_to_its_diagonal(batches):
-    found = calibrate(Net(), batches, loss=None, curvature="input")["first"].input_second_moment
+    moment = calibrate(Net(), batches, loss=None, curvature="input")["first"].input_second_moment
     positions = torch.cat([batch.reshape(-1, 5) for batch in batches])
     mean = positions.T @ positions / len(positions)
     share = len(positions) / (len(positions) + 5)
     expected = mean * torch.where(torch.eye(5, dtype=torch.bool), 1.0, share)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(moment, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_few_tokens_do_not_let_a_whole_moment_destroy_what_they_did_not_show():
@@ -47,9 +47,13 @@ def test_few_tokens_do_not_let_a_whole_moment_destroy_what_they_did_not_show():
 
 
 def test_a_wide_head_has_vectors_in_every_form():
-    found = calibrate(tiny("causal"), tokens(1), curvature="kronecker")
-    assert found["lm_head"].input_second_moment.dim() == found["lm_head"].output_grad_second_moment.dim() == 1
-    assert found["model.layers.0.mlp.up_proj"].output_grad_second_moment.shape == (172, 172)
+    importance = calibrate(tiny("causal"), tokens(1), curvature="kronecker")
+    assert (
+        importance["lm_head"].input_second_moment.dim()
+        == importance["lm_head"].output_grad_second_moment.dim()
+        == 1
+    )
+    assert importance["model.layers.0.mlp.up_proj"].output_grad_second_moment.shape == (172, 172)
 
 
 class Masked(nn.Module):
@@ -64,13 +68,13 @@ class Masked(nn.Module):
 
 def test_padding_does_not_count():
     x, mask = torch.randn(2, 5, 4), torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
-    found = calibrate(Masked(), [{"x": x, "attention_mask": mask}], loss=squared_sum)["layer"]
+    importance = calibrate(Masked(), [{"x": x, "attention_mask": mask}], loss=squared_sum)["layer"]
     kept = x[mask.bool()]
     alone = calibrate(Masked(), [{"x": kept[None], "attention_mask": torch.ones(1, 4)}], loss=squared_sum)[
         "layer"
     ]
     for name in ("input_second_moment", "output_grad_second_moment"):
-        torch.testing.assert_close(getattr(found, name), getattr(alone, name), rtol=1e-5, atol=0)
+        torch.testing.assert_close(getattr(importance, name), getattr(alone, name), rtol=1e-5, atol=0)
 
 
 def test_clipping_tames_one_long_token():

@@ -13,8 +13,8 @@ pytest.importorskip("transformers")
 
 
 def test_the_output_may_bring_its_own_loss(batches):
-    found = calibrate(WithLoss(), batches, loss=output_loss)
-    assert max(float(item.output_grad_second_moment.amax()) for item in found.values()) == 1
+    importance = calibrate(WithLoss(), batches, loss=output_loss)
+    assert max(float(item.output_grad_second_moment.amax()) for item in importance.values()) == 1
     with pytest.raises(ConversionError, match="without a loss"):
         calibrate(Net(), batches, loss=output_loss)
 
@@ -26,15 +26,15 @@ def test_every_kind_of_model_has_a_loss(kind, loss):
         with pytest.raises(ConversionError, match="without logits"):
             calibrate(tiny(kind), tokens(), loss=loss)
         return
-    found = calibrate(tiny(kind), tokens(), loss=loss)
-    inner = [item for name, item in found.items() if "layer" in name]
+    importance = calibrate(tiny(kind), tokens(), loss=loss)
+    inner = [item for name, item in importance.items() if "layer" in name]
     assert len(inner) >= 12
     assert all(item.output_grad_second_moment.any() for item in inner)
     again = calibrate(tiny(kind), tokens(), loss=loss)
     assert all(
-        torch.equal(found[name].output_grad_second_moment, again[name].output_grad_second_moment)
-        for name in found
-        if found[name].output_grad_second_moment is not None
+        torch.equal(importance[name].output_grad_second_moment, again[name].output_grad_second_moment)
+        for name in importance
+        if importance[name].output_grad_second_moment is not None
     )
 
 
@@ -53,12 +53,12 @@ def test_auto_is_the_loss_that_fits():
 def test_the_output_loss_estimates_the_jacobian():
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5))
     batch = torch.randn(1, 3, generator=torch.Generator().manual_seed(3))
-    found = calibrate(model, [batch] * 4000, loss="output")["0"].output_grad_second_moment
+    moment = calibrate(model, [batch] * 4000, loss="output")["0"].output_grad_second_moment
     hidden = model[0](batch[0]).detach()
     jacobian = torch.autograd.functional.jacobian(lambda y: model[2](torch.tanh(y)), hidden)
     exact = jacobian.square().sum(0)
     # 4000 squares of normal numbers: a standard error of √(2 / 4000) = 2.2 %, of which five.
-    torch.testing.assert_close(found / found.sum(), exact / exact.sum(), rtol=0.11, atol=0)
+    torch.testing.assert_close(moment / moment.sum(), exact / exact.sum(), rtol=0.11, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -72,8 +72,8 @@ def test_padding_has_no_part_in_a_loss(kind, loss):
     model = tiny(kind)
     criterion = loss_named(loss, model, torch.Generator().manual_seed(0))
     outputs = model(**batch, attention_mask=mask)
-    seen = outputs.last_hidden_state if loss == "output" else outputs.logits
-    (gradient,) = torch.autograd.grad(criterion(outputs, {**batch, "attention_mask": mask}), seen)
+    prediction = outputs.last_hidden_state if loss == "output" else outputs.logits
+    (gradient,) = torch.autograd.grad(criterion(outputs, {**batch, "attention_mask": mask}), prediction)
     assert gradient[:, :7].any() and not gradient[:, 8:].any()
 
 

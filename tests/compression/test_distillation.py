@@ -21,8 +21,8 @@ def distilled():
     batches = [{"input_ids": torch.randint(1, 256, (1, 24), generator=generator)} for _ in range(10)]
     before = copy.deepcopy(student.state_dict())
     steps = []
-    found = distill(dense, student, batches[:8], 4, progress=lambda: steps.append(1))
-    return dense, student, batches, before, found, steps
+    factors = distill(dense, student, batches[:8], 4, progress=lambda: steps.append(1))
+    return dense, student, batches, before, factors, steps
 
 
 def apart(dense, student, batches):
@@ -31,19 +31,19 @@ def apart(dense, student, batches):
 
 
 def test_scales_come_nearer_to_the_dense_model_on_other_data_too(distilled):
-    dense, student, batches, _, found, steps = distilled
-    better = swap_(copy.deepcopy(dense), found)
+    dense, student, batches, _, factors, steps = distilled
+    better = swap_(copy.deepcopy(dense), factors)
     assert apart(dense, better, batches[:8]) < 0.8 * apart(dense, student, batches[:8])
     assert apart(dense, better, batches[8:]) < apart(dense, student, batches[8:])
     assert len(steps) == 4 * 8
 
 
 def test_signs_stay_and_the_student_is_left_as_it_was(distilled):
-    _, student, _, before, found, _ = distilled
+    _, student, _, before, factors, _ = distilled
     assert all(torch.equal(before[key], value) for key, value in student.state_dict().items())
     assert not any(parameter.grad is not None for parameter in student.parameters())
     for name, layer in student.named_modules():
         if isinstance(layer, DoubleBinaryLinear):
-            old, new = layer.factors.dense(), found[name].dense()
+            old, new = layer.factors.dense(), factors[name].dense()
             assert ((old < 0) != (new < 0)).float().mean() < 0.2  # entries near zero only
-            assert found[name].scale_in.dtype == torch.float16
+            assert factors[name].scale_in.dtype == torch.float16

@@ -46,22 +46,22 @@ def test_a_trainable_layer_computes_what_its_factors_stand_for(kind, biased, dty
 def test_untrained_factors_come_back_but_for_rounding(kind):
     stacked = random_factors(37, 19, 50)
     parts = dict(zip("abc", stacked.split([20, 1, 29]), strict=True))
-    made, owner = {}, None
+    trainable, owner = {}, None
     for name, part in parts.items():
         make = {
             "signs": lambda p, o: TrainableDoubleBinary(p, SURE, None, o),
             "scales": lambda p, o: TrainableScales(p, None, o),
         }
-        made[name] = make[kind](part, owner)
-        owner = owner or made[name]
-    found = trained_factors(made)
-    assert list(found) == list(parts)
+        trainable[name] = make[kind](part, owner)
+        owner = owner or trainable[name]
+    factors = trained_factors(trainable)
+    assert list(factors) == list(parts)
     for name, part in parts.items():
         exact = part.dense(torch.float64)
-        assert (found[name].dense(torch.float64) - exact).abs().max() <= ROUNDING * exact.abs().max()
-        assert found[name].signs_in is found["a"].signs_in
+        assert (factors[name].dense(torch.float64) - exact).abs().max() <= ROUNDING * exact.abs().max()
+        assert factors[name].signs_in is factors["a"].signs_in
     # Those that were factored apart stay apart.
-    apart = trained_factors({"a": made["a"], "d": layers(random_factors(37, 19, 5, seed=1))[kind]})
+    apart = trained_factors({"a": trainable["a"], "d": layers(random_factors(37, 19, 5, seed=1))[kind]})
     assert apart["a"].signs_in is not apart["d"].signs_in
 
 
@@ -72,9 +72,9 @@ def test_negative_scales_go_into_the_signs():
             scale[::2] *= -1
         x = randn(4, 12)
         y = layer(x)
-    found = trained_factors({"a": layer})["a"]
-    assert all(bool((scale >= 0).all()) for scale in (found.scale_in, found.scale_mid, found.scale_out))
-    assert (x @ found.dense().T - y).abs().max() <= 4 * ROUNDING * y.abs().max()
+    factors = trained_factors({"a": layer})["a"]
+    assert all(bool((scale >= 0).all()) for scale in (factors.scale_in, factors.scale_mid, factors.scale_out))
+    assert (x @ factors.dense().T - y).abs().max() <= 4 * ROUNDING * y.abs().max()
 
 
 def test_a_latent_gets_the_gradient_of_its_sign():
@@ -90,8 +90,8 @@ def test_a_latent_gets_the_gradient_of_its_sign():
     (layer(x) * g).sum().backward()
     scale_in, scale_mid, scale_out = (scale.detach() for scale in layer.scales)
     expected = ((((x * scale_in) @ signs[0].T) * scale_mid) @ signs[1].T * scale_out * g).sum()
-    for latent, wanted in zip(layer.latents, torch.autograd.grad(expected, signs), strict=True):
-        assert torch.allclose(latent.grad, wanted, rtol=1e-5, atol=1e-6)
+    for latent, gradient in zip(layer.latents, torch.autograd.grad(expected, signs), strict=True):
+        assert torch.allclose(latent.grad, gradient, rtol=1e-5, atol=1e-6)
 
 
 @settings(max_examples=20, deadline=None)
@@ -112,8 +112,8 @@ def test_confidence_is_what_flipping_a_sign_costs(N, K, R, seed, weighted):
     assert inner.shape == (R, K) and outer.shape == (N, R)
     rows, columns = (importance or Importance()).feature_weights(N, K)
 
-    def error(made):
-        return float((rows[:, None] * (weight - made.dense(torch.float64)) * columns).square().sum())
+    def error(trial):
+        return float((rows[:, None] * (weight - trial.dense(torch.float64)) * columns).square().sum())
 
     def flipped(name, size, row, column):
         signs = unpack_signs(getattr(factors, name), size)
@@ -123,13 +123,13 @@ def test_confidence_is_what_flipping_a_sign_costs(N, K, R, seed, weighted):
     base = error(factors)
     costs_out = [[error(flipped("signs_out", R, n, r)) - base for r in range(R)] for n in range(N)]
     costs_in = [[error(flipped("signs_in", K, r, k)) - base for r in range(R)] for k in range(K)]
-    for found, costs in ((outer, torch.tensor(costs_out)), (inner.T, torch.tensor(costs_in))):
+    for confidence, costs in ((outer, torch.tensor(costs_out)), (inner.T, torch.tensor(costs_in))):
         costs = costs.clamp_min(0)
-        wanted = costs / costs.mean(1, keepdim=True).clamp_min(1e-30)
+        relative = costs / costs.mean(1, keepdim=True).clamp_min(1e-30)
         # Costs are differences of sums in float32; rows whose costs vanish have no ratio.
         solid = costs.mean(1) > 1e-4 * base + 1e-9
-        assert torch.allclose(found[solid], wanted[solid].float(), rtol=0.02, atol=0.02)
-        assert bool((found >= 0).all())
+        assert torch.allclose(confidence[solid], relative[solid].float(), rtol=0.02, atol=0.02)
+        assert bool((confidence >= 0).all())
 
 
 def fit(layer, weight, rates, epochs=10):
@@ -167,9 +167,9 @@ def test_training_latents_flips_wrong_signs_that_are_unsure():
     factors = random_factors(16, 12, 24)
     signs = unpack_signs(factors.signs_out, 12)
     wrong = torch.rand(signs.shape, generator=torch.Generator().manual_seed(1)) < 0.1
-    given = {**factors.tensors(), "signs_out": pack_signs(torch.where(wrong, -signs, signs))}
+    spoilt = {**factors.tensors(), "signs_out": pack_signs(torch.where(wrong, -signs, signs))}
     confidence = (torch.ones(12, 16), torch.where(wrong, 0.1, 1.0))
-    layer = TrainableDoubleBinary(DoubleBinaryFactors(**given), confidence)
+    layer = TrainableDoubleBinary(DoubleBinaryFactors(**spoilt), confidence)
     before, after = fit(layer, factors.dense(), [(layer.latents, 0.005)])
     assert after < 0.1 * before
     assert ((layer.latent_out < 0) != (signs < 0)).sum() < 0.1 * wrong.sum()

@@ -127,10 +127,10 @@ def test_scaled_features_with_importances_to_match_have_scaled_factors(side):
             moved, matching = scales[:, None] * weight, Importance(columns, rows / scales**2)
         else:
             moved, matching = weight * scales, Importance(columns / scales**2, rows)
-        made = factorize(moved, 32, matching, QUICK)
+        factors = factorize(moved, 32, matching, QUICK)
         pairs.append(
             [
-                weighted_error(moved, made, matching),
+                weighted_error(moved, factors, matching),
                 weighted_error(weight, factorize(weight, 32, importance, QUICK), importance),
             ]
         )

@@ -19,16 +19,16 @@ QUICK = FactorizerConfig(iterations=20)
 def test_a_batch_gives_what_single_weights_give():
     weights = [gaussian(48, 40, seed) for seed in range(4)]
     importances = [random_importance(48, 40, seed) for seed in range(3)] + [None]
-    made = factorize_batch(weights, 24, importances, QUICK)
-    for weight, importance, factors in zip(weights, importances, made, strict=True):
+    batch = factorize_batch(weights, 24, importances, QUICK)
+    for weight, importance, factors in zip(weights, importances, batch, strict=True):
         alone = weighted_error(weight, factorize(weight, 24, importance, QUICK), importance)
         # Batched products may sum in another order, and tip a sign.
         assert weighted_error(weight, factors, importance) == pytest.approx(alone, rel=0.02)
 
 
 def test_zeros_in_a_batch_stay_zeros_and_disturb_no_other():
-    made = factorize_batch([torch.zeros(8, 6), gaussian(8, 6)], 4, None, QUICK)
-    assert not made[0].dense().any() and weighted_error(gaussian(8, 6), made[1]) < 1
+    zeros, other = factorize_batch([torch.zeros(8, 6), gaussian(8, 6)], 4, None, QUICK)
+    assert not zeros.dense().any() and weighted_error(gaussian(8, 6), other) < 1
 
 
 @pytest.mark.parametrize(
@@ -46,9 +46,9 @@ def test_what_is_no_batch_is_refused(weights, importances):
 
 
 def test_progress_is_told_and_ends_at_one():
-    seen = []
-    factorize(gaussian(12, 12), 6, None, QUICK, progress=seen.append)
-    assert len(seen) == 20 and seen == sorted(seen) and seen[-1] == 1
+    fractions = []
+    factorize(gaussian(12, 12), 6, None, QUICK, progress=fractions.append)
+    assert len(fractions) == 20 and fractions == sorted(fractions) and fractions[-1] == 1
 
 
 # Edge cases

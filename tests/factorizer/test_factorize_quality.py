@@ -148,8 +148,8 @@ def test_of_several_starts_the_best_is_kept(monkeypatch):
 
     def errors():
         # 12 x 48 random numbers, a multiple of 16: the first start draws what a single one would.
-        made = (factorize(weight, 12, importance, replace(config, seed=seed)) for seed in range(6))
-        return [weighted_error(weight, factors, importance) for factors in made]
+        starts = (factorize(weight, 12, importance, replace(config, seed=seed)) for seed in range(6))
+        return [weighted_error(weight, factors, importance) for factors in starts]
 
     assert factorize_module._starts(12 * (32 + 48)) == 4
     several = errors()
@@ -163,7 +163,7 @@ def test_of_several_starts_the_best_is_kept(monkeypatch):
 @pytest.mark.parametrize("shape", [(16, 24), (24, 16)], ids=str)
 def test_every_weight_of_a_batch_chooses_among_its_own_starts(shape, monkeypatch):
     chosen, best = [], factorize_module._best
-    monkeypatch.setattr(factorize_module, "_best", lambda *given: chosen.append(given) or best(*given))
+    monkeypatch.setattr(factorize_module, "_best", lambda *args: chosen.append(args) or best(*args))
     factorize_batch([gaussian(*shape, seed) for seed in range(3)], 8, config=QUICK)
     assert len(chosen) == 3
     for item, products in chosen:

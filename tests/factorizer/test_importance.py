@@ -190,19 +190,19 @@ def test_vectors_have_no_metric_and_matrices_have_their_diagonal():
     )
 
 
-@pytest.mark.parametrize("form", ["vector", "matrix"])
-def test_shrinking_keeps_the_mean_and_ends_uniform(form):
-    moment = covariance(6) if form == "matrix" else covariance(6).diagonal()
+@pytest.mark.parametrize("kind", ["vector", "matrix"])
+def test_shrinking_keeps_the_mean_and_ends_uniform(kind):
+    moment = covariance(6) if kind == "matrix" else covariance(6).diagonal()
     importance = Importance(moment, moment)
     assert torch.equal(importance.shrunk(0.0).input_second_moment, moment)
     half, whole = (
         importance.shrunk(0.5).output_grad_second_moment,
         importance.shrunk(1.0).output_grad_second_moment,
     )
-    diagonal = (lambda m: m.diagonal()) if form == "matrix" else (lambda m: m)
+    diagonal = (lambda m: m.diagonal()) if kind == "matrix" else (lambda m: m)
     torch.testing.assert_close(diagonal(half).mean(), diagonal(moment).mean())
     torch.testing.assert_close(diagonal(whole), diagonal(moment).mean().expand(6))
-    if form == "matrix":
+    if kind == "matrix":
         torch.testing.assert_close(half - half.diagonal().diag(), 0.5 * (moment - moment.diagonal().diag()))
 
 
@@ -210,9 +210,9 @@ def test_shrinking_keeps_the_mean_and_ends_uniform(form):
 @given(st.integers(2, 12), st.integers(0, 100), st.floats(0, 1))
 def test_tempering_keeps_the_trace_and_flattens_the_spectrum(size, seed, power):
     moment = covariance(size, seed)
-    made = Importance(moment).tempered(power).input_second_moment
-    assert float(made.trace()) == pytest.approx(float(moment.trace()), rel=1e-4)
-    before, after = (torch.linalg.eigvalsh(m.double()) for m in (moment, made))
+    tempered = Importance(moment).tempered(power).input_second_moment
+    assert float(tempered.trace()) == pytest.approx(float(moment.trace()), rel=1e-4)
+    before, after = (torch.linalg.eigvalsh(m.double()) for m in (moment, tempered))
     expected = before.clamp_min(0) ** power
     torch.testing.assert_close(after, expected * before.sum() / expected.sum(), rtol=1e-3, atol=1e-4)
 
@@ -243,9 +243,9 @@ def test_stacked_whole_moments_do_not_couple_the_layers():
         Importance(covariance(4, 2), None),
         Importance(None, torch.ones(2)),
     ]
-    made = Importance.stack(parts, [2, 3, 2])
-    assert made.input_second_moment.shape == (4, 4)
-    moment = made.output_grad_second_moment
+    stacked = Importance.stack(parts, [2, 3, 2])
+    assert stacked.input_second_moment.shape == (4, 4)
+    moment = stacked.output_grad_second_moment
     torch.testing.assert_close(moment[:2, :2], covariance(2, 1))
     assert not moment[:2, 2:].any() and torch.equal(moment[5:, 5:], torch.eye(2))
     usual = torch.cat([covariance(2, 1).diagonal(), torch.ones(2)]).mean()

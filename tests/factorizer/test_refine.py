@@ -61,10 +61,12 @@ def test_the_objective_never_rises(rows, mid, columns, seed, coupled_rows, coupl
 @given(SIZES, SIZES, SIZES, SEEDS, st.booleans(), st.booleans())
 def test_refitted_scales_are_stationary_one_by_one(rows, mid, columns, seed, coupled_rows, coupled_columns):
     target, start, left, right = problem(rows, mid, columns, seed, coupled_rows, coupled_columns)
-    made = refit_scales(target, start, left, right)
+    refitted = refit_scales(target, start, left, right)
     # The last fit, of scale_in, must be the minimum over it: in float64 no step along any scale gains.
-    scale = made.scale_in.double().requires_grad_()
-    outer = (made.scale_out[:, None] * made.signs_out * made.scale_mid).double() @ made.signs_in.double()
+    scale = refitted.scale_in.double().requires_grad_()
+    outer = (
+        refitted.scale_out[:, None] * refitted.signs_out * refitted.scale_mid
+    ).double() @ refitted.signs_in.double()
     missed = target.double() - outer * scale
     weighted = missed if left is None else left.double() @ missed
     weighted = weighted if right is None else weighted @ right.double()
@@ -78,37 +80,37 @@ def test_refitted_scales_are_stationary_one_by_one(rows, mid, columns, seed, cou
 @given(SIZES, SIZES, SIZES, SEEDS, st.booleans())
 def test_after_the_descent_no_single_flip_gains(rows, mid, columns, seed, coupled):
     target, start, _, right = problem(rows, mid, columns, seed, False, coupled)
-    made = flip_signs(target, start, right)
-    error = squared_error(target, made, None, right)
+    descended = flip_signs(target, start, right)
+    error = squared_error(target, descended, None, right)
     assert error <= squared_error(target, start, None, right) * (1 + 1e-5)  # float32 sums
     for row in range(min(rows, 3)):
         for component in range(min(mid, 5)):
-            flipped = made.signs_out.clone()
+            flipped = descended.signs_out.clone()
             flipped[row, component] *= -1
-            other = squared_error(target, made._replace(signs_out=flipped), None, right)
+            other = squared_error(target, descended._replace(signs_out=flipped), None, right)
             assert other >= error * (1 - 1e-4) - 1e-6
 
 
 def test_a_spoilt_sign_is_put_right():
-    made = product(12, 6, 40, 0)
-    target = made.dense()
-    spoilt = made.signs_out.clone()
+    exact = product(12, 6, 40, 0)
+    target = exact.dense()
+    spoilt = exact.signs_out.clone()
     spoilt[3, 2] *= -1
-    assert torch.equal(flip_signs(target, made._replace(signs_out=spoilt)).signs_out, made.signs_out)
+    assert torch.equal(flip_signs(target, exact._replace(signs_out=spoilt)).signs_out, exact.signs_out)
 
 
 def test_spoilt_scales_are_put_right():
-    made = product(30, 6, 40, 0)
-    target = made.dense()
-    spoilt = made._replace(scale_mid=made.scale_mid * torch.linspace(0.5, 2, 6))
+    exact = product(30, 6, 40, 0)
+    target = exact.dense()
+    spoilt = exact._replace(scale_mid=exact.scale_mid * torch.linspace(0.5, 2, 6))
     assert squared_error(target, refit_scales(target, spoilt)) < 1e-6 * float(target.square().sum())
 
 
 def test_signs_of_coupled_rows_are_left_alone():
     target, start, left, _ = problem(12, 6, 20, 0, True, False)
-    made = refine(target, start, left, None)
-    assert torch.equal(made.signs_out, start.signs_out)
-    assert not torch.equal(made.signs_in, start.signs_in)
+    refined = refine(target, start, left, None)
+    assert torch.equal(refined.signs_out, start.signs_out)
+    assert not torch.equal(refined.signs_in, start.signs_in)
 
 
 @pytest.mark.parametrize("which", ["scale_out", "scale_mid", "scale_in"])
@@ -128,6 +130,6 @@ def test_signs_take_over_what_is_negative(rows, mid, columns, seed):
         scale_mid=start.scale_mid * signs(mid, seed=seed + 8),
         scale_in=start.scale_in * signs(columns, seed=seed + 9),
     )
-    made = mixed.nonnegative
-    assert all(bool((scale >= 0).all()) for scale in made[2:])
-    assert torch.equal(made.dense(), mixed.dense())  # the same products, sign by sign
+    nonnegative = mixed.nonnegative
+    assert all(bool((scale >= 0).all()) for scale in nonnegative[2:])
+    assert torch.equal(nonnegative.dense(), mixed.dense())  # the same products, sign by sign
