@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV   := .venv
 RUN    := PYTHONSAFEPATH=1 $(VENV)/bin/python
 PIP    := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
-CORE   := tests/test_*.py tests/factorizer tests/passes tests/kernels tests/compiler
+CORE   := $(filter-out tests/test_cli.py tests/test_evaluation.py,$(wildcard tests/test_*.py)) tests/factorizer tests/passes tests/kernels tests/compiler
 BY_FILE := --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test quick check docs bench bench-cpu bench-gpu bench-factorizer bench-compress clean
