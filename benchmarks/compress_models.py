@@ -43,14 +43,14 @@ MODELS = {
     "stories260K": (STORIES, TEXT, 64, TEXT, 64),
     "python10m": (PYTHON, PYTHON / "train.txt", 24, PYTHON / "valid.txt", 0),
 }
-# Options of compress; stages are added one by one.
+# Options of compress, by the names in the tables ("block" is the mode "sequential"); stages are added one by one.
 WAYS: dict[str, dict[str, Any]] = {
     "independent": {"mode": "independent", "distill": 0},
     "independent, distilled": {"mode": "independent"},
-    "block, factored only": {"mode": "block", "tune": 0, "refine": 0, "distill": 0},
-    "block, tuned": {"mode": "block", "refine": 0, "distill": 0},
-    "block, tuned, refined": {"mode": "block", "distill": 0},
-    "block": {"mode": "block"},
+    "block, factored only": {"mode": "sequential", "tune": 0, "refine": 0, "distill": 0},
+    "block, tuned": {"mode": "sequential", "refine": 0, "distill": 0},
+    "block, tuned, refined": {"mode": "sequential", "distill": 0},
+    "block": {"mode": "sequential"},
 }
 ALL_STAGES_AT = 2.0  # at other bits only "independent" and "block"
 

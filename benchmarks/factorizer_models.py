@@ -44,9 +44,9 @@ def encoder_rows() -> Iterator[dict[str, Any]]:
         "none": {},
         "input only": dbf_compile.calibrate(model, batches, loss=None),
         "diagonal": dbf_compile.calibrate(model, batches),
-        "whole input": dbf_compile.calibrate(model, batches, form="input"),
+        "whole input": dbf_compile.calibrate(model, batches, curvature="input"),
     }
-    kronecker = dbf_compile.calibrate(model, batches, form="kronecker")
+    kronecker = dbf_compile.calibrate(model, batches, curvature="kronecker")
     forms["kronecker"] = kronecker
     forms["kronecker, tempered"] = {name: item.tempered() for name, item in kronecker.items()}
     for bits in (2.0, 1.0):
@@ -113,7 +113,7 @@ def language_rows() -> Iterator[dict[str, Any]]:
         return
     model, batches, windows = load_language()
     calibrate = partial(dbf_compile.calibrate, model, batches)
-    diagonal, kronecker = calibrate(), calibrate(form="kronecker")
+    diagonal, kronecker = calibrate(), calibrate(curvature="kronecker")
     forms: dict[str, Importances] = {
         "none": {},
         "input only": calibrate(loss=None),
@@ -123,7 +123,7 @@ def language_rows() -> Iterator[dict[str, Any]]:
         "diagonal, shrunk 0.2": {name: item.shrunk(0.2) for name, item in diagonal.items()},
         "diagonal, tempered": {name: item.tempered() for name, item in diagonal.items()},
         "diagonal, clipped 0.999": calibrate(clip=0.999),
-        "whole input": calibrate(form="input"),
+        "whole input": calibrate(curvature="input"),
         "kronecker": kronecker,
         "kronecker, shrunk 0.2": {name: item.shrunk(0.2) for name, item in kronecker.items()},
         "kronecker, tempered": {name: item.tempered() for name, item in kronecker.items()},
@@ -157,17 +157,14 @@ def compressed(
 
     An allocated budget gets as many bits as the equal ones use, which on small weights is less than ``bits``.
     """
-    options: dict[str, Any] = {"bits_per_weight": bits, "preset": "fast", "progress": False}
-    config = dbf_compile.CompressionConfig(**options)
+    config = dbf_compile.CompressionConfig(bits_per_weight=bits, preset="fast", progress=False)
     allocation = None
     if budget == "allocated":
         jobs = LayerFactorizer(config, importance).jobs(model)
         equal = sum(stored_bits(job.in_features, job.mid_features, job.out_features) for job in jobs) / sum(
             job.size for job in jobs
         )
-        allocation = dbf_compile.allocate(
-            model, importance, **{**options, "bits_per_weight": equal}
-        ).mid_features
+        allocation = dbf_compile.allocate(model, importance, config=config, bits_per_weight=equal)
     factors = dbf_compile.factorize_model(model, config, importance, allocation)
     tensors = {t.data_ptr(): t for item in factors.values() for t in item.tensors().values()}
     stored = sum(8 * tensor.numel() * tensor.element_size() for tensor in tensors.values())
