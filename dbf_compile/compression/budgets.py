@@ -162,8 +162,7 @@ def allocate_bits(
 ) -> Allocation:
     """Choose the middle dimensions that lose least within a budget of bits.
 
-    The budget is never exceeded, and met to 0.1 %. With a handful of small weights more may stay unused: single words of
-    theirs are larger than that.
+    The budget is never exceeded, and met to 0.1 %, or to a few words where there are few and small weights.
 
     Args:
         curves: error curves of the weights, by name.
