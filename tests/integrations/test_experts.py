@@ -6,7 +6,7 @@ from support.models.architectures import random_model
 from support.models.tiny import error_of
 from torch import nn
 
-from dbf_compile.integrations.experts import Experts, is_fused, unfuse_
+from dbf_compile.integrations.experts import Experts, is_fused, linearize_experts_
 from dbf_compile.linear import dense_linears
 
 pytest.importorskip("transformers")
@@ -29,18 +29,18 @@ def test_unfused_experts_compute_the_same_from_the_same_memory(model):
     expected = model(TOKENS).logits
     pointers = {p.untyped_storage().data_ptr() for p in model.parameters()}
     count = sum(p.numel() for p in model.parameters())
-    names = unfuse_(model)
+    names = linearize_experts_(model)
     assert len(names) == 2 and all(isinstance(model.get_submodule(name), Experts) for name in names)
     # The same products, of the tokens of an expert at a time.
     assert error_of(model(TOKENS).logits, expected) < 1e-5
     assert {p.untyped_storage().data_ptr() for p in model.parameters()} == pointers
     assert sum(p.numel() for p in model.parameters()) == count
-    assert unfuse_(model) == []
+    assert linearize_experts_(model) == []
 
 
 def test_every_expert_is_two_linear_layers(model):
     before = len(dense_linears(model))
-    unfuse_(model)
+    linearize_experts_(model)
     names = set(dense_linears(model))
     assert len(names) - before == 2 * 4 * 2
     assert "model.layers.1.mlp.experts.down_proj.3" in names
@@ -62,13 +62,13 @@ def test_experts_that_no_token_goes_to_and_masked_places_are_left_out():
 
 def test_other_modules_are_no_experts():
     assert not is_fused(nn.Linear(3, 3))
-    assert unfuse_(nn.Sequential(nn.Linear(3, 3))) == []
+    assert linearize_experts_(nn.Sequential(nn.Linear(3, 3))) == []
 
 
 def test_a_copy_is_whole(model):
     import copy
 
-    unfuse_(model)
+    linearize_experts_(model)
     copied = copy.deepcopy(model)
     assert torch.equal(copied(TOKENS).logits, model(TOKENS).logits)
     first, second = (m.model.layers[0].mlp.experts for m in (model, copied))
