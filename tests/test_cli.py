@@ -47,6 +47,7 @@ def made(dense):
     return output
 
 
+@pytest.mark.slow
 def test_inspect_shows_coverage_bits_and_errors(made, dense):
     text = run("inspect", made).output
     assert "embedding" in text and "model.layers.1.mlp.down_proj" in text
@@ -90,6 +91,7 @@ def test_eval_states_the_context_length(made, dense):
     assert isinstance(run("eval", made).exception, OptionError)
 
 
+@pytest.mark.slow
 def test_generate_streams_text_and_figures(made, dense):
     done = run("generate", made, "add the", "-n", 4, "--no-compiled")
     assert done.exit_code == 0 and "tokens/s" in done.output and "add the" in done.output
@@ -100,11 +102,13 @@ def test_generate_streams_text_and_figures(made, dense):
     assert figures["weight_bytes"] < found[str(dense)]["weight_bytes"]
 
 
+@pytest.mark.slow
 def test_generated_tokens_do_not_depend_on_compilation(made):
     plain = facts("generate", made, "add", "-n", 6, "--no-compiled")
     assert facts("generate", made, "add", "-n", 6)[str(made)]["text"] == plain[str(made)]["text"]
 
 
+@pytest.mark.slow
 def test_bench_times_both_models_in_turns(made, dense):
     arguments = ("bench", made, "--dense", dense, "--prompt-tokens", 5, "-n", 3, "--rounds", 1)
     found = facts(*arguments)
@@ -145,6 +149,7 @@ def command(*arguments):
     return [sys.executable, "-m", "dbf_compile.cli", *(str(argument) for argument in arguments)]
 
 
+@pytest.mark.slow
 def test_an_error_is_one_line_and_status_1(tmp_path):
     done = subprocess.run(
         command("compress", tmp_path / "nothing", "-o", tmp_path / "made"), capture_output=True, text=True
@@ -153,6 +158,7 @@ def test_an_error_is_one_line_and_status_1(tmp_path):
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_what_can_be_gone_on_with(dense, tmp_path):
     output = tmp_path / "made"
     given = ("compress", dense, "-o", output, "--bits", 4, "--data", text_of(dense), "--mode", "independent")

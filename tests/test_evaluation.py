@@ -93,6 +93,7 @@ metric_list: [{{metric: acc}}]
 """
 
 
+@pytest.mark.slow
 def test_a_task_of_lm_eval_gives_what_its_definition_says(tmp_path, monkeypatch):
     """Accuracy of multiple choice: the choice whose tokens are likeliest after the question."""
     pytest.importorskip("lm_eval")
@@ -130,6 +131,7 @@ def test_a_task_of_lm_eval_gives_what_its_definition_says(tmp_path, monkeypatch)
     assert first["local_choices/acc"] == right[0]
 
 
+@pytest.mark.slow
 def test_a_task_that_is_not_there_is_named(tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
     monkeypatch.setattr(pretrained, "open_any", lambda *_: pytest.fail("a model was loaded"))

@@ -212,6 +212,7 @@ def test_error_on_a_pretrained_weight(name, mid_features, official, ratio):
     assert_beats(weighted_error(weight, factorize(weight, mid_features)), official, ratio)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_error_on_cuda():
     weight = gaussian(384, 384, 1).cuda()

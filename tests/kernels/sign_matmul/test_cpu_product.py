@@ -35,6 +35,7 @@ COMPILERS.setdefault("aarch64", shutil.which("aarch64-linux-gnu-g++"))
 INTRINSICS_OF = {"cpu_avx.h": "x86_64", "cpu_neon.h": "aarch64"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processor", COMPILERS)
 @pytest.mark.parametrize("header", sorted(path.name for path in HEADERS.glob("*.h")))
 def test_every_header_compiles_alone(header: str, processor: str) -> None:
@@ -57,6 +58,7 @@ def test_every_header_compiles_alone(header: str, processor: str) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(cpp_build.compiler() is None, reason="this machine has no C++ compiler")
 @pytest.mark.skipif(platform.system() != "Linux", reason="sanitizers are tried with the compilers of Linux")
 def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
@@ -66,6 +68,7 @@ def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
     check(str(build(compiler, tmp_path / "check", *sanitizers)), kernels={"portable"})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="no compiler for 64-bit Arm")
 @pytest.mark.skipif(shutil.which("qemu-aarch64") is None, reason="no qemu-aarch64")
 def test_the_kernel_for_arm_under_an_emulator(tmp_path: Path) -> None:
@@ -73,6 +76,7 @@ def test_the_kernel_for_arm_under_an_emulator(tmp_path: Path) -> None:
     check("qemu-aarch64", str(program), kernels={"neon", "portable"})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(cpp_build.compiler() is None, reason="this machine has no C++ compiler")
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="only plain C++ runs here")
 def test_the_check_sees_a_wrong_kernel(tmp_path: Path) -> None:

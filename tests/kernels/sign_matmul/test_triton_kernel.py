@@ -16,6 +16,7 @@ def results() -> dict[str, Any]:
     return run_all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_agrees_with_the_truth(case: Case, results: dict[str, Any]) -> None:
     report = results["reports"][str(case)]
@@ -25,11 +26,13 @@ def test_agrees_with_the_truth(case: Case, results: dict[str, Any]) -> None:
     assert report.worst <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_any_tile_is_correct(case: Case, results: dict[str, Any]) -> None:
     assert results["reports"][str(case)].exact_with_other_tiles
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [case for case in CASES if math.prod(case.lead) * case.N * case.K and case.result == "float32"],
@@ -41,5 +44,6 @@ def test_the_tolerance_sees_one_wrong_sign(case: Case, results: dict[str, Any]) 
     assert results["reports"][str(case)].worst_with_wrong_sign > (1 if rounded else 10)
 
 
+@pytest.mark.slow
 def test_infinite_and_undefined_activations_propagate(results: dict[str, Any]) -> None:
     assert results["not_finite"] == []
