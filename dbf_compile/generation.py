@@ -94,13 +94,9 @@ def generate(
     settings = {"do_sample": False, **options, **_compilation(runnable, compiled)}
     length = {"max_new_tokens": max_new_tokens, "min_new_tokens": min(2, max_new_tokens)}
     prompt_tokens = ids.shape[1]
-    began = time.perf_counter()
-    if compiled:
-        # The cache gets the length of the real call: programs are compiled for its shape.
-        warmup = {"max_new_tokens": max_new_tokens, "stopping_criteria": [_AfterTwo(prompt_tokens)]}
-        with torch.no_grad():
-            runnable.generate(**inputs, **settings, **warmup)
-    compile_seconds = time.perf_counter() - began
+    # The cache gets the length of the real call: programs are compiled for its shape.
+    warmup = {"max_new_tokens": max_new_tokens, "stopping_criteria": [_AfterTwo(prompt_tokens)]}
+    compile_seconds = _timed(runnable, **inputs, **settings, **warmup) if compiled else 0.0
     streamer = pretrained.timed_streamer(tokenizer, stream)
     began = time.perf_counter()
     with torch.no_grad():
@@ -116,6 +112,14 @@ def generate(
         compile_seconds,
         weight_bytes(runnable),
     )
+
+
+def _timed(model: Any, **arguments: Any) -> float:
+    """Return the seconds that ``model.generate`` takes."""
+    began = time.perf_counter()
+    with torch.no_grad():
+        model.generate(**arguments)
+    return time.perf_counter() - began
 
 
 def time_models(

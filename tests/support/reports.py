@@ -11,6 +11,50 @@ from xml.etree import ElementTree
 KINDS = ("self_attn.q_proj + self_attn.k_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 
 
+_HEAD = {"name": "lm_head", "bits_per_weight": 3.0, "error": None, "block": None}
+_DISTILLATION = {
+    "stage": "distill",
+    "block": None,
+    "measure": "KL",
+    "before": 0.4,
+    "after": 0.3,
+    "seconds": 4000.0,
+}
+
+
+def _facts() -> dict[str, Any]:
+    return {
+        "dbf_compile": "0.1.0",
+        "created": "2026-11-25T09:00:00+00:00",
+        "model": {
+            "name": "stories260K",
+            "architecture": "LlamaForCausalLM",
+            "parameters": 263232,
+            "hash": "5e" * 32,
+        },
+        "data": {"source": "text.txt", "hash": "da" * 32, "windows": 64, "tokens": 32768},
+        "settings": {"mode": "block", "skip": ["lm_head"], "overrides": {"*.down_proj": 2.5}, "seed": 1234},
+        "bits": {"target": 2.0, "factored": 1.98, "file": 4.2},
+        "coverage": {
+            "share": 0.86,
+            "dense": [
+                {"name": "model.embed_tokens", "weights": 32768, "share": 0.124, "reason": "embedding"},
+                {"name": "model.norm", "weights": 64, "share": 0.0002, "reason": "not a matrix"},
+            ],
+        },
+        "evaluation": {
+            "measure": "nats per token on 16 held-out windows",
+            "dense": 1.213,
+            "compressed": 1.434,
+            "kl": 0.2,
+            "top1_agreement": 0.83,
+        },
+        "time": {"calibrate": 3.0, "factor": 20.1, "total": 130.0},
+        "memory": {"peak_bytes": 123456789},
+        "machine": {"processor": "Xeon", "cores": 2, "torch": "2.13.0", "python": "3.11.7"},
+    }
+
+
 def report(blocks: int = 3) -> dict[str, Any]:
     """Return a whole report, with one more layer outside of the blocks."""
     layers = [
@@ -36,49 +80,8 @@ def report(blocks: int = 3) -> dict[str, Any]:
         }
         for block in range(blocks)
     ]
-    made = {
-        "dbf_compile": "0.1.0",
-        "created": "2026-11-25T09:00:00+00:00",
-        "model": {
-            "name": "stories260K",
-            "architecture": "LlamaForCausalLM",
-            "parameters": 263232,
-            "hash": "5e" * 32,
-        },
-        "data": {"source": "text.txt", "hash": "da" * 32, "windows": 64, "tokens": 32768},
-        "settings": {"mode": "block", "skip": ["lm_head"], "overrides": {"*.down_proj": 2.5}, "seed": 1234},
-        "bits": {"target": 2.0, "factored": 1.98, "file": 4.2},
-        "coverage": {
-            "share": 0.86,
-            "dense": [
-                {"name": "model.embed_tokens", "weights": 32768, "share": 0.124, "reason": "embedding"},
-                {"name": "model.norm", "weights": 64, "share": 0.0002, "reason": "not a matrix"},
-            ],
-        },
-        "layers": [*layers, {"name": "lm_head", "bits_per_weight": 3.0, "error": None, "block": None}],
-        "stages": [
-            *stages,
-            {
-                "stage": "distill",
-                "block": None,
-                "measure": "KL",
-                "before": 0.4,
-                "after": 0.3,
-                "seconds": 4000.0,
-            },
-        ],
-        "evaluation": {
-            "measure": "nats per token on 16 held-out windows",
-            "dense": 1.213,
-            "compressed": 1.434,
-            "kl": 0.2,
-            "top1_agreement": 0.83,
-        },
-        "time": {"calibrate": 3.0, "factor": 20.1, "total": 130.0},
-        "memory": {"peak_bytes": 123456789},
-        "machine": {"processor": "Xeon", "cores": 2, "torch": "2.13.0", "python": "3.11.7"},
-    }
-    return json.loads(json.dumps(made))
+    content = {**_facts(), "layers": [*layers, _HEAD], "stages": [*stages, _DISTILLATION]}
+    return json.loads(json.dumps(content))
 
 
 class Page(HTMLParser):

@@ -1,0 +1,96 @@
+"""Which layers are factored, together with which, and the one style of calling that all functions share."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import dbf_compile
+from dbf_compile import AllocationConfig, CompressionConfig, DoubleBinaryLinear
+from dbf_compile.compression.layers import LayerFactorizer, stacks_of
+from dbf_compile.errors import ConversionError, OptionError
+
+FAST: dict[str, Any] = {"bits_per_weight": 3.0, "preset": "fast", "iterations": 10, "progress": False}
+
+
+class Block(nn.Module):
+    """Layers under the names of siblings, two of other sizes, and one that an embedding reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(64, 64), nn.Linear(64, 32), nn.Linear(48, 32)
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(64, 96), nn.Linear(64, 96), nn.Linear(96, 64)
+        self.embedding, self.tied, self.tiny = nn.Embedding(80, 64), nn.Linear(64, 80), nn.Linear(8, 4)
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator) / 8
+        self.tied.weight = self.embedding.weight
+
+
+@pytest.fixture
+def block() -> Block:
+    return Block().eval().requires_grad_(False)
+
+
+def names(block: nn.Module, **options: Any) -> list[list[str]]:
+    return [list(stack) for stack, _ in stacks_of(block, LayerFactorizer(CompressionConfig(**options)))]
+
+
+def test_siblings_of_one_input_are_stacked_and_tied_or_tiny_layers_stay_dense(block: Block) -> None:
+    assert names(block, **FAST) == [["q_proj", "k_proj"], ["v_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    alone = names(block, **FAST, merge_shared_inputs=False)
+    assert alone == [[name] for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")]
+
+
+def test_siblings_of_other_bits_are_apart(block: Block) -> None:
+    assert names(block, **FAST, overrides={"k_proj": 4.0})[:2] == [["q_proj"], ["k_proj"]]
+    assert ["up_proj"] not in names(block, **FAST, skip=["up_proj"])
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    left, right = one.state_dict(), other.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_a_config_its_fields_as_keywords_and_both_are_one(block: Block) -> None:
+    config = CompressionConfig(**FAST)
+    ways = [
+        dbf_compile.convert_(copy.deepcopy(block), **FAST),
+        dbf_compile.convert_(copy.deepcopy(block), config=config),
+        dbf_compile.convert_(copy.deepcopy(block), config=CompressionConfig(**FAST | {"seed": 3}), seed=0),
+        dbf_compile.convert_(
+            copy.deepcopy(block), bits=3.0, **{k: v for k, v in FAST.items() if "bits" not in k}
+        ),
+        dbf_compile.convert_(copy.deepcopy(block), dbf_compile.factorize_model(block, config)),
+        dbf_compile.convert_(copy.deepcopy(block), dbf_compile.factorize_model(block, **FAST)),
+    ]
+    assert all(same(ways[0], way) for way in ways[1:])
+    assert isinstance(ways[0].q_proj, DoubleBinaryLinear)
+
+
+def test_an_allocation_is_taken_as_it_is(block: Block) -> None:
+    allocation = dbf_compile.allocate(block, config=AllocationConfig(**FAST, multiple=8))
+    converted = dbf_compile.convert_(copy.deepcopy(block), allocation=allocation, **FAST)
+    by_name = dbf_compile.convert_(copy.deepcopy(block), allocation=allocation.mid_features, **FAST)
+    assert same(converted, by_name)
+    assert converted.down_proj.mid_features == allocation.mid_features["down_proj"]
+    with pytest.raises(ConversionError, match="allocation without 'q_proj'"):
+        dbf_compile.convert_(block, allocation=allocation, merge_shared_inputs=False, **FAST)
+
+
+def test_unknown_keywords_and_nothing_to_convert_are_refused(block: Block) -> None:
+    for function in (
+        dbf_compile.convert_,
+        dbf_compile.factorize_model,
+        dbf_compile.allocate,
+        dbf_compile.calibrate,
+    ):
+        with pytest.raises(OptionError, match="unknown option 'presett'"):
+            function(block, presett="fast")  # type: ignore[operator]
+    for call in (dbf_compile.convert_, dbf_compile.allocate):
+        with pytest.raises(ConversionError, match="without a linear layer to factor"):
+            call(nn.Sequential(nn.Linear(4, 4)), **FAST)  # type: ignore[operator]
