@@ -14,6 +14,7 @@ import command_tables
 import option_tables
 import pass_tables
 import result_tables
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent.parent
@@ -36,6 +37,7 @@ ELSEWHERE = {
     "contributing.md": ROOT / "CONTRIBUTING.md",
     "changelog.md": ROOT / "CHANGELOG.md",
 }
+_FETCHES = re.compile(r'<(?:script|link|img|iframe)[^>]+(?:src|href)="(?:https?:)?//[^"]+')
 _PLACE = re.compile(r"<!-- generate: (\w+)((?: [\w.-]+)*) -->")
 # Links of these files lead to files of the repository; on the site some of them are pages.
 _LINKS = {"](docs/": "](", "](benchmarks/results/": "](results/"}
@@ -55,3 +57,10 @@ def on_page_markdown(markdown: str, page: object, **_: object) -> str:
         for link, target in _LINKS.items():
             markdown = markdown.replace(link, target)
     return _PLACE.sub(lambda match: GENERATORS[match[1]](*match[2].split()), markdown)
+
+
+def on_post_build(config: dict[str, str], **_: object) -> None:
+    """Refuse a site whose pages fetch something from elsewhere."""
+    for path in Path(config["site_dir"]).rglob("*.html"):
+        if match := _FETCHES.search(path.read_text(encoding="utf-8")):
+            raise PluginError(f"{path} fetches {match[0]}")
