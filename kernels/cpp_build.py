@@ -1,10 +1,9 @@
-"""Builds the C++ kernels once per machine and keeps the result.
+"""Builds the C++ kernels once per machine and caches the libraries.
 
-Requirements, with their reasons:
- * nothing is built at import or at installation: the wheel stays pure Python;
- * the file name is a fingerprint of sources, compiler command, torch version and architecture, so that a changed
-   source is never served stale and a shared home folder may hold the libraries of several machines;
- * libraries appear by atomic rename: two processes may build at once, a killed one leaves no broken file.
+* Nothing is built at import or at installation: the wheel is pure Python.
+* The name of a library is a fingerprint of sources, compiler command, torch version and architecture. So a changed source
+  is built again, and a shared home folder may hold the libraries of several machines.
+* A library is renamed into place: two processes may build at once, and a killed one leaves no broken file.
 """
 
 from __future__ import annotations
@@ -22,29 +21,28 @@ import torch
 from dbf_compile.errors import BuildError
 from dbf_compile.files import cache_folder
 
-# -ffp-contract=off: a sum of look-ups must not turn into fused multiply-adds behind our back.
-# No -march: the kernels choose among instruction sets when they run.
+# -ffp-contract=off: fused multiply-adds would give other bits. No -march: kernels choose an instruction set at run time.
 FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi")
 
 
 def compiler() -> str | None:
-    """Return the path of the C++ compiler: ``$CXX``, else c++, g++ or clang++; None where there is none."""
-    wanted = os.environ.get("CXX")
-    candidates = (wanted,) if wanted else ("c++", "g++", "clang++")
+    """Return the path of the C++ compiler: ``$CXX``, else c++, g++ or clang++; None if there is none."""
+    chosen = os.environ.get("CXX")
+    candidates = (chosen,) if chosen else ("c++", "g++", "clang++")
     return next((path for name in candidates if (path := shutil.which(name))), None)
 
 
 def build(source: Path) -> Path:
-    """Compile one C++ file into a shared library, or return the one built before.
+    """Return the shared library of a C++ file; compile it unless it is cached.
 
     Args:
-        source: a file that registers operators through torch's stable ABI; it may include headers of its folder.
+        source: registers operators through torch's stable ABI; it may include headers of its folder.
 
     Returns:
         The library, in the ``native`` folder of the cache.
 
     Raises:
-        BuildError: no compiler, no folder to write to, or the compiler failed; its output is part of the message.
+        BuildError: no compiler, no writable folder, or the compiler failed; the message has its output.
     """
     command = _command()
     digest = hashlib.sha256()
@@ -90,7 +88,7 @@ def _command() -> list[str]:
             "install one, or set CXX; until then the slow reference is used",
         )
     abi = f"-DTORCH_TARGET_VERSION={_target_version()}"
-    headers = Path(torch.__file__).parent / "include"  # of the stable ABI; cpp_extension takes long to import
+    headers = Path(torch.__file__).parent / "include"  # of the stable ABI; importing cpp_extension takes long
     return [path, *FLAGS, abi, "-shared", "-fPIC", f"-I{headers}"]
 
 
@@ -101,5 +99,5 @@ def _link_flags() -> list[str]:
 
 
 def _target_version() -> str:
-    # The oldest torch whose stable ABI has all that the kernels call.
+    # The oldest torch whose stable ABI has everything that the kernels call.
     return "0x020b000000000000"

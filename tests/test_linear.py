@@ -223,13 +223,13 @@ def test_words_that_are_assigned_to_a_meta_layer_are_put_in_order() -> None:
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_first_stage_that_is_assigned_reaches_all_layers_that_share_it(device: str) -> None:
     parts, others = (random_factors(33, 37, 50, seed=seed).split([20, 30]) for seed in (0, 1))
-    wanted, model = (nn.Sequential(*map(DoubleBinaryLinear, every)) for every in (others, parts))
-    for one, other in (wanted, model):
+    expected, model = (nn.Sequential(*map(DoubleBinaryLinear, every)) for every in (others, parts))
+    for one, other in (expected, model):
         other.share_first_stage_(one)
     model = copy.deepcopy(model).to(device)
-    model.load_state_dict(wanted.state_dict(), assign=True)
-    for layer, expected in zip(model, wanted, strict=True):
-        assert torch.equal(layer(x_for(33)), expected(x_for(33)))
+    model.load_state_dict(expected.state_dict(), assign=True)
+    for layer, other in zip(model, expected, strict=True):
+        assert torch.equal(layer(x_for(33)), other(x_for(33)))
     assert model[0].signs_in is model[1].signs_in
 
 

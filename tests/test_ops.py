@@ -62,11 +62,11 @@ def test_torch_finds_nothing_wrong(shape: tuple[int, ...], dtype: torch.dtype) -
 def test_kernels_of_gpus_get_interleaved_words(interleaved: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = pytest.importorskip("dbf_compile.kernels.sign_matmul.triton_kernel")
     # The kernel itself is run in Triton's interpreter elsewhere.
-    in_order = lambda *given: reference.sign_matmul(*given[:6], interleaved=True)  # noqa: E731
+    in_order = lambda *args: reference.sign_matmul(*args[:6], interleaved=True)  # noqa: E731
     monkeypatch.setattr(kernel, "sign_matmul_triton", in_order)
     x, signs = randn(3, 70), words(37, 70)
-    given = interleave(signs) if interleaved else signs
-    y = ops._cuda(x, given, interleaved=interleaved)
+    stored = interleave(signs) if interleaved else signs
+    y = ops._cuda(x, stored, interleaved=interleaved)
     assert torch.equal(y, reference.sign_matmul(x, signs))
 
 
@@ -107,16 +107,17 @@ def test_shapes_and_dtypes_without_data(shape: tuple[int, ...], device: str, dty
     x, g, signs = randn(*shape, dtype=dtype), randn(*shape[:-1], 5, dtype=dtype), words()
     real = sign_matmul(x, signs), sign_matmul_transposed(g, signs, 33)
     if device == "meta":
-        made = (
+        fake = (
             sign_matmul(x.to("meta"), signs.to("meta")),
             sign_matmul_transposed(g.to("meta"), signs.to("meta"), 33),
         )
     else:
         with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
-            made = sign_matmul(x, signs), sign_matmul_transposed(g, signs, 33)
-    for seen, wanted in zip(made, real, strict=True):
-        assert (seen.shape, seen.dtype, seen.stride()) == (wanted.shape, wanted.dtype, wanted.stride())
-        assert seen.device.type == ("meta" if device == "meta" else "cpu")
+            fake = sign_matmul(x, signs), sign_matmul_transposed(g, signs, 33)
+    for result, expected in zip(fake, real, strict=True):
+        properties = (result.shape, result.dtype, result.stride())
+        assert properties == (expected.shape, expected.dtype, expected.stride())
+        assert result.device.type == ("meta" if device == "meta" else "cpu")
 
 
 def test_double_precision_is_not_cut_short() -> None:
@@ -179,8 +180,8 @@ def test_the_layer_is_the_dense_layer(
 
     # The gradients are those of the dense layer; here the sums have N and R terms.
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    wanted = [tensor for tensor in (x, bias) if tensor is not None]
-    got, true = torch.autograd.grad(y, wanted, grad), torch.autograd.grad(exact, wanted, grad)
+    inputs = [tensor for tensor in (x, bias) if tensor is not None]
+    got, true = torch.autograd.grad(y, inputs, grad), torch.autograd.grad(exact, inputs, grad)
     back = (grad.abs() @ scales[2])[..., None] * scales[1].sum() * scales[0]
     rounding = (factors.out_features + r + 4) * unit * back + torch.finfo(dtype).eps * true[0].double().abs()
     # Both sides end with a rounding to the dtype of x, to its subnormal grid if need be.
@@ -194,13 +195,13 @@ def test_the_layer_is_the_dense_layer(
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
-@pytest.mark.parametrize("wanted", ALL_DTYPES)
-def test_the_result_has_the_dtype_asked_for(dtype: torch.dtype, wanted: torch.dtype) -> None:
+@pytest.mark.parametrize("result", ALL_DTYPES)
+def test_the_result_has_the_dtype_asked_for(dtype: torch.dtype, result: torch.dtype) -> None:
     factors, x, bias = random_factors(33, 5, 37), randn(8, 33, dtype=dtype), randn(37)
     wide = double_binary_linear(x, **factors.tensors(), bias=bias, dtype=reference.accumulator_dtype(dtype))
-    y = double_binary_linear(x, **factors.tensors(), bias=bias, dtype=wanted)
-    assert y.dtype == wanted
-    assert torch.equal(y, wide.to(wanted))  # rounded once, behind the bias
+    y = double_binary_linear(x, **factors.tensors(), bias=bias, dtype=result)
+    assert y.dtype == result
+    assert torch.equal(y, wide.to(result))  # rounded once, after the bias
 
 
 @pytest.mark.parametrize("features", [1, 5, 32, 34])

@@ -55,10 +55,10 @@ inline std::vector<const Kernel*> usable_kernels() {
 // The kernel that $DBF_CPU_ISA names, else the fastest; null if this processor does not run the named one.
 inline const Kernel* choose_kernel() {
   static const std::vector<const Kernel*> usable = usable_kernels();
-  const char* wanted = std::getenv("DBF_CPU_ISA");
-  if (wanted == nullptr || *wanted == 0) return usable.front();
+  const char* name = std::getenv("DBF_CPU_ISA");
+  if (name == nullptr || *name == 0) return usable.front();
   for (const Kernel* kernel : usable)
-    if (std::strcmp(kernel->name, wanted) == 0) return kernel;
+    if (std::strcmp(kernel->name, name) == 0) return kernel;
   return nullptr;
 }
 

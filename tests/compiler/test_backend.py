@@ -67,7 +67,7 @@ def test_instances_that_share_a_graph_use_their_own_weights(how):
         function = torch.compile(lambda module, x: module(x), backend="dbf", options=OPTIONS)
         calls = [lambda x, block=block: function(block, x) for block in blocks]
     expected = [factored(Block(seed))(x) for seed in (1, 2, 3)]
-    for _ in range(2):  # a second round finds all factors made
+    for _ in range(2):  # in the second round all factors are cached
         for call, y in zip(calls, expected, strict=True):
             assert error_of(call(x), y) < TOLERANCE
 

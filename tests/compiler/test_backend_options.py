@@ -68,9 +68,9 @@ def test_importance_changes_the_factors():
 def test_a_checkpoint_of_ready_factors_is_used(tmp_path, factorized_shapes):
     model, x = MLP(seed=31), randn(5, 67)
     config = dbf_compile.CompressionConfig(**OPTIONS)
-    made = dbf_compile.factorize_model(model, config)
-    dbf_compile.save(made, tmp_path / "factors.safetensors")
-    expected = dbf_compile.convert_(MLP(seed=31), made)(x)
+    factors = dbf_compile.factorize_model(model, config)
+    dbf_compile.save(factors, tmp_path / "factors.safetensors")
+    expected = dbf_compile.convert_(MLP(seed=31), factors)(x)
     factorized_shapes.clear()
     run = compiled(model, checkpoint=str(tmp_path / "factors.safetensors"), iterations=5)
     assert error_of(run(x), expected) < TOLERANCE
@@ -82,8 +82,8 @@ def test_a_checkpoint_of_ready_factors_is_used(tmp_path, factorized_shapes):
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    made = dbf_compile.factorize_model(MLP(features=40), dbf_compile.CompressionConfig(**OPTIONS))
-    dbf_compile.save(made, tmp_path / "factors.safetensors")
+    factors = dbf_compile.factorize_model(MLP(features=40), dbf_compile.CompressionConfig(**OPTIONS))
+    dbf_compile.save(factors, tmp_path / "factors.safetensors")
     with pytest.raises(Exception, match=r"ConversionError: factors of shape \(130, 40\) for 'up'"):
         compiled(MLP(), checkpoint=str(tmp_path / "factors.safetensors"))(randn(5, 67))
 
@@ -149,12 +149,12 @@ def test_ready_factors_are_stacked_only_if_they_share_their_first_stage(tmp_path
             return self.q_proj(x).sum(-1) * self.k_proj(x).sum(-1)
 
     model, x = Pair().requires_grad_(False), randn(5, 64)
-    made = dbf_compile.factorize_model(model, dbf_compile.CompressionConfig(**OPTIONS))
+    factors = dbf_compile.factorize_model(model, dbf_compile.CompressionConfig(**OPTIONS))
     together, apart = tmp_path / "together.safetensors", tmp_path / "apart.safetensors"
-    dbf_compile.save(made, together)
+    dbf_compile.save(factors, together)
     alone = {
         name: DoubleBinaryFactors(**{key: tensor.clone() for key, tensor in part.tensors().items()})
-        for name, part in made.items()
+        for name, part in factors.items()
     }
     dbf_compile.save(alone, apart)
     assert rewrites(caplog, model, x, checkpoint=str(together))["merge_shared_inputs"] == 1

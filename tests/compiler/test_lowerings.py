@@ -1,6 +1,6 @@
-"""The lowerings on a CUDA device that is not there: what Inductor generates, its machine code, and what it computes.
+"""The lowerings on a pretended CUDA device: the generated programs, their machine code, and what they compute.
 
-On the CPU every compiled test runs them.
+Every compiled test runs the lowerings of the CPU.
 """
 
 from __future__ import annotations
@@ -62,20 +62,20 @@ def test_a_layer_of_few_tokens_is_two_launches(case: Case, programs: dict[str, P
 def test_many_tokens_go_to_tensor_cores(case: Case, programs: dict[str, Program]) -> None:
     program = programs[str(case)]
     kinds = [name.split("_")[1] for name in launches(program)]
-    # scale_in is for what comes before to apply; a float32 model has its operands cut into terms before each product.
+    # The kernel before applies scale_in; a float32 model also splits its activations before each product.
     assert kinds == (["poi", "tem"] * 2 if case.dtype == "float32" else ["poi", "tem", "tem"])
     products = [source for source in program.kernels.values() if "prefill_tile" in source]
-    terms = 3 if case.dtype == "float32" else 1
-    assert all(f"OPERANDS : tl.constexpr = {terms}" in source for source in products)
+    operands = 3 if case.dtype == "float32" else 1
+    assert all(f"OPERANDS : tl.constexpr = {operands}" in source for source in products)
     assert len(products) == 2
 
 
 @pytest.mark.parametrize("case", DENSE, ids=str)
 def test_very_many_tokens_share_a_dense_matrix(case: Case, programs: dict[str, Program]) -> None:
-    """Signs are written out with their scale; the library multiplies, and what is between stays narrow."""
+    """Signs are dequantized with their scale, the library multiplies, and results between the products have 16 bits."""
     program = programs[str(case)]
     steps = re.findall(r"(triton_poi|triton_tem)\w+\.run|extern_kernels\.(mm)", program.call)
-    # scale_in before the products, two matrices with their scales, the bias behind.
+    # scale_in before the products, two matrices with their scales, the bias after.
     assert [mm or kind for kind, mm in steps].count("mm") == 2
     assert [kind for kind, _ in steps].count("triton_tem") == 2
     assert len(steps) <= 6
@@ -86,7 +86,7 @@ def test_very_many_tokens_share_a_dense_matrix(case: Case, programs: dict[str, P
             assert {one.opcode for one in code if one.name == "STG"} == {"STG.E.128"}
 
 
-def test_results_of_all_dtypes_come_from_a_dense_matrix_and_words_row_after_row_are_for_the_operator(
+def test_results_of_all_dtypes_use_a_dense_matrix_and_words_row_by_row_the_operator(
     programs: dict[str, Program], errors: dict[str, float]
 ) -> None:
     program = programs["plain"]
@@ -103,18 +103,18 @@ def test_results_of_all_dtypes_come_from_a_dense_matrix_and_words_row_after_row_
 def test_double_precision_and_dynamic_batches_go_to_the_operator(
     case: Case, programs: dict[str, Program]
 ) -> None:
-    """It chooses the kernel when it is called: no other batch compiles again."""
+    """The operator chooses the kernel at the call: other batches do not compile again."""
     program = programs[str(case)]
     assert program.call.count("torch.ops.dbf.sign_matmul.default(") == 2
     assert not program.cubins
 
 
-def test_programs_are_recorded_as_cuda_graphs_that_copy_nothing_but_what_they_are_given(
+def test_cuda_graphs_copy_nothing_but_activations(
     programs: dict[str, Program],
 ) -> None:
-    """No host in between; weights, and a cache that is written to, stay where they are."""
+    """No operation runs on the host, and weights and caches are not copied."""
     obstacles = {name: program.obstacle for name, program in programs.items() if program.obstacle}
-    assert obstacles == {"overwritten": "index_put"}  # the model's own
+    assert obstacles == {"overwritten": "index_put"}  # an operation of the model
     # The tokens of a Llama, and their positions.
     copied = {name: len(program.copied) for name, program in programs.items()}
     assert copied == {name: 2 if "llama" in name else 1 for name in programs}
@@ -179,17 +179,17 @@ def test_the_generated_program_computes_siblings(M: int, errors: dict[str, float
 
 
 def constant(program: Program, kernel: str, name: str) -> int:
-    found = re.search(rf"{name} : tl.constexpr = (\d+)", program.kernels[kernel])
-    assert found is not None
-    return int(found[1])
+    match = re.search(rf"{name} : tl.constexpr = (\d+)", program.kernels[kernel])
+    assert match is not None
+    return int(match[1])
 
 
-def test_one_tokens_sums_stay_in_parts_until_they_are_read(programs: dict[str, Program]) -> None:
-    """Programs share a row's columns; the next product's kernel, or that of an activation which stands alone, adds up."""
+def test_the_reader_adds_the_partial_sums_of_one_token(programs: dict[str, Program]) -> None:
+    """Split-K: the kernel of the next product adds the partial sums, or that of an activation between them."""
     program = programs["deep of 1"]
     assert [name.split("_")[1] for name in launches(program)] == ["tem", "tem", "poi", "tem", "tem"]
     products = [name for name in launches(program) if "_tem_" in name]
-    # 2100, 1090, 1060 and 40 columns are 66, 35, 34 and 2 words; the last layer's result leaves the graph whole.
+    # 2100, 1090, 1060 and 40 columns are 66, 35, 34 and 2 words; a result of the graph has no partial sums.
     assert [constant(program, name, "SPLIT_K") for name in products] == [3, 2, 2, 1]
     assert [constant(program, name, "X_SPLIT_K") for name in products] == [1, 3, 1, 2]
 
@@ -205,7 +205,7 @@ def test_an_activation_between_two_layers_stays_part_of_the_first_ones_kernel(
 @pytest.mark.parametrize(
     ("name", "rows"), [("deep of 1", (1090, 1060, 40, 70)), ("chain", (1090, 1060, 40, 70))]
 )
-def test_there_is_one_program_for_each_tile_of_each_part(
+def test_there_is_one_program_for_each_tile_of_each_split(
     name: str, rows: tuple[int, ...], programs: dict[str, Program]
 ) -> None:
     program = programs[name]
@@ -217,9 +217,7 @@ def test_there_is_one_program_for_each_tile_of_each_part(
         assert int(grid[1]) == tiles * constant(program, kernel, "SPLIT_K")
 
 
-def test_parts_are_forgotten_where_somebody_writes_to_their_sum(
-    programs: dict[str, Program], errors: dict[str, float]
-) -> None:
+def test_a_write_to_a_sum_ends_its_split_k(programs: dict[str, Program], errors: dict[str, float]) -> None:
     program = programs["overwritten"]
     first, *_, second = [name for name in launches(program) if "_tem_" in name]
     assert (constant(program, first, "SPLIT_K"), constant(program, second, "X_SPLIT_K")) == (3, 1)
@@ -230,8 +228,8 @@ def test_parts_are_forgotten_where_somebody_writes_to_their_sum(
 def test_what_tuning_chooses_is_generated_and_computes_the_same(
     name: str, programs: dict[str, Program], errors: dict[str, float]
 ) -> None:
-    tuned, known = programs[f"tuned {name}"], programs[name]
-    ours = [[one for one in launches(program) if "_tem_" in one] for program in (tuned, known)]
+    tuned, default = programs[f"tuned {name}"], programs[name]
+    ours = [[one for one in launches(program) if "_tem_" in one] for program in (tuned, default)]
     assert len(ours[0]) == len(ours[1]) >= 2
     settings = [
         [
@@ -240,13 +238,13 @@ def test_what_tuning_chooses_is_generated_and_computes_the_same(
             )
             for one in every
         ]
-        for program, every in zip((tuned, known), ours, strict=True)
+        for program, every in zip((tuned, default), ours, strict=True)
     ]
-    assert all(other != default for other, default in zip(*settings, strict=True))
+    assert all(one != other for one, other in zip(*settings, strict=True))
     assert errors[f"tuned {name}"] <= 1
 
 
-def test_several_tokens_sums_are_whole(programs: dict[str, Program]) -> None:
+def test_several_tokens_use_no_split_k(programs: dict[str, Program]) -> None:
     program = programs["deep of 3"]
     assert [name.split("_")[1] for name in launches(program)] == ["tem"] * 4
     assert all("SPLIT_K : tl.constexpr = 1" in source for source in program.kernels.values())

@@ -71,9 +71,9 @@ def test_every_spelling_becomes_a_linear_of_equal_value(spelling, M, K, N, dims,
 
     already = is_linear(y)
     assert find_linears(hand.graph, hand) == (0 if already else 1)
-    (found,) = linear_nodes(hand)
-    assert found.args[0] is x and found.args[2] is b
-    assert tuple(example_value(found).shape) == tuple(expected_value.shape)
+    (linear,) = linear_nodes(hand)
+    assert linear.args[0] is x and linear.args[2] is b
+    assert tuple(example_value(linear).shape) == tuple(expected_value.shape)
     (after,) = hand.run()
     # float64 sums of K products in another order: far below 1e-12 of their size.
     assert_close(after, before, rtol=1e-12)
@@ -159,7 +159,7 @@ def test_batch_and_sequence_length_stay_symbolic():
     hand.output(hand.call(operator.matmul, x, w))
     with dynamo.symbolic_sizes():
         assert find_linears(hand.graph, hand) == 1
-    (found,) = linear_nodes(hand)
-    batch, length, features = example_value(found).shape
+    (linear,) = linear_nodes(hand)
+    batch, length, features = example_value(linear).shape
     assert isinstance(batch, torch.SymInt) and isinstance(length, torch.SymInt) and features == 7
     assert not hand._fake_mode.shape_env.guards  # nothing was specialized

@@ -63,7 +63,7 @@ def test_a_stack_is_replaced_as_one():
     x, w, v = hand.input(randn(3, 5)), hand.constant(randn(4, 5)), hand.constant(randn(5, 2, seed=1))
     hand.output(hand.call(F.linear, x, hand.call(torch.cat, [w, hand.call("t", v)], 0), None))
     assert replace_linears(hand.graph, hand) == 1
-    (weights,) = hand.made
+    (weights,) = hand.factored
     assert [(weight.node, weight.transposed) for weight in weights] == [(w, False), (v, True)]
     assert "cat" not in targets(hand.graph)
     assert hand.run()[0].shape == (3, 6)
@@ -74,7 +74,7 @@ def test_a_layer_used_twice_is_factored_once():
     x, w = hand.input(randn(3, 5)), hand.constant(randn(5, 5))
     hand.output(hand.call(F.linear, hand.call(F.linear, x, w, None), w, None))
     assert replace_linears(hand.graph, hand) == 2
-    assert len(hand.made) == 1
+    assert len(hand.factored) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -84,8 +84,8 @@ def test_the_output_keeps_its_dtype_and_provenance(dtype):
     user = hand.call(torch.neg, y)
     hand.output(user)
     assert replace_linears(hand.graph, hand) == 1
-    (made,) = user.all_input_nodes
-    assert example_value(made).dtype == dtype
+    (output,) = user.all_input_nodes
+    assert example_value(output).dtype == dtype
     assert hand.run()[0].dtype == dtype
     added = [node for node in hand.graph.nodes if node.op.startswith("call") and node is not user]
     assert all(node.meta["nn_module_stack"] == {"layer": ("layer", torch.nn.Linear)} for node in added)

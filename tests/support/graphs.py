@@ -1,4 +1,4 @@
-"""FX graphs built by hand, as Dynamo would leave them, and a source of random factors for the passes."""
+"""FX graphs built by hand, in the form of Dynamo, and a source of random factors for the passes."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class HandGraph:
         self.graph = Graph()
         self.inputs: dict[Node, Tensor] = {}
         self.constants: set[Node] = set()
-        self.made: dict[tuple[Weight, ...], DoubleBinaryFactors] = {}
+        self.factored: dict[tuple[Weight, ...], DoubleBinaryFactors] = {}
         self._group = group
         self._fake_mode = FakeTensorMode(shape_env=ShapeEnv())
 
     # --- building ---
 
     def input(self, value: Tensor, dynamic: Sequence[int] = ()) -> Node:
-        """Add an argument of the call; sizes of the dimensions in ``dynamic`` are symbols."""
+        """Add an argument of the call; dimensions in ``dynamic`` have symbolic sizes."""
         placeholders = self.graph.find_nodes(op="placeholder")
         if placeholders:
             with self.graph.inserting_after(placeholders[-1]):
@@ -57,7 +57,7 @@ class HandGraph:
         return node
 
     def call(self, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Node:
-        """Add a call of a function, or of a method given by its name."""
+        """Add a call of a function, or of a method by its name."""
         make = self.graph.call_method if isinstance(target, str) else self.graph.call_function
         node = make(target, args, kwargs)
         values, named = tree_map_only(Node, lambda item: item.meta["example_value"], (args, kwargs))
@@ -84,9 +84,9 @@ class HandGraph:
         return GraphModule(torch.nn.Module(), self.graph)(*[value.clone() for value in values])
 
     def run_dense(self, original: HandGraph) -> tuple[Tensor, ...]:
-        """Run ``original``, a graph built alike, with the weights that the factors stand for."""
+        """Run ``original``, a graph of the same form, with the dense weights of the factors."""
         replaced: dict[str, Tensor] = {}
-        for weights, factors in self.made.items():
+        for weights, factors in self.factored.items():
             rows = [self.rows(weight) for weight in weights]
             for weight, dense in zip(weights, factors.dense(torch.float64).split(rows), strict=True):
                 replaced[weight.node.name] = dense.T if weight.transposed else dense
@@ -109,9 +109,11 @@ class HandGraph:
     def _factors(self, weights: tuple[Weight, ...]) -> FactorNodes:
         value = self.inputs[weights[0].node]
         cols = value.shape[0 if weights[0].transposed else 1]
-        made = random_factors(cols, 24, sum(self.rows(weight) for weight in weights), seed=len(self.made))
-        self.made[weights] = made
-        return FactorNodes(*(self.input(tensor) for tensor in made.tensors().values()))
+        factors = random_factors(
+            cols, 24, sum(self.rows(weight) for weight in weights), seed=len(self.factored)
+        )
+        self.factored[weights] = factors
+        return FactorNodes(*(self.input(tensor) for tensor in factors.tensors().values()))
 
 
 def targets(graph: Graph) -> list[str]:

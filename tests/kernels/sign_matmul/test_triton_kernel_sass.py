@@ -111,7 +111,7 @@ def test_signs_take_the_shortest_way_to_tensor_cores(capability: int, settings: 
     names = collections.Counter(one.name for one in loop)
     assert names["SHFL"] <= 1  # the number of the warp
     if capability == 90:
-        # What the choice of a tile is made from.
+        # prefill_blocks chooses a tile by these cycles.
         tile = (*(settings[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")), settings["num_warps"])
         cycles = len(loop) * 128 / settings["BLOCK_K"] * settings["num_warps"] / 4
         assert cycles == pytest.approx(triton_prefill._TILES[tile][0], rel=0.05)
@@ -176,8 +176,8 @@ def test_without_tuning_no_kernel_wants_more_shared_memory_than_there_is(
     kernel: object, target: int | str
 ) -> None:
     for M, settings in every_default(kernel):
-        wanted = sass.compile_kernel(kernel, target, "bf16", M, settings).metadata.shared
-        assert wanted <= sass.SHARED_MEMORY[target], settings
+        used = sass.compile_kernel(kernel, target, "bf16", M, settings).metadata.shared
+        assert used <= sass.SHARED_MEMORY[target], settings
 
 
 @pytest.mark.parametrize(("kernel", "matrix"), [(decode_kernel, False), (prefill_kernel, True)])

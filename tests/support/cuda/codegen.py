@@ -1,7 +1,7 @@
-"""Compiles layers for a CUDA device that is not there, and prints the program Inductor makes of them.
+"""Compiles layers for a pretended CUDA device, and prints the programs that Inductor generates.
 
-Nothing is run: tensors are fake, and :mod:`support.cuda.pretended` answers what torch and Triton ask the driver; hence
-this file is a program, which :func:`generate_all` starts.
+Nothing runs: tensors are fake, and :mod:`support.cuda.pretended` answers for the driver. Its patches last until the
+process ends; so this file is a program, which :func:`generate_all` starts.
 """
 
 from __future__ import annotations
@@ -72,27 +72,27 @@ SIBLING_TOKENS = (1, 6, 64)
 DEEP_TOKENS = (1, 3)
 PLAIN_TOKENS = 200
 LLAMA_TOKENS = (1, 20, 160)
-# Of tokens: the kernels for few and for many; all kinds but those with experts, whose graphs break, and
-# Mistral, which is a Llama here.
+# Numbers of tokens, for the kernels for few and for many. Left out are kinds with experts, whose graphs break, and
+# Mistral, which is a Llama at this size.
 ARCHITECTURE_TOKENS = {
     **dict.fromkeys(("llama", "qwen3", "gemma3", "phi", "phi3", "gpt2", "opt"), 6),
     **dict.fromkeys(("bert", "vit", "whisper"), 24),
 }
-NO_FOLDING = {"joint_graph_constant_folding": False}  # which would make constants on the device
-TUNING = {"max_autotune": True, "compile_threads": 1}  # other processes know of no device
-COMBINED = {"combo_kernels": True}  # Inductor's own, for kernels that have nothing to do with each other
+NO_FOLDING = {"joint_graph_constant_folding": False}  # it would compute constants on the device
+TUNING = {"max_autotune": True, "compile_threads": 1}  # other processes have no pretended device
+COMBINED = {"combo_kernels": True}  # Inductor combines independent kernels into one
 
 
 @dataclass(frozen=True)
 class Program:
-    """What Inductor generated for one case.
+    """The program that Inductor generates for one case.
 
     Attributes:
         call: the Python method that launches, ``call(self, args)``.
         kernels: sources of the Triton kernels by name.
         cubins: machine code, in hexadecimal, of those that read signs.
-        copied: shapes of the tensors that a replay of its CUDA graph would copy first, as they may be others every time.
-        obstacle: why Inductor would not record a CUDA graph; "" if it would.
+        copied: shapes of the inputs that a replay of its CUDA graph would copy, because other calls pass other tensors.
+        obstacle: why Inductor would record no CUDA graph; "" if it would.
     """
 
     call: str
@@ -104,22 +104,22 @@ class Program:
 
 def generate_all(what: str) -> dict[str, Program]:
     """Compile all "layers" or all "architectures" in a process of their own."""
-    found = run_program(Path(__file__), given=what)
-    return {name: Program(**fields) for name, fields in found.items()}
+    programs = run_program(Path(__file__), text=what)
+    return {name: Program(**fields) for name, fields in programs.items()}
 
 
-def run_program(path: Path, given: str, **environment: str) -> Any:
-    """Run a file of this folder as a program and return what its last line says in JSON.
+def run_program(path: Path, text: str, **environment: str) -> Any:
+    """Run a file of this folder as a program and return the JSON of its last line of output.
 
     Args:
-        path: the file.
-        given: its standard input.
-        environment: variables on top of this process's.
+        path: of the file.
+        text: the program's standard input.
+        environment: variables beside those of this process.
     """
     paths = {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONSAFEPATH": "1"}
     done = subprocess.run(
         [sys.executable, str(path)],
-        input=given,
+        input=text,
         capture_output=True,
         text=True,
         env={**os.environ, **paths, **environment},
@@ -131,7 +131,7 @@ def run_program(path: Path, given: str, **environment: str) -> Any:
 
 
 def main() -> None:
-    """Print the programs of what standard input names as JSON."""
+    """Print, as JSON, the programs of what standard input names."""
     pretend_cuda()
     programs = {"layers": _layers, "architectures": _architectures}[sys.stdin.read()]()
     print(json.dumps({name: asdict(program) for name, program in programs.items()}))
@@ -161,10 +161,10 @@ def _architectures() -> dict[str, Program]:
 
 
 def _generate_architecture(name: str, M: int) -> Program:
-    """Compile what a model does with M tokens, or its picture or sound."""
+    """Compile a model for M tokens, or for a picture or sound."""
     model = random_factored_model(name)
     with _on_pretended_device(model, torch.bfloat16):
-        given = {
+        batch = {
             key: torch.empty(
                 value.shape, dtype=torch.bfloat16 if value.is_floating_point() else value.dtype, device="cuda"
             )
@@ -173,7 +173,7 @@ def _generate_architecture(name: str, M: int) -> Program:
         step = torch.compile(
             model, backend="dbf", options={"inductor": NO_FOLDING}, fullgraph=True, dynamic=False
         )
-        return _program(lambda _: step(**given, **settings_of(name)), None)
+        return _program(lambda _: step(**batch, **settings_of(name)), None)
 
 
 def _generate_layer(case: Case, inductor: dict[str, Any] | None = None) -> Program:
@@ -183,7 +183,7 @@ def _generate_layer(case: Case, inductor: dict[str, Any] | None = None) -> Progr
 
 
 def _generate_llama(backend: str, M: int, settings: dict[str, Any] | None = None) -> Program:
-    """Compile what a model does with M tokens and a static cache."""
+    """Compile a Llama for M tokens and a static cache."""
     from transformers import StaticCache
 
     model = llama(factored=backend == "dbf")
@@ -221,37 +221,37 @@ def _generate(
 
 @contextmanager
 def _on_pretended_device(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Move a model there, its parameters to ``dtype``, and have what follows happen there."""
+    """Move a model to the pretended device, its parameters to ``dtype``, and enter fake mode."""
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     torch.compiler.reset()
-    moved: dict[int, torch.Tensor] = {}  # what layers share, they go on sharing
+    moved: dict[int, torch.Tensor] = {}  # shared tensors stay shared
 
-    def there(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def on_device(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if id(tensor) not in moved:
-            made = torch.empty(tensor.shape, dtype=dtype, device="cuda")
+            fake = torch.empty(tensor.shape, dtype=dtype, device="cuda")
             is_parameter = isinstance(tensor, Parameter)
-            moved[id(tensor)] = Parameter(made, requires_grad=False) if is_parameter else made
+            moved[id(tensor)] = Parameter(fake, requires_grad=False) if is_parameter else fake
         return moved[id(tensor)]
 
     with FakeTensorMode(shape_env=ShapeEnv()), torch.no_grad():
         for module in model.modules():
             for name, tensor in [*module.named_buffers(recurse=False)]:
-                setattr(module, name, there(tensor, tensor.dtype))
+                setattr(module, name, on_device(tensor, tensor.dtype))
             for name, tensor in [*module.named_parameters(recurse=False)]:
-                setattr(module, name, there(tensor, dtype))
+                setattr(module, name, on_device(tensor, dtype))
         yield
 
 
 @contextmanager
 def _tuning() -> Iterator[None]:
-    """Let Inductor tune with times that are made up: of settings of our kernels the last is the fastest, and fusion pays."""
+    """Let Inductor tune with made-up times: the last setting of our kernels is the fastest, and fusion always pays."""
     from torch._inductor.scheduler import Scheduler
     from torch._inductor.select_algorithm import AlgorithmSelectorCache
 
-    def times(_: Any, name: str, *given: Any, **__: Any) -> dict[Any, float]:
-        choices = next(item for item in given if isinstance(item, list) and hasattr(item[0], "output_node"))
+    def times(_: Any, name: str, *args: Any, **__: Any) -> dict[Any, float]:
+        choices = next(item for item in args if isinstance(item, list) and hasattr(item[0], "output_node"))
         ordered = reversed(choices) if name.startswith("dbf") else choices
         return {choice: 1.0 + place for place, choice in enumerate(ordered)}
 
@@ -265,12 +265,14 @@ def _tuning() -> Iterator[None]:
 
 def _program(compiled: Any, x: torch.Tensor) -> Program:
     source, copied, obstacle = _lowered(compiled, x)
-    found = re.findall(r"(\w+) = async_compile\.triton\('(\w+)', '''\n(.*?)'''", source, re.S)
+    kernels = re.findall(r"(\w+) = async_compile\.triton\('(\w+)', '''\n(.*?)'''", source, re.S)
     return Program(
         call=textwrap.dedent(re.search(r"    def call\(.*?\n        return [^\n]*\n", source, re.S)[0]),
-        kernels={name: text for name, _, text in found},
+        kernels={name: text for name, _, text in kernels},
         cubins={
-            name: _cubin(symbol, text).hex() for name, symbol, text in found if name.startswith("triton_tem")
+            name: _cubin(symbol, text).hex()
+            for name, symbol, text in kernels
+            if name.startswith("triton_tem")
         },
         copied=copied,
         obstacle=obstacle,
@@ -282,27 +284,27 @@ class _CapturedError(Exception):
 
 
 def _lowered(compiled: Any, x: torch.Tensor) -> tuple[str, list[str], str]:
-    """Return the program that Inductor writes for ``compiled(x)``, what Program says of CUDA graphs, and stop it there."""
+    """Return the source that Inductor generates for ``compiled(x)``, and Program's ``copied`` and ``obstacle``; run nothing."""
     from torch._guards import TracingContext
     from torch._inductor.graph import GraphLowering
 
-    found: list[tuple[str, list[str], str]] = []
+    lowered: list[tuple[str, list[str], str]] = []
 
     def stop(graph: Any) -> None:
         static = TracingContext.get().fw_metadata.static_input_indices
         inputs = [graph.graph_inputs[name] for name in graph.graph_input_names]
         others = [one for index, one in enumerate(inputs) if index not in static and hasattr(one, "get_size")]
         source = graph.codegen()[0].value
-        found.append((source, [str(tuple(one.get_size())) for one in others], _obstacle(graph, static)))
+        lowered.append((source, [str(tuple(one.get_size())) for one in others], _obstacle(graph, static)))
         raise _CapturedError
 
     with mock.patch.object(GraphLowering, "compile_to_module", stop):
         try:
             compiled(x)
         except Exception:
-            if not found:
+            if not lowered:
                 raise
-    return found[0]
+    return lowered[0]
 
 
 def _obstacle(graph: Any, static: Sequence[int]) -> str:
@@ -311,7 +313,7 @@ def _obstacle(graph: Any, static: Sequence[int]) -> str:
 
     written = [index for index in graph.mutated_input_idxs if index not in static]
     if written:
-        return f"inputs {written} are written to, and may be other tensors every time"
+        return f"inputs {written} are written to, and other calls pass other tensors"
     devices = check_multiple_devices_or_any_cpu_nodes(dict(graph.device_node_mapping))
     return (
         graph.disable_cudagraphs_reason
@@ -321,13 +323,11 @@ def _obstacle(graph: Any, static: Sequence[int]) -> str:
 
 
 def _cubin(name: str, source: str) -> bytes:
-    """Compile a kernel of a generated program as that program would."""
+    """Return the machine code of a kernel, compiled as its program would."""
     from torch._inductor.codecache import PyCodeCache
 
     kernel = getattr(PyCodeCache.load(source), name)
-    with torch._inductor.config.patch(
-        use_static_cuda_launcher=False
-    ):  # which would let go of the machine code
+    with torch._inductor.config.patch(use_static_cuda_launcher=False):  # it would drop the machine code
         kernel.precompile(warm_cache_only=True)
     compiled = kernel.compile_results[0].kernel
     return bytes(compiled.asm["cubin"])

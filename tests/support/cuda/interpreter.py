@@ -1,4 +1,4 @@
-"""Runs the programs of :mod:`support.cuda.codegen` on a CPU, kernels in Triton's interpreter, and prints their errors.
+"""Runs the programs of :mod:`support.cuda.codegen` on a CPU, with kernels in Triton's interpreter, and prints their errors.
 
 Triton reads ``TRITON_INTERPRET`` when it is imported; hence this file is a program, which :func:`run_all` starts. It
 reads the programs from its standard input.
@@ -49,18 +49,18 @@ _ROUNDING = torch.finfo(torch.bfloat16).eps / 2
 
 
 def run_all(what: str, programs: dict[str, Program]) -> dict[str, float]:
-    """Run all programs of "layers" or of "architectures"; return by case the largest error in units of what rounding explains."""
-    given = json.dumps([what, {name: asdict(program) for name, program in programs.items()}])
-    found: dict[str, float] = run_program(Path(__file__), given, TRITON_INTERPRET="1")
-    return found
+    """Run all programs of "layers" or "architectures"; return the largest error of each in units of what rounding explains."""
+    text = json.dumps([what, {name: asdict(program) for name, program in programs.items()}])
+    errors: dict[str, float] = run_program(Path(__file__), text, TRITON_INTERPRET="1")
+    return errors
 
 
 def main() -> None:
     """Print the errors of the programs on standard input as JSON."""
     compute_bfloat16_as_devices_do()
     reduce_whole_slices()
-    what, given = json.load(sys.stdin)
-    programs = {name: Program(**fields) for name, fields in given.items()}
+    what, loaded = json.load(sys.stdin)
+    programs = {name: Program(**fields) for name, fields in loaded.items()}
     print(json.dumps({"layers": _run_layers, "architectures": _run_architectures}[what](programs)))
 
 
@@ -109,17 +109,17 @@ def _worst(case: Case, program: Program, folder: Path) -> float:
 
     dense = factors.dense(torch.float64)
     truth = x.double() @ dense.T + bias.double()
-    # Three float32 sums of K and three of R terms; tensor cores get the operands of both products rounded to 16 bits, by
-    # half an eps each; and one rounding of the result.
+    # Three float32 sums of K and three of R terms; for tensor cores, the operands of both products are rounded to 16 bits,
+    # by half an eps each; and one rounding of the result.
     size = (x.double().abs() @ factors_of_ones(factors).T).amax() + bias.double().abs().amax()
     wide = torch.promote_types(dtype, torch.float32)
     narrow = torch.finfo(dtype).eps if case.M > 16 and dtype != wide else 0.0
     sums = 3 * (case.K + case.R) * torch.finfo(wide).eps
     error, result = (y.double() - truth).abs(), torch.finfo(dtype).eps / 2
     each = (error / ((sums + narrow) * size + result * truth.abs())).nan_to_num(nan=math.inf).max().item()
-    # On the whole, errors cancel: what is summed has random signs.
-    together = error.norm() / ((sums / 16 + narrow + result) * truth.norm())
-    return max(each, together.nan_to_num(nan=math.inf).item())
+    # In the norm, errors cancel, because terms have random signs.
+    overall = error.norm() / ((sums / 16 + narrow + result) * truth.norm())
+    return max(each, overall.nan_to_num(nan=math.inf).item())
 
 
 def _worst_of_siblings(M: int, program: Program, folder: Path) -> float:
@@ -133,10 +133,10 @@ def _worst_of_siblings(M: int, program: Program, folder: Path) -> float:
     assert sorted(shapes) == sorted(tuple(tensor.shape) for tensor in inputs)
     y = torch.cat(_load(program, folder)(None, list(inputs)), dim=-1)
     truth = torch.cat([x.double() @ layer.factors.dense(torch.float64).T for layer in model.layers], dim=-1)
-    # Without the scales of the rows, so that each counts as much as any other.
+    # Divide by the scales of the rows, so that all rows count alike.
     scales = torch.cat([layer.scale_out.double() for layer in model.layers])
     error = ((y.double() - truth) / scales).norm() / (truth / scales).norm()
-    # One rounding of the result, and for tensor cores one of the operands of each stage.
+    # One rounding of the result; for tensor cores also one of the operands of each stage.
     return (error / _ROUNDING / (1 if M <= 16 else 3)).nan_to_num(nan=math.inf).item()
 
 
@@ -145,10 +145,10 @@ def _worst_of_deep(M: int, program: Program, folder: Path) -> float:
     x = torch.randn(M, 2100, generator=torch.Generator().manual_seed(0)).bfloat16()
     first, second = model.first.factors, model.second.factors
     inputs = [x, *model.first.buffers(), *model.second.buffers()]
-    found = _load(program, folder)(None, list(inputs))
+    results = _load(program, folder)(None, list(inputs))
     z = torch.relu(x.double() @ first.dense(torch.float64).T)
     truths = (z @ second.dense(torch.float64).T, z)
-    errors = [(y.double() - truth).norm() / truth.norm() for y, truth in zip(found, truths, strict=True)]
+    errors = [(y.double() - truth).norm() / truth.norm() for y, truth in zip(results, truths, strict=True)]
     # Rounded after each layer.
     return max((error / _ROUNDING / 2).nan_to_num(nan=math.inf).item() for error in errors)
 
@@ -157,16 +157,16 @@ def _worst_of_plain(program: Program, folder: Path) -> float:
     model = Plain()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(PLAIN_TOKENS, model.SIZE[1], generator=generator).bfloat16()
-    found = _load(program, folder)(None, [model.scale, x, model.interleaved, model.in_rows])
-    assert [y.dtype for y in found] == [*model.DTYPES, torch.float32, torch.float32]
+    results = _load(program, folder)(None, [model.scale, x, model.interleaved, model.in_rows])
+    assert [y.dtype for y in results] == [*model.DTYPES, torch.float32, torch.float32]
     truth = x.double() @ unpack_signs(model.in_rows, model.SIZE[1], torch.float64).T
     truths = [*(truth * model.scale for _ in model.DTYPES), truth, truth]
-    # Float32 sums of as many terms as there are columns; scales rounded to the dtype of x; and the result to its own.
+    # Float32 sums over the columns, scales rounded to the dtype of x, and the result rounded to its own.
     sums = model.SIZE[1] * torch.finfo(torch.float32).eps / 16
     roundings = [_ROUNDING + torch.finfo(dtype).eps / 2 for dtype in model.DTYPES] + [0.0, 0.0]
     errors = [
         (y.double() - exact).norm() / exact.norm() / (sums + rounding)
-        for y, exact, rounding in zip(found, truths, roundings, strict=True)
+        for y, exact, rounding in zip(results, truths, roundings, strict=True)
     ]
     return max(error.nan_to_num(nan=math.inf).item() for error in errors)
 
@@ -181,20 +181,20 @@ def _worst_of_overwritten(program: Program, folder: Path) -> float:
     ]
     h = x.double() @ signs[0].T
     truth = torch.where(h > 3, 0.0, h) @ signs[1].T
-    # Two float32 sums of some thousand terms.
+    # Two float32 sums of about a thousand terms.
     return ((y.double() - truth).norm() / truth.norm() / 1e-5).nan_to_num(nan=math.inf).item()
 
 
 def _worst_of_llama(M: int, program: Program, folder: Path) -> float:
-    """Compare logits, and the cache that they leave, with those of the eager model."""
+    """Compare the logits and the cache with those of the eager model."""
     tokens = torch.randint(0, 320, (1, 4 + M), generator=torch.Generator().manual_seed(0))
     model = llama(factored=True).bfloat16()
     exact, eager = _read(copy.deepcopy(model).float(), tokens), _read(model, tokens)
-    given = _Given()
-    _read(model, tokens, given)
-    (logits,) = (y for y in _load(program, folder)(None, list(given.inputs)) if y.shape == eager[0].shape)
-    found = [logits, *(tensor for tensor in given.inputs if tensor.dim() == 4)]
-    return _worst_ratio(M, found, eager, exact)
+    recorder = _Recorder()
+    _read(model, tokens, recorder)
+    (logits,) = (y for y in _load(program, folder)(None, list(recorder.inputs)) if y.shape == eager[0].shape)
+    results = [logits, *(tensor for tensor in recorder.inputs if tensor.dim() == 4)]
+    return _worst_ratio(M, results, eager, exact)
 
 
 def _worst_of_architecture(name: str, M: int, program: Program, folder: Path) -> float:
@@ -204,17 +204,17 @@ def _worst_of_architecture(name: str, M: int, program: Program, folder: Path) ->
     batch = next(batches(name, M))
     narrow = {key: value.bfloat16() if value.is_floating_point() else value for key, value in batch.items()}
     wide = {key: value.float() if value.is_floating_point() else value for key, value in narrow.items()}
-    settings, given = settings_of(name), _Given()
+    settings, recorder = settings_of(name), _Recorder()
     torch.compiler.reset()
     with torch.no_grad():
         exact, eager = exact_model(**wide, **settings).logits, model(**narrow, **settings).logits
-        torch.compile(model, backend=given, fullgraph=True, dynamic=False)(**narrow, **settings)
-    (logits,) = (y for y in _load(program, folder)(None, list(given.inputs)) if y.shape == eager.shape)
+        torch.compile(model, backend=recorder, fullgraph=True, dynamic=False)(**narrow, **settings)
+    (logits,) = (y for y in _load(program, folder)(None, list(recorder.inputs)) if y.shape == eager.shape)
     return _worst_ratio(M, [logits], [eager], [exact])
 
 
-class _Given:
-    """A backend that computes as ever, and remembers what Dynamo passes to it, in its order."""
+class _Recorder:
+    """A backend that runs graphs as they are and records the inputs that Dynamo passes, in order."""
 
     def __init__(self) -> None:
         self.inputs: list[torch.Tensor] = []
@@ -225,21 +225,21 @@ class _Given:
 
 
 def _worst_ratio(
-    M: int, found: list[torch.Tensor], eager: list[torch.Tensor], exact: list[torch.Tensor]
+    M: int, results: list[torch.Tensor], eager: list[torch.Tensor], exact: list[torch.Tensor]
 ) -> float:
-    """Return how far the results of a model are from the exact ones, in units of what its eager bfloat16 form explains."""
-    # Rounded as often as in the eager model, give or take a fifth by chance; tensor cores get rounded operands, too, in each
-    # of the two stages: three times where the eager model rounds once.
+    """Return the error of a model's results in units of the error of its eager bfloat16 form."""
+    # There are as many roundings as in the eager model, and a fifth more error by chance. Tensor cores also get rounded
+    # operands in each of the two stages: three roundings for one of the eager model.
     allowed = 1.2 if M <= 16 else math.sqrt(3)
     ratios = [
-        (y.double() - truth).norm() / (known - truth).norm() / allowed
-        for y, known, truth in zip(found, eager, exact, strict=True)
+        (y.double() - truth).norm() / (expected - truth).norm() / allowed
+        for y, expected, truth in zip(results, eager, exact, strict=True)
     ]
     return torch.stack(ratios).nan_to_num(nan=math.inf).max().item()
 
 
 def _read(model: Any, tokens: torch.Tensor, backend: Any = None) -> list[torch.Tensor]:
-    """Return the logits of all but the first four tokens, which are in the cache by then, and the cache."""
+    """Return the logits of all but the first four tokens, which only fill the cache, and the cache."""
     from transformers import StaticCache
 
     torch.compiler.reset()
@@ -253,13 +253,13 @@ def _read(model: Any, tokens: torch.Tensor, backend: Any = None) -> list[torch.T
 
 
 def factors_of_ones(factors: Any) -> torch.Tensor:
-    """Return what ``dense`` is at most, where all signs agree: the size of the terms that are summed."""
+    """Return the largest values that ``dense`` can have, if all signs agree: the size of the terms of its sums."""
     inner, outer = factors.scale_in.double().abs(), factors.scale_out.double().abs()
     return outer[:, None] * factors.scale_mid.double().abs().sum() * inner
 
 
 def _load(program: Program, folder: Path) -> Any:
-    """Return the launching function, with interpreted kernels and CPU memory full of NaN in place of the device."""
+    """Return the program's launching function, with interpreted kernels and CPU memory full of NaN."""
     folder.mkdir()
     namespace: dict[str, Any] = {
         name: SimpleNamespace(run=_launcher(name, text, folder)) for name, text in program.kernels.items()
@@ -286,7 +286,7 @@ def _load(program: Program, folder: Path) -> Any:
 
 
 def _poisoned(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    # An index that nobody wrote must still be one.
+    # An index that was not written must still be valid.
     return torch.empty_strided(size, stride, dtype=dtype).fill_(math.nan if dtype.is_floating_point else 1)
 
 
@@ -294,7 +294,7 @@ def _matmul(
     a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, out_dtype: torch.dtype | None = None
 ) -> None:
     assert out_dtype in (None, out.dtype)
-    out.copy_(a.float() @ b.float())  # as on a device: sums of float32
+    out.copy_(a.float() @ b.float())  # float32 sums, as on a device
 
 
 def _addmm(
@@ -308,7 +308,7 @@ def _convolution(x: torch.Tensor, weight: torch.Tensor, bias: None, **settings: 
 
 
 def _launcher(name: str, source: str, folder: Path) -> Any:
-    """Return ``run`` of a generated kernel: its arguments are the kernel's, then the grid of a template."""
+    """Return ``run`` of a generated kernel; it takes the arguments of the kernel, then the grid of a template."""
     module = ast.parse(source)
     kernel = next(
         node
@@ -317,13 +317,13 @@ def _launcher(name: str, source: str, folder: Path) -> Any:
         and any(isinstance(item, ast.Call) for item in node.decorator_list)
     )
     (meta,) = (
-        ast.literal_eval(given.value)
+        ast.literal_eval(keyword.value)
         for item in kernel.decorator_list
         if isinstance(item, ast.Call)
-        for given in item.keywords
-        if given.arg == "inductor_meta"
+        for keyword in item.keywords
+        if keyword.arg == "inductor_meta"
     )
-    # Left out: what chooses the launch on a device.
+    # Drop the decorators that choose a launch on a device.
     kernel.decorator_list = [item for item in kernel.decorator_list if isinstance(item, ast.Attribute)]
     module.body = [
         node
@@ -342,24 +342,24 @@ def _launcher(name: str, source: str, folder: Path) -> Any:
     loaded.libdevice = libdevice
     interpreted = getattr(loaded, kernel.name)
     if name.startswith("triton_tem"):
-        return lambda *given, stream: interpreted[given[-3:]](*given[:-3])
+        return lambda *args, stream: interpreted[args[-3:]](*args[:-3])
     names = [item.arg for item in kernel.args.args]
 
-    def run(*given: Any, stream: None) -> None:
-        sizes = dict(zip(names, given, strict=False))
+    def run(*args: Any, stream: None) -> None:
+        sizes = dict(zip(names, args, strict=False))
         blocks = {key: value for key, value in _blocks(name, sizes).items() if key in names}
-        interpreted[GridExpr.from_meta(meta, blocks).eval_slow(sizes)](*given, **blocks)
+        interpreted[GridExpr.from_meta(meta, blocks).eval_slow(sizes)](*args, **blocks)
 
     return run
 
 
 def _blocks(name: str, sizes: dict[str, Any]) -> dict[str, int]:
-    """Return block sizes of a kernel of Inductor's own: powers of two, as it has no masks where one up to 4096 divides."""
+    """Return block sizes of a kernel of Inductor's own: powers of two up to 4096, for which it may leave out masks."""
     if name.startswith(("triton_per", "triton_red")):  # sums over rows
         return {"XBLOCK": math.gcd(sizes["xnumel"], 64), "R0_BLOCK": 64}
     if "ynumel" in sizes:
         return {"XBLOCK": 64, "YBLOCK": 16, "ZBLOCK": 16}
-    # Several programs, but not many: each takes its time.
+    # Several programs, but not many: each is slow.
     return {"XBLOCK": min(max(64, triton.next_power_of_2(sizes.get("xnumel", 0) // 4)), 4096)}
 
 

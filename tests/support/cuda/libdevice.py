@@ -1,4 +1,4 @@
-"""What Inductor's kernels call of NVIDIA's library of machine code, of which Triton's interpreter knows nothing."""
+"""Functions of NVIDIA's libdevice that Inductor's kernels call and Triton's interpreter lacks."""
 
 from __future__ import annotations
 
@@ -24,5 +24,5 @@ def tanh(x):  # type: ignore[no-untyped-def]
 
 
 def __getattr__(name: str) -> Any:
-    # Looked up when it is called: while a kernel runs, the interpreter has its own functions in that place.
+    # Looked up at the call: while a kernel runs, the interpreter replaces these functions by its own.
     return getattr(triton.language.math, name)

@@ -1,4 +1,4 @@
-"""What :mod:`support.cuda.codegen` compiles: layers among what stands around them in models."""
+"""The models that :mod:`support.cuda.codegen` compiles: factored layers and what surrounds them in real models."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ CACHED_TOKENS = 256
 
 
 class Siblings(torch.nn.Module):
-    """Three layers that were factored as one and have their first stage in common, as q, k and v.
+    """Three layers that were factored as one and share their first stage, as q, k and v.
 
     Args:
-        apart: return their results as they are; else one behind the other.
+        apart: return their results as they are; else concatenated.
     """
 
     ROWS = (33, 320, 96)
@@ -31,8 +31,8 @@ class Siblings(torch.nn.Module):
         self.apart = apart
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        found = [layer(x) for layer in self.layers]
-        return found if self.apart else torch.cat(found, dim=-1)
+        results = [layer(x) for layer in self.layers]
+        return results if self.apart else torch.cat(results, dim=-1)
 
 
 def _siblings(K: int, R: int, rows: Sequence[int]) -> list[DoubleBinaryLinear]:
@@ -41,10 +41,10 @@ def _siblings(K: int, R: int, rows: Sequence[int]) -> list[DoubleBinaryLinear]:
 
 
 class Deep(torch.nn.Module):
-    """Two layers of many columns: one token's sums stay in parts, for the next layer or the activation to add up.
+    """Two layers of many columns: for one token split-K leaves partial sums, which the next layer or the activation adds.
 
     Args:
-        both: return what is between the layers, too; else the activation becomes part of the first layer's kernel.
+        both: also return the activation; else Inductor fuses it into the kernel of the first layer.
     """
 
     def __init__(self, both: bool) -> None:
@@ -59,7 +59,7 @@ class Deep(torch.nn.Module):
 
 
 class Plain(torch.nn.Module):
-    """Products of many tokens with rows scaled: to the dtype of x and others; one without scale; one of words row after row."""
+    """Products of many tokens: with out_scale, to several dtypes; without out_scale; with words row by row."""
 
     SIZE = (48, 600)
     DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
@@ -82,7 +82,7 @@ class Plain(torch.nn.Module):
 
 
 class Overwritten(torch.nn.Module):
-    """Two products with signs, where somebody writes to what is between them."""
+    """Two products with signs, and a write to the result of the first in between."""
 
     SIZES = ((1090, 2100), (1060, 1090))
 
@@ -99,7 +99,7 @@ class Overwritten(torch.nn.Module):
 
 
 class Block(torch.nn.Module):
-    """Half a block of a Llama: a norm, three factored layers, the activation between them, and the residual."""
+    """The MLP half of a Llama block: a norm, three factored layers, the activation between them, and the residual."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,9 +113,9 @@ class Block(torch.nn.Module):
 
 
 def llama(factored: bool) -> torch.nn.Module:
-    """Return a model of transformers, random but always the same; all its layers but the head are factored, or none is.
+    """Return a random model of transformers, always the same; all its layers but the head are factored, or none is.
 
-    What comes out of attention's layers is summed over more columns than one program adds up.
+    The layers of attention have so many middle columns that split-K applies.
     """
     sizes = {
         "hidden_size": 256,
@@ -137,7 +137,7 @@ def llama(factored: bool) -> torch.nn.Module:
 
 
 def _as_one(mid_features: int, *dense: torch.nn.Linear) -> list[DoubleBinaryLinear]:
-    """Return random layers in the place of dense ones that read the same input, factored as one."""
+    """Return random layers, factored as one, for dense layers of the same input."""
     weight = torch.cat([layer.weight.detach() for layer in dense])
     rows = [layer.out_features for layer in dense]
-    return [DoubleBinaryLinear(part) for part in random_factors_like(weight, mid_features).split(rows)]
+    return [DoubleBinaryLinear(factors) for factors in random_factors_like(weight, mid_features).split(rows)]

@@ -1,4 +1,4 @@
-"""The same product by multiplication with ±1: what a check for additions must refuse."""
+"""The same product by multiplication with ±1, which a check for additions must refuse."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What a Triton kernel becomes in NVIDIA's machine code: compile without a GPU, disassemble, find the loops.
+"""The machine code of Triton kernels for NVIDIA: compiles without a GPU, disassembles, finds loops.
 
-Known limits: made for sm_80 to sm_120; integer multiply-adds (IMAD) count as address arithmetic.
+Limits: for sm_80 to sm_120 only; integer multiply-adds (IMAD) count as address arithmetic.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 TARGETS = (80, 86, 89, 90, 100, 120)
-# Bytes that one program may have, from the programming guides.
+# Bytes of shared memory that one program may use, from the programming guides.
 SHARED_MEMORY = {86: 99 << 10, 90: 227 << 10, "gfx942": 64 << 10}
 
 _LABEL = re.compile(r"^(\.L_x_\d+):")
@@ -39,20 +39,20 @@ class Instruction:
         return self.opcode.partition(".")[0]
 
     def additions(self) -> int:
-        """Return how many float32 numbers this adds: FADD2 of Blackwell adds two."""
+        """Return the number of float32 additions: 2 for FADD2 of Blackwell."""
         return (2 if self.name == "FADD2" else 1) if _FLOAT32_ADDITION.fullmatch(self.name) else 0
 
     def multiplies_matrices(self) -> bool:
-        """Return whether this is for a matrix unit, or a dot product of bytes."""
+        """Return whether this runs on a matrix unit, or is a dot product of bytes."""
         return bool(_MATRIX.fullmatch(self.name)) and not self._is_constant()
 
     def multiplies(self) -> bool:
-        """Return whether this multiplies floats, fused with an addition or not, in whatever unit."""
+        """Return whether this multiplies floats, alone or fused with an addition, on any unit."""
         scalar = bool(_MULTIPLICATION.fullmatch(self.name)) and not self._is_constant()
         return scalar or self.multiplies_matrices()
 
     def spills(self) -> bool:
-        """Return whether this goes to local memory, where registers go that do not fit."""
+        """Return whether this accesses local memory, which holds spilled registers."""
         return bool(_LOCAL_MEMORY.fullmatch(self.name))
 
     def loads_16_bytes(self) -> bool:
@@ -60,7 +60,7 @@ class Instruction:
         return self.name in ("LDG", "LDGSTS") and ".128" in self.opcode
 
     def _is_constant(self) -> bool:
-        # HFMA2 R, -RZ, RZ, …: zero times zero plus a constant, to load it.
+        # HFMA2 R, -RZ, RZ, … loads a constant: zero times zero plus the constant.
         _, *factors = (operand.strip(" -|") for operand in self.operands.split(",")[:3])
         return self.name == "HFMA2" and factors == ["RZ", "RZ"]
 
@@ -71,18 +71,18 @@ Code = tuple[Instruction, ...]
 def compile_kernel(
     kernel: Any, target: int | str, dtype: str, M: int, settings: Mapping[str, int], scaled: bool = False
 ) -> Any:
-    """Compile a kernel that reads signs as a launch would, for aligned tensors and N, K divisible by 16.
+    """Compile a kernel that reads signs as a launch does, for aligned tensors and N, K divisible by 16.
 
     Args:
         kernel: a ``triton.jit`` function with the arguments of ``decode_kernel``, ``prefill_kernel`` or ``dequantize_kernel``.
         target: 80 for sm_80, and so on; the name of an AMD architecture.
         dtype: Triton's name of the dtype of x, or w: fp32, bf16, fp16.
-        M: rows of x, if it has such; 1 is compiled in, as Triton does at a launch.
+        M: rows of x, if the kernel has x; 1 becomes a constant, as at a launch.
         settings: the constexpr arguments, num_warps and num_stages.
-        scaled: with scales and bias; else without any.
+        scaled: with scales and bias, or with none.
 
     Returns:
-        What Triton compiled: ``asm["cubin"]`` is the machine code, or ``asm["amdgcn"]`` its text.
+        The compiled kernel: ``asm["cubin"]`` is its machine code, or ``asm["amdgcn"]`` its text.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -111,20 +111,20 @@ def compile_kernel(
         },
     )
     gpu = GPUTarget("cuda", target, 32) if isinstance(target, int) else GPUTarget("hip", target, 64)
-    # Fusion is allowed: nothing may hang on the compiler's being told not to multiply.
+    # Fusion is allowed: the tests must not depend on an option against it.
     return triton.compile(source, target=gpu, options={**options, "enable_fp_fusion": True})
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a kernel takes of a multiprocessor: registers of a thread, bytes of its stack."""
+    """The registers of a thread, and the bytes of its stack."""
 
     registers: int
     stack: int
 
 
 def resources(cubin: bytes) -> Resources:
-    """Return what cuobjdump says of a compiled kernel."""
+    """Return the resources of a compiled kernel, from cuobjdump."""
     from triton import knobs
 
     with TemporaryDirectory() as folder:
@@ -132,13 +132,13 @@ def resources(cubin: bytes) -> Resources:
         file.write_bytes(cubin)
         tool = Path(knobs.nvidia.nvdisasm.path).with_name("cuobjdump")
         done = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
-    assert found is not None, done.stdout
-    return Resources(int(found[1]), int(found[2]))
+    match = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
+    assert match is not None, done.stdout
+    return Resources(int(match[1]), int(match[2]))
 
 
 def missing_tools() -> str | None:
-    """Return why nothing can be compiled and disassembled here, or None if it can."""
+    """Return why kernels cannot be compiled and disassembled here, or None if they can."""
     try:
         from triton import knobs
 
@@ -165,7 +165,7 @@ def instructions(sass: str) -> Code:
 
 
 def innermost_loops(sass: str) -> list[Code]:
-    """Return the loops of a disassembled kernel that hold no other: from the target of a backward branch to the branch."""
+    """Return the innermost loops of a disassembled kernel, each from the target of a backward branch to the branch."""
     code, spans = _parse(sass)
     return [code[first : last + 1] for first, last in spans if not _holds_another((first, last), spans)]
 
@@ -177,10 +177,10 @@ def _parse(sass: str) -> tuple[Code, list[tuple[int, int]]]:
     for line in sass.splitlines():
         if label := _LABEL.match(line):
             labels[label[1]] = len(code)
-        elif found := _INSTRUCTION.match(line):
+        elif match := _INSTRUCTION.match(line):
             here = len(code)
-            code.append(Instruction(found[1], found[2]))
-            target = _BRANCH_TARGET.search(found[2])
+            code.append(Instruction(match[1], match[2]))
+            target = _BRANCH_TARGET.search(match[2])
             # Every kernel ends in a branch to itself, which is no loop.
             if code[-1].name == "BRA" and target and labels.get(target[1], here) < here:
                 spans.append((labels[target[1]], here))

@@ -1,9 +1,9 @@
-"""Runs the Triton kernels of ``dbf::sign_matmul`` on a CPU and prints, for every case, how far off they were.
+"""Runs the Triton kernels of ``dbf::sign_matmul`` on a CPU and prints the error of every case.
 
-Triton reads ``TRITON_INTERPRET`` when it is imported. Hence this file is a program, which :func:`run_all`
-starts with that variable set; imported, it does not touch Triton.
+Triton reads ``TRITON_INTERPRET`` when it is imported. So this file is a program, which :func:`run_all` starts with that
+variable set; importing it does not import Triton.
 
-A read or write behind the end of a tensor kills the program: see :func:`_at_the_edge`.
+A read or write past the end of a tensor kills the program: see :func:`_at_the_edge`.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Report:
-    """What one case showed.
+    """The outcome of one case.
 
     Attributes:
-        poisoned: memory for results held NaN before the kernel ran.
+        poisoned: outputs held NaN before the kernel ran.
         shape: shape of the result.
         dtype: dtype of the result.
-        exact: integers, whose sums float32 holds exactly, came out exactly.
-        worst: max |y - truth| / bound for normally distributed x; rounding explains at most 1.
+        exact: integers came out exactly; float32 holds their sums.
+        worst: max |y - truth| / bound for normally distributed x; rounding explains up to 1.
         worst_with_wrong_sign: the same against a truth with one sign changed.
-        exact_with_other_tiles: integers came out exactly with some of the settings that are worth trying.
+        exact_with_other_tiles: integers came out exactly with other settings to tune over.
     """
 
     poisoned: bool
@@ -115,7 +115,7 @@ def run_all() -> dict[str, Any]:
     """Run all cases in a process of their own, where Triton interprets.
 
     Returns:
-        ``reports``, by case, and what is not finite and came out otherwise than in the reference, ``not_finite``.
+        ``reports`` by case, and ``not_finite``: cases where infinities or NaN differ from those of the reference.
     """
     done = subprocess.run(
         [sys.executable, str(Path(__file__).resolve())],
@@ -127,9 +127,9 @@ def run_all() -> dict[str, Any]:
         raise RuntimeError(
             f"the interpreter ended with {done.returncode}; the last case is at fault:\n{done.stderr[-4000:]}"
         )
-    found: dict[str, Any] = json.loads(done.stdout)
-    found["reports"] = {name: Report(**fields) for name, fields in found["reports"].items()}
-    return found
+    results: dict[str, Any] = json.loads(done.stdout)
+    results["reports"] = {name: Report(**fields) for name, fields in results["reports"].items()}
+    return results
 
 
 def _report(case: Case, other_settings: bool = True) -> Report:
@@ -174,14 +174,14 @@ def _truth(x: Tensor, signs: Tensor, in_scale: Any, out_scale: Any, bias: Any) -
 
 
 def _rounding(truth: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return how far the nearest numbers of ``dtype`` are, at most; 0 where it holds the truth exactly."""
+    """Return the largest error of rounding to ``dtype``; 0 where it holds the truth exactly."""
     return torch.where(truth.to(dtype).double() == truth, 0.0, torch.finfo(dtype).eps / 2 * truth.abs())
 
 
 def _with_other_settings(
     case: Case, x: Tensor, words: Tensor, vectors: list[Any], result: torch.dtype
 ) -> Any:
-    """Yield the results of the kernels under some of the settings that are worth trying."""
+    """Yield the results of the kernels with some of the other settings to tune over."""
     from dbf_compile.kernels.sign_matmul import triton_decode, triton_dequantize, triton_prefill
     from dbf_compile.kernels.sign_matmul.regimes import DECODE_TOKENS
     from dbf_compile.signs import is_ragged
@@ -197,16 +197,16 @@ def _with_other_settings(
             grid = triton_decode.decode_grid(M, N, settings_)
             triton_decode.decode_kernel[grid](x, words, y, *vectors, M, N, K, RAGGED=ragged, **settings_)
             yield y
-        # As compiled programs launch it: columns in parts that somebody else adds up, activations that are a sum themselves.
-        terms = _at_the_edge(torch.stack([x - 3, torch.full_like(x, 3)]))
+        # As compiled programs launch it: split-K, and activations that are partial sums themselves.
+        partial_x = _at_the_edge(torch.stack([x - 3, torch.full_like(x, 3)]))
         settings_ = triton_decode.decode_blocks(M, N, K, split_k=3)[0] | {"BLOCK_W": 1}
-        parts = _at_the_edge(torch.full((3, *x.shape[:-1], N), math.nan))
+        partial_y = _at_the_edge(torch.full((3, *x.shape[:-1], N), math.nan))
         grid = triton_decode.decode_grid(M, N, settings_)
         triton_decode.decode_kernel[grid](
-            terms, words, parts, *vectors[:2], None, M, N, K, RAGGED=ragged, X_SPLIT_K=2, **settings_
+            partial_x, words, partial_y, *vectors[:2], None, M, N, K, RAGGED=ragged, X_SPLIT_K=2, **settings_
         )
-        yield (parts.sum(0) + (0.0 if vectors[2] is None else vectors[2].float())).to(result)
-    # Small whole numbers are exact in one term of any kind.
+        yield (partial_y.sum(0) + (0.0 if vectors[2] is None else vectors[2].float())).to(result)
+    # One operand of any dtype holds small whole numbers exactly.
     z = x.float().reshape(M, K) if vectors[0] is None else x.float().reshape(M, K) * vectors[0].float()
     operand = _at_the_edge(triton_prefill.bf16x3_split(z, torch.bfloat16, 2))
     for settings_ in triton_prefill.prefill_blocks(M, N)[::3]:

@@ -1,4 +1,4 @@
-"""What Triton's interpreter needs to run our kernels; for programs that run with TRITON_INTERPRET set."""
+"""Patches of Triton's interpreter that our kernels need; for programs that run with TRITON_INTERPRET set."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def compute_bfloat16_as_devices_do() -> None:
-    """Let conversions to bfloat16 round, which cut off, and ``tl.dot`` widen it, whose bits it takes for integers; until this process ends."""
+    """Patch bfloat16 in the interpreter until this process ends: conversions truncate, and ``tl.dot`` reads its bits as integers."""
     import torch
     from triton.language import bfloat16, float32
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -27,7 +27,7 @@ def compute_bfloat16_as_devices_do() -> None:
 
 
 def reduce_whole_slices() -> None:
-    """Let reductions by a function of ours combine all rows at once, which took them number by number; until this process ends."""
+    """Patch reductions by a function until this process ends: combine whole rows at once, not number by number."""
     import numpy as np
     from triton.runtime.interpreter import ReduceOps
 
@@ -41,8 +41,8 @@ def reduce_whole_slices() -> None:
         wrapped = (tuple(map(self.to_tensor, slice_, dtypes)) for slice_ in slices)
         total = next(wrapped)
         for following in wrapped:
-            found = self.combine_fn.fn(*total, *following)
-            total = found if isinstance(found, tuple) else (found,)
+            combined = self.combine_fn.fn(*total, *following)
+            total = combined if isinstance(combined, tuple) else (combined,)
         arrays = [value.handle.data for value in total]
         if self.keep_dims:
             arrays = [np.expand_dims(array, self.axis) for array in arrays]

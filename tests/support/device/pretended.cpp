@@ -1,8 +1,8 @@
-// A pretended accelerator, so that a machine without one can tell whether a program keeps its tensors together.
+// A pretended accelerator: it shows, on a machine without one, whether a program keeps its tensors on one device.
 //
-// Its tensors say that they are on the device "hpu" and lie in the memory of the host. Every operator is run by the
-// kernel of the CPU, after a look at its arguments: tensors of the device and of the CPU in one call are an error, as
-// they are on a GPU. Only copies may cross, and single numbers and indices of the CPU may be mixed in, as there.
+// Tensors of the device "hpu" are in the memory of the host. The kernel of the CPU runs every operator, after a check of its
+// arguments: as on a GPU, tensors of the device and of the CPU in one call are an error. Exceptions are copies, single
+// numbers, and indices.
 
 #include <ATen/ATen.h>
 #include <ATen/NativeFunctions.h>
@@ -57,9 +57,9 @@ at::Tensor seen_on(c10::Device where, const at::Tensor& tensor) {
   const auto& memory = tensor.storage();
   c10::DataPtr data(memory.mutable_data(), new c10::Storage(memory), &release, where);
   c10::Storage storage(c10::Storage::use_byte_size_t(), memory.nbytes(), std::move(data), c10::GetAllocator(at::kCPU), true);
-  auto made = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), c10::DispatchKeySet(key), tensor.dtype());
-  made.unsafeGetTensorImpl()->set_sizes_and_strides(tensor.sizes(), tensor.strides(), tensor.storage_offset());
-  return made;
+  auto moved = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), c10::DispatchKeySet(key), tensor.dtype());
+  moved.unsafeGetTensorImpl()->set_sizes_and_strides(tensor.sizes(), tensor.strides(), tensor.storage_offset());
+  return moved;
 }
 
 at::Tensor on_cpu(const at::Tensor& tensor) { return tensor.is_cpu() ? tensor : seen_on(at::kCPU, tensor); }
@@ -104,15 +104,15 @@ template <typename Change>
 c10::IValue changed(const c10::IValue& value, Change change) {
   if (value.isTensor()) return change(value.toTensor());
   if (value.isTensorList()) {
-    std::vector<at::Tensor> made;
-    for (const at::Tensor& tensor : value.toTensorVector()) made.push_back(change(tensor));
-    return made;
+    std::vector<at::Tensor> changed;
+    for (const at::Tensor& tensor : value.toTensorVector()) changed.push_back(change(tensor));
+    return changed;
   }
   if (value.isOptionalTensorList()) {
-    c10::List<std::optional<at::Tensor>> made;
+    c10::List<std::optional<at::Tensor>> changed;
     for (const std::optional<at::Tensor>& tensor : value.toOptionalTensorList())
-      made.push_back(tensor ? std::optional(change(*tensor)) : std::nullopt);
-    return made;
+      changed.push_back(tensor ? std::optional(change(*tensor)) : std::nullopt);
+    return changed;
   }
   return value;
 }

@@ -1,4 +1,4 @@
-"""Builds a C++ file of this folder that registers something with torch."""
+"""Builds C++ files of the tests' support that register something with torch."""
 
 import subprocess
 from pathlib import Path
@@ -7,7 +7,7 @@ import torch
 
 
 def build(source: Path, folder: Path) -> Path:
-    """Build the shared library of ``source`` in ``folder``, where it is not there yet, and return its path."""
+    """Build the shared library of ``source`` in ``folder`` unless it is there, and return its path."""
     library = folder / f"{source.stem}.so"
     if not library.exists():
         home = Path(torch.__file__).parent
