@@ -27,7 +27,7 @@ from support.cuda.codegen import (
 from support.cuda.interpreter import run_all
 from support.cuda.models import LLAMA_BLOCKS
 
-pytestmark = codegen.NEEDS
+pytestmark = [*codegen.NEEDS, pytest.mark.slow]
 
 ON_TRITON = [case for case in CASES if case.dtype != "float64" and not case.dynamic]
 FEW = [case for case in ON_TRITON if case.M <= 16]

@@ -20,6 +20,7 @@ from dbf_compile.kernels.sign_matmul.triton_dequantize import dequantize_blocks,
 from dbf_compile.kernels.sign_matmul.triton_prefill import prefill_blocks, prefill_kernel
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(
         sass.missing_tools() is not None, reason=f"cannot compile for NVIDIA: {sass.missing_tools()}"
     ),
