@@ -25,7 +25,6 @@ NOT_MIRRORED = ("end_to_end", "support")
 WHOLE_HOUSE = "test_house.py"
 # Modules without a test file of their own, and the file under tests/ that checks them: through what calls them.
 TESTED_ELSEWHERE = {
-    "dbf_compile/cli_options": "test_cli.py",
     "dbf_compile/doctor": "test_cli.py",
     "dbf_compile/generation": "test_cli.py",
     "dbf_compile/inspection": "test_cli.py",
@@ -33,7 +32,6 @@ TESTED_ELSEWHERE = {
     "dbf_compile/records": "test_options.py",
     "dbf_compile/compiler/ir": "compiler/test_lowerings.py",
     "dbf_compile/compression/cache": "compression/test_jobs.py",
-    "dbf_compile/compression/layers": "compression/test_jobs.py",
     "dbf_compile/integrations/lm_eval": "test_evaluation.py",
     "dbf_compile/integrations/pretrained": "integrations/test_transformers.py",
     "dbf_compile/integrations/ray": "end_to_end/test_compress.py",
