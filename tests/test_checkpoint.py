@@ -129,6 +129,7 @@ def test_loaded_factors_do_not_write_to_the_file(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="memory maps are read from /proc")
 def test_layers_do_not_keep_the_file_in_memory(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"

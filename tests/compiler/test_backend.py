@@ -25,6 +25,7 @@ def test_a_dense_model_and_its_converted_copy_agree_compiled_and_eager():
     assert error_of(eager, model(x)) > 0.01  # it is factored indeed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes(dtype):
     model, x = MLP().to(dtype), randn(5, 67, dtype=dtype)
@@ -42,6 +43,7 @@ def test_autocast_gives_the_dtype_of_a_dense_layer():
         assert y.dtype == model.up(x).dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_several_batch_sizes_share_factors_and_stay_right(factorized_shapes):
     model = MLP(seed=11)
     run, eager = compiled(model), factored(model)
@@ -124,6 +126,7 @@ def test_training_that_starts_after_compilation_is_refused():
         run(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["dense", "module"])
 def test_gradients_of_activations_are_those_of_the_dense_form(way):
     model = MLP()
@@ -191,6 +194,7 @@ def checkpointed(function):
     return lambda x: torch.utils.checkpoint.checkpoint(function, x, use_reentrant=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "between",
     [
@@ -212,6 +216,7 @@ def test_what_happens_between_layers_of_one_input_happens(between):
         assert y is expected is None or error_of(y, expected) < TOLERANCE
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_layers_within_a_condition_and_under_vmap():
     layer = DoubleBinaryLinear(random_factors(67, 40, 50))

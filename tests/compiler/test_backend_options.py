@@ -36,6 +36,7 @@ def test_overrides_set_bits_by_layer_name(factorized_shapes, monkeypatch):
     assert sizes[(130, 67)] > 1.5 * sizes[(67, 130)]
 
 
+@pytest.mark.slow
 def test_layers_with_one_input_are_factored_as_one(caplog):
     class Attention(nn.Module):
         def __init__(self):
@@ -139,6 +140,7 @@ def test_modes_and_inductor_settings_are_taken():
     assert error_of(run(x), eager) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_ready_factors_are_stacked_only_if_they_share_their_first_stage(tmp_path, caplog):
     class Pair(nn.Module):
         def __init__(self):
