@@ -32,7 +32,7 @@ check: $(VENV)/.dev
 
 # The site of the documents, in site/: every warning is an error, and nothing is fetched.
 docs: $(VENV)/.docs
-	$(RUN) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
 bench: $(VENV)/.demo
 	$(VENV)/bin/python benchmarks/compile_time.py

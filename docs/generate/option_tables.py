@@ -29,7 +29,7 @@ def aliases() -> str:
 
 def extras() -> str:
     """Return what each extra installs, and what that brings."""
-    rows = (f"| `{extra}` | `{package}` | {cell(use)} |" for package, (extra, use) in EXTRAS.items())
+    rows = (f"| `{extra}` | `{package}` | {use} |" for package, (extra, use) in EXTRAS.items())
     return "\n".join(["| extra | package | for |", "|---|---|---|", *rows])
 
 
