@@ -1,31 +1,34 @@
-"""Ray: workers of one compression spread over a cluster whose machines see one file system."""
+"""Ray: one function called in several tasks of a cluster."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import ray
 
-from dbf_compile.run.compress import Compressed, compress
 
-
-def compress_on_ray(
-    model: str | Path, output: str | Path, *, tasks: int, cpus: float = 1, gpus: float = 0, **options: Any
-) -> Compressed:
-    """Call ``compress`` in several tasks of a Ray cluster at once; they share the work through the output's folder.
+def run_tasks(function: Callable[[], Any], tasks: int, cpus: float, gpus: float) -> list[Any]:
+    """Call a function in several tasks of a Ray cluster at once, and return what they return.
 
     Args:
-        model: folder or name of the model, as every machine sees it.
-        output: the folder to write, on a file system that every machine sees.
-        tasks: how many workers.
-        cpus, gpus: what each takes of the cluster.
-        **options: further arguments of :func:`~dbf_compile.run.compress.compress`.
-
-    Returns:
-        What ``compress`` returns.
+        function: without arguments; it can be pickled.
+        tasks: how many.
+        cpus: cores of each task.
+        gpus: GPUs of each task.
     """
-    work = ray.remote(num_cpus=cpus, num_gpus=gpus)(compress)
-    options = {"workers": max(1, int(cpus)), "progress": False, **options}
-    made: list[Compressed] = ray.get([work.remote(model, output, **options) for _ in range(tasks)])
-    return made[0]
+    task = ray.remote(num_cpus=cpus, num_gpus=gpus)(_call)
+    results: list[Any] = ray.get([task.remote(function) for _ in range(tasks)])
+    return results
+
+
+def _call(function: Callable[[], Any]) -> Any:
+    return function()
+
+
+def __getattr__(name: str) -> Any:
+    # The former place of a public function. Not an import: this file is below those who call it.
+    if name == "compress_on_ray":
+        return import_module("dbf_compile.run.workers").compress_on_ray
+    raise AttributeError(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -45,3 +46,35 @@ def compress_in_processes(
             for rank in range(processes)
         ]
         return next(iter([call.result() for call in calls]))
+
+
+def compress_on_ray(
+    model: str | Path,
+    output: str | Path,
+    *,
+    tasks: int,
+    cpus: float = 1,
+    gpus: float = 0,
+    config: CompressionConfig | None = None,
+    **options: Any,
+) -> Compressed:
+    """Call ``compress`` in several tasks of a Ray cluster at once; they share the work through the output's folder.
+
+    Args:
+        model: folder or name of the model, as every machine sees it.
+        output: the folder to write, on a file system that every machine sees.
+        tasks: how many.
+        cpus: cores of each task.
+        gpus: GPUs of each task.
+        config, **options: as for :func:`~dbf_compile.run.compress.compress`, ``data`` among them.
+
+    Returns:
+        What ``compress`` returns.
+    """
+    from dbf_compile.integrations import ray
+
+    options = {"workers": max(1, int(cpus)), "progress": False, **options}
+    results: list[Compressed] = ray.run_tasks(
+        partial(compress, model, output, config=config, **options), tasks, cpus, gpus
+    )
+    return results[0]

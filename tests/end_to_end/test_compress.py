@@ -148,7 +148,7 @@ def test_ranks_of_torchrun_share_the_work(dense, independent, tmp_path):
 @pytest.mark.slow
 def test_ray_tasks_share_the_work(dense, independent, tmp_path):
     ray = pytest.importorskip("ray")
-    from dbf_compile.integrations.ray import compress_on_ray
+    from dbf_compile.integrations.ray import compress_on_ray  # the former place, which goes on working
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
