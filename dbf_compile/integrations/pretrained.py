@@ -1,7 +1,7 @@
-"""Folders of pretrained models: opened without being read, and written shard by shard.
+"""Folders of pretrained models: opened without reading the weights, and written shard by shard.
 
 transformers leaves the tensors of a safetensors file mapped where the dtype is that of the file. An open model therefore
-takes no memory of its own: what is not worked on is on the disk.
+takes no memory of its own: weights are read from the disk when they are used.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ _COMPANIONS = (
     "video_preprocessor_config.json",
 )
 
-Piece = tuple[str, int, Callable[[], Tensor]]  # name, bytes, and the tensor when it is wanted
+Piece = tuple[str, int, Callable[[], Tensor]]  # name, bytes, and a function that returns the tensor
 
 
 def local_folder(path: str | Path) -> Path:
-    """Return the folder of a model: ``path`` itself, or where the Hub's model of that name was downloaded to.
+    """Return the folder of a model: ``path`` itself, or the download of the Hub's model of that name.
 
     Raises:
         ConversionError: there is neither.
@@ -144,7 +144,7 @@ def compile_options(backend: str, device: torch.device) -> dict[str, Any]:
 
 
 class _TimedStreamer(transformers.TextStreamer):
-    """Passes text on as it comes, and remembers when its tokens came."""
+    """Passes text on as it is generated, and notes the time of every token."""
 
     def __init__(self, tokenizer: Any, stream: Callable[[str], object] | None) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -153,20 +153,20 @@ class _TimedStreamer(transformers.TextStreamer):
         self.times: list[float] = []
 
     def put(self, value: Tensor) -> None:
-        """Take the prompt, then one token after the other."""
+        """Receive the prompt, then one token after the other."""
         if self._prompted:
             self.times.append(time.perf_counter())
         self._prompted = True
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Pass on text that will not change any more."""
+        """Pass on text that is final."""
         if self._stream is not None:
             self._stream(text)
 
 
 def timed_streamer(tokenizer: Any, stream: Callable[[str], object] | None) -> _TimedStreamer:
-    """Return a streamer for ``generate`` that notes in ``times`` when each new token came."""
+    """Return a streamer for ``generate`` that notes the time of every new token in ``times``."""
     return _TimedStreamer(tokenizer, stream)
 
 
@@ -188,7 +188,7 @@ def tokenizer_of(folder: Path | None, trust_remote_code: bool = False) -> Any:
 
 
 def model_class(config: Any) -> Any:
-    """Return the class of transformers that a configuration names first, AutoModelForCausalLM where it names none."""
+    """Return the first class that a configuration names, or AutoModelForCausalLM if it names none."""
     name = next(iter(getattr(config, "architectures", None) or ()), "")
     return getattr(transformers, name, transformers.AutoModelForCausalLM)
 
@@ -316,35 +316,35 @@ def _shards(pieces: Iterable[Piece], max_shard_size: int) -> Iterator[list[Piece
 def _write_config(folder: Path, model: Any, quantization: DBFConfig) -> None:
     config = model.config
     architecture = type(model).__name__
-    made = {**json.loads(config.to_json_string()), "architectures": [architecture]}
-    made.pop("_name_or_path", None)  # where the model lay on this machine
-    made["quantization_config"] = {
+    content = {**json.loads(config.to_json_string()), "architectures": [architecture]}
+    content.pop("_name_or_path", None)  # a path of this machine
+    content["quantization_config"] = {
         key: value for key, value in vars(quantization).items() if not key.startswith("_")
     }
-    made["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
-    own = type(model).__module__.startswith("transformers.")  # else the code is not ours to import
-    if own:
-        made["auto_map"] = {"AutoConfig": "configuration_dbf.DBFModelConfig"}
-        made["auto_map"] |= dict.fromkeys(_auto_classes(model), "modeling_dbf.DBFModel")
-    write_text(folder / "config.json", json.dumps(made, indent=2, sort_keys=True, default=str) + "\n")
+    content["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    is_ours = type(model).__module__.startswith("transformers.")  # other code cannot be imported by ours
+    if is_ours:
+        content["auto_map"] = {"AutoConfig": "configuration_dbf.DBFModelConfig"}
+        content["auto_map"] |= dict.fromkeys(_auto_classes(model), "modeling_dbf.DBFModel")
+    write_text(folder / "config.json", json.dumps(content, indent=2, sort_keys=True, default=str) + "\n")
     if getattr(model, "generation_config", None) is not None and model.can_generate():
         model.generation_config.save_pretrained(folder)
-    if own:
-        names = {"config": type(config).__name__, "model": architecture}
-        write_text(folder / "configuration_dbf.py", _CONFIGURATION.format(**names))
-        write_text(folder / "modeling_dbf.py", _MODELING.format(**names))
+    if is_ours:
+        classes = {"config": type(config).__name__, "model": architecture}
+        write_text(folder / "configuration_dbf.py", _CONFIGURATION.format(**classes))
+        write_text(folder / "modeling_dbf.py", _MODELING.format(**classes))
 
 
 def _auto_classes(model: Any) -> list[str]:
-    """Return the names of the Auto classes of transformers that would make ``model`` of its configuration."""
-    found = []
+    """Return the names of the Auto classes of transformers that build the class of ``model`` from its configuration."""
+    names = []
     for name, auto in vars(modeling_auto).items():
         mapping = getattr(auto, "_model_mapping", None) if name.startswith("AutoModel") else None
         if mapping is not None and type(model.config) in mapping:
             kinds = mapping[type(model.config)]
             if type(model) in (kinds if isinstance(kinds, (tuple, list)) else (kinds,)):
-                found.append(name)
-    return found
+                names.append(name)
+    return names
 
 
 # What transformers runs for ``trust_remote_code=True``. It looks for the packages that are imported here, and says which

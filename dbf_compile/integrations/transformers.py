@@ -102,7 +102,7 @@ class DBFConfig(QuantizationConfigMixin):
 
 
 class DBFQuantizer(HfQuantizer):
-    """Puts factored layers in the place of dense ones before ``from_pretrained`` reads their tensors."""
+    """Replaces dense layers by factored ones before ``from_pretrained`` reads their tensors."""
 
     requires_calibration = True
     quantization_config: DBFConfig
@@ -150,17 +150,17 @@ def layer_table(factors: Mapping[str, DoubleBinaryFactors]) -> dict[str, dict[st
     """Return ``layers`` of :class:`DBFConfig` for factors, those of one ``split`` sharing their first stage."""
     owners: dict[int, str] = {}
     table = {}
-    for name, made in factors.items():
-        owner = owners.setdefault(id(made.signs_in), name)
+    for name, layer in factors.items():
+        owner = owners.setdefault(id(layer.signs_in), name)
         table[name] = {
-            "mid_features": made.mid_features,
+            "mid_features": layer.mid_features,
             "shares_first_stage_with": None if owner == name else owner,
         }
     return table
 
 
 def insert_layers_(model: nn.Module, layers: Layers) -> None:
-    """Put factored layers without content (on the meta device) in the place of dense ones, in place.
+    """Replace dense layers by factored ones without content, on the meta device, in place.
 
     Raises:
         CheckpointError: a name is no dense linear layer of the model.
@@ -173,7 +173,7 @@ def insert_layers_(model: nn.Module, layers: Layers) -> None:
             ", ".join(dense) or "none: the model has no linear layer",
             "load with the class of the model that was compressed",
         )
-    made: dict[str, DoubleBinaryLinear] = {}
+    inserted: dict[str, DoubleBinaryLinear] = {}
     for name, entry in sorted(
         layers.items(), key=lambda item: item[1]["shares_first_stage_with"] is not None
     ):
@@ -182,23 +182,23 @@ def insert_layers_(model: nn.Module, layers: Layers) -> None:
         layer = DoubleBinaryLinear(_empty(columns, entry["mid_features"], rows), _parameter(old.bias))
         owner = entry["shares_first_stage_with"]
         if owner is not None:
-            if made[owner].in_features != columns:
+            if inserted[owner].in_features != columns:
                 raise CheckpointError(
                     f"layer {name!r} of {columns} in_features shares its first stage with {owner!r}",
-                    f"{made[owner].in_features} in_features",
+                    f"{inserted[owner].in_features} in_features",
                     _DAMAGED,
                 )
-            layer.share_first_stage_(made[owner])
+            layer.share_first_stage_(inserted[owner])
         layer.register_buffer(
             WEIGHT_PLACEHOLDER, torch.empty(0, dtype=dense_weight(old).dtype, device="meta")
         )
         layer.train(old.training)
-        made[name] = layer
+        inserted[name] = layer
         replace_everywhere(model, old, layer)
 
 
 def finish_layers_(model: nn.Module, layers: Layers) -> None:
-    """Complete layers whose tensors have been loaded, in place: shared first stages, order of signs; all is checked.
+    """Finish layers whose tensors have been loaded, in place: share first stages, order signs, check all tensors.
 
     Raises:
         CheckpointError: tensors are missing, or are no factors.
@@ -209,7 +209,7 @@ def finish_layers_(model: nn.Module, layers: Layers) -> None:
         if owner is not None:
             layer.share_first_stage_(model.get_submodule(owner))
         elif layer.signs_in.device.type == "meta":
-            continue  # offloaded to disk: nothing to look at yet
+            continue  # offloaded to disk: its tensors are not here yet
         absent = [
             tensor
             for tensor in TENSOR_NAMES
@@ -225,7 +225,7 @@ def finish_layers_(model: nn.Module, layers: Layers) -> None:
 
 
 def _was_loaded(tensor: Tensor) -> bool:
-    # What transformers marks every tensor with that came from a file.
+    # transformers sets this attribute on every tensor that it loads.
     return bool(getattr(tensor, "_is_hf_initialized", False))
 
 

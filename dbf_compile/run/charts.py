@@ -99,8 +99,8 @@ def _chart(title: str, style: str, note: str, points: Sequence[_Point], rule: fl
         ticks_y=[(down(step * tick), f"{step * tick:.4g}") for tick in range(round(top / step) + 1)],
         marks=marks,
         lines=[
-            (series, " ".join(f"{_mean(at, 0):.1f},{_mean(at, 1):.1f}" for at in found.values()))
-            for series, found in lines.items()
+            (series, " ".join(f"{_mean(at, 0):.1f},{_mean(at, 1):.1f}" for at in columns.values()))
+            for series, columns in lines.items()
         ],
         rule=None if rule is None else down(rule),
     )
@@ -134,10 +134,11 @@ def _labels(blocks: Sequence[int | None], column: float) -> list[tuple[int, str]
 def series_of(names: Sequence[str]) -> tuple[list[int], list[str]]:
     """Return the series of every layer and the names of the series; those without a mark of their own share the last."""
     kinds = _kinds(names)
-    found = list(dict.fromkeys(kinds))
+    distinct = list(dict.fromkeys(kinds))
     last = len(MARKS) - 1
-    series = {kind: min(index, last) for index, kind in enumerate(found)}
-    return [series[kind] for kind in kinds], found if len(found) <= last + 1 else [*found[:last], "others"]
+    series = {kind: min(index, last) for index, kind in enumerate(distinct)}
+    names = distinct if len(distinct) <= last + 1 else [*distinct[:last], "others"]
+    return [series[kind] for kind in kinds], names
 
 
 def _kinds(names: Sequence[str]) -> list[str]:
@@ -145,7 +146,7 @@ def _kinds(names: Sequence[str]) -> list[str]:
     paths = {name: [_path_in_block(part) for part in name.split(" + ")] for name in names}
     endings = Counter(
         path[-length:]
-        for path in {path for found in paths.values() for path in found}
+        for path in {path for parts in paths.values() for path in parts}
         for length in range(1, len(path) + 1)
     )
 

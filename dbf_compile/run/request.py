@@ -20,12 +20,6 @@ from dbf_compile.machine import chosen_device
 from dbf_compile.options import CompressOptions
 from dbf_compile.run.report import DataFacts, ModelFacts
 
-# The packages that decide on what a run makes of a model.
-_PROGRAM = tuple(
-    f"dbf_compile.{package}"
-    for package in ("calibration", "factorizer", "compression", "run", "integrations")
-)
-
 
 @dataclass(frozen=True)
 class Source:
@@ -144,7 +138,7 @@ class Request:
             "model": self.source.content,
             "data": self.data.hash,
             "settings": self.config.result_settings(),
-            "program": source_hash(*_PROGRAM),
+            "program": source_hash("dbf_compile"),
         }
         result: dict[str, Any] = json.loads(json.dumps(content))
         return result
