@@ -97,7 +97,7 @@ def compress(
         else:
             compressed = run(model, output, config=config, data=data)
     page = compressed.folder / "dbf_report.html"
-    _print(as_json, compressed.report.to_json(), lambda: f"{compressed}\nreport: {page}")
+    _print(as_json, compressed.report, lambda: f"{compressed}\nreport: {page}")
 
 
 @app.command(

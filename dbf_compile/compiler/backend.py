@@ -26,7 +26,7 @@ from dbf_compile.hashes import tensor_hash
 from dbf_compile.options import CompileOptions
 from dbf_compile.passes.graph import FactorNodes, Weight, example_value, is_tensor
 from dbf_compile.passes.pipeline import run_pipeline, run_post_grad_pipeline
-from dbf_compile.records import parse
+from dbf_compile.records import resolve
 from dbf_compile.signs import interleave, interleaved_on
 
 _log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def dbf(
         gm: the graph that Dynamo captured.
         example_inputs: of the graph; parameters among them are real tensors.
         mode: of Inductor, as of ``torch.compile``.
-        options: fields of ``CompileOptions``.
+        options: fields of ``CompileOptions``, and ``config``, a record of them; single fields win.
 
     Returns:
         The compiled graph, with the signature of ``gm``.
@@ -54,7 +54,8 @@ def dbf(
         OptionError: an unknown option, or one of a wrong type or value.
         TrainingError: a dense weight that would be factored requires a gradient.
     """
-    settings = parse(CompileOptions, options or {})
+    keywords = dict(options or {})
+    settings = resolve(CompileOptions, keywords.pop("config", None), keywords)
     patches = {**inductor.mode_settings(mode or settings.mode), **settings.inductor}
     inductor.check_settings(patches)
     lowerings.register()

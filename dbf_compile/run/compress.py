@@ -39,7 +39,7 @@ class Compressed:
         share = f" in {coverage.share:.1%} of the weights" if coverage else ""
         whole = "" if bits.file is None else f", {bits.file:.3f} in the whole file"
         lines = [f"{self.folder}: {bits.factored:.3f} bits per weight{share}{whole}"]
-        if judged is None:
+        if not judged:
             return lines[0]
         if judged.kl is not None:
             lines.append(f"{judged.measure}: KL {judged.kl:.4f}, top-1 agreement {judged.top1_agreement:.1%}")

@@ -71,12 +71,12 @@ def write_folder(run: Run, plan: Plan, distilled: Mapping[str, Any] | None) -> N
             coverage=_coverage(plan.coverage),
             layers=_layer_rows(run, plan),
             stages=_stage_rows(run, plan, distilled),
-            evaluation=Evaluation(**evaluation) if evaluation else None,
+            evaluation=Evaluation(**evaluation),
             time=run.seconds,
             **environment(request.device),
         )
-        write_text(folder / REPORT, json.dumps(report.to_json(), indent=1) + "\n")
-        write_report(report.to_json(), folder / PAGE)
+        write_text(folder / REPORT, json.dumps(report, indent=1) + "\n")
+        write_report(report, folder / PAGE)
         folder.rename(request.output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

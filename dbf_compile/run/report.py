@@ -1,7 +1,7 @@
 """The report of a compression: what ``dbf_report.json`` holds, as frozen records that check what they are read from.
 
-Every record is also a read-only mapping of its fields, so ``report["bits"]["factored"]`` and ``report.bits.factored`` are the
-same. Of an optional field that is absent, null and empty mean the same; it reads as None.
+Every record is also the dictionary that JSON holds, so ``report["bits"]["factored"]`` and ``report.bits.factored`` are the same,
+and ``json.dumps(report)`` works. Of an optional field that is absent, null and empty mean the same.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -31,25 +31,16 @@ Amount = Annotated[float, "a finite number of at least 0"]
 Count = Annotated[int, "a whole number of at least 0"]
 
 
-class _Part(Mapping[str, Any]):
-    """A frozen dataclass that is also a mapping of those of its fields that are not None."""
+class _Part(dict[str, Any]):
+    """A frozen dataclass that is also a dictionary of its fields; None is left out where it says nothing."""
 
     _keeps_null: ClassVar[bool] = False
 
-    def __getitem__(self, name: str) -> Any:
-        if name not in {item.name for item in fields(self)}:  # type: ignore[arg-type]
-            raise KeyError(name)
-        return getattr(self, name)
-
-    def __iter__(self) -> Iterator[str]:
-        names = (item.name for item in fields(self))  # type: ignore[arg-type]
-        return (name for name in names if self._keeps_null or getattr(self, name) is not None)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def __contains__(self, name: object) -> bool:
-        return name in set(self)
+    def __post_init__(self) -> None:
+        for item in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, item.name)
+            if value is not None or self._keeps_null:
+                self[item.name] = list(value) if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True)
@@ -132,7 +123,10 @@ class StageRow(_Part):
 
 @dataclass(frozen=True)
 class Evaluation(_Part):
-    """The distance from the dense model on text kept back, as :func:`~dbf_compile.calibration.compare.compare` gives it."""
+    """The distance from the dense model on text kept back, as :func:`~dbf_compile.calibration.compare.compare` gives it.
+
+    It is empty where nothing was judged.
+    """
 
     measure: str | None = None
     dense: Number | None = None
@@ -181,11 +175,6 @@ class Report(_Part):
             raise CheckpointError("an empty list of layers", "one layer or more", _MAKE_AGAIN)
         return report
 
-    def to_json(self) -> dict[str, Any]:
-        """Return what JSON can hold."""
-        content: dict[str, Any] = _plain(self)
-        return content
-
 
 def read_report(folder: Path) -> Report | None:
     """Return the report of the compression that wrote a folder, or None where it has none that can be read."""
@@ -228,7 +217,9 @@ def _parse(kind: Any, value: Any, place: str) -> Any:
     origin = get_origin(kind)
     if origin is UnionType or NoneType in get_args(kind):
         inner = next(one for one in get_args(kind) if one is not NoneType)
-        return None if value is None or value == {} or value == [] else _parse(inner, value, place)
+        if value is None or value == {} or value == []:
+            return inner() if value == {} and inner is Evaluation else None
+        return _parse(inner, value, place)
     if kind is Any:
         return value
     if origin is Annotated:
@@ -273,11 +264,3 @@ def _refuse(place: str, value: object, allowed: str) -> Any:
     raise CheckpointError(
         f"{place or 'the report'} = {text if len(text) <= 80 else text[:77] + '...'}", allowed, _MAKE_AGAIN
     )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _plain(value[name]) for name in value}
-    if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
-    return value

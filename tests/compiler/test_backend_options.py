@@ -23,6 +23,13 @@ def test_skipped_and_too_small_layers_stay_dense(caplog):
     )
 
 
+def test_a_record_serves_as_options_and_single_fields_win(caplog):
+    model, x = MLP(), randn(5, 67)
+    config = dbf_compile.CompileOptions(**OPTIONS, skip=("up",))
+    assert rewrites(caplog, model, x, config=config)["replace_linears"] == 1
+    assert rewrites(caplog, model, x, config=config, skip=["*"])["replace_linears"] == 0
+
+
 def test_overrides_set_bits_by_layer_name(factorized_shapes, monkeypatch):
     sizes = {}
     original = jobs.factorize_batch

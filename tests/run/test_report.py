@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle  # noqa: TID251  what processes send each other
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,13 @@ from dbf_compile.run.report import REPORT, Report, read_report
 
 def test_a_report_survives_json() -> None:
     parsed = Report.parse(report())
-    assert Report.parse(json.loads(json.dumps(parsed.to_json()))) == parsed
+    assert Report.parse(json.loads(json.dumps(parsed))) == parsed
+    assert json.loads(json.dumps(dict(parsed))) == json.loads(json.dumps(parsed))
+    assert pickle.loads(pickle.dumps(parsed)) == copy.deepcopy(parsed) == parsed
+    assert {name: parsed[name] for name in report()} == report() | {
+        "stages": parsed["stages"],
+        "layers": parsed["layers"],
+    }
 
 
 def test_fields_are_attributes_and_keys() -> None:
