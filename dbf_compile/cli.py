@@ -248,7 +248,7 @@ def doctor(as_json: AsJson = False) -> None:
     from dbf_compile.doctor import examine
 
     findings = examine()
-    marks = {"good": "ok     ", "missing": "missing", "slow": "slow   ", "absent": "-      "}
+    marks = {"good": "ok     ", "missing": "missing", "slow": "slow   "}
     _print(
         as_json,
         {item.name: {"state": item.state, "detail": item.detail} for item in findings},

@@ -6,6 +6,8 @@ import os
 
 import torch
 
+from dbf_compile.errors import OptionError
+
 
 def cores() -> int:
     """Return the number of cores that this process may use."""
@@ -23,7 +25,14 @@ def chosen_device(device: torch.device | str | None) -> torch.device:
 
 def with_index(device: torch.device | str) -> torch.device:
     """Return the device with its index, as tensors report it: "cuda" is "cuda:0"."""
-    return torch.empty(0, device=device).device
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # an unknown name, or a device that torch cannot use here
+        raise OptionError(
+            f"device={str(device)!r} ({str(error).splitlines()[0]})",
+            "a device that torch can use here, such as 'cpu'",
+            "leave device out for a GPU if there is one",
+        ) from error
 
 
 def default_workers(device: torch.device) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dbf_compile.errors import OptionError
-from dbf_compile.records import Record, option
+from dbf_compile.records import Record, accept_aliases, option
 
 # Heads and embeddings are a large part of small models and lose most; users expect them untouched.
 DENSE_BY_DEFAULT = ("*lm_head", "*embed_out", "*predictions.decoder", "*output_projection", "*proj_out")
@@ -30,6 +30,7 @@ RESUME = ("auto", "required", "never")
 _MODE_ALIASES = {"block": "sequential"}
 
 
+@accept_aliases
 @dataclass(frozen=True, kw_only=True)
 class CompressionConfig(Record):
     """How dense weights become factors.
@@ -80,6 +81,7 @@ class CompressionConfig(Record):
         return any(fnmatchcase(name, pattern) for pattern in self.skip)
 
 
+@accept_aliases
 @dataclass(frozen=True, kw_only=True)
 class AllocationConfig(CompressionConfig):
     """How ``allocate`` spreads bits over the weights of a model.
@@ -98,6 +100,7 @@ class AllocationConfig(CompressionConfig):
     depth_prior: float = 0.0
 
 
+@accept_aliases
 @dataclass(frozen=True, kw_only=True)
 class CompressOptions(CompressionConfig):
     """How ``compress`` turns a pretrained model into a folder.
@@ -119,7 +122,7 @@ class CompressOptions(CompressionConfig):
         workers: Weights that this process factors at a time; None for one a core, or one a GPU.
         device: Where to compute, such as cuda or cpu; blocks are onloaded one at a time. None for a GPU if there is one.
         trust_remote_code: Run code that comes with the model.
-        keep_work: Leave ``<output>.work`` there at the end.
+        keep_work: Keep the folder OUTPUT.work at the end.
     """
 
     mode: str = option("auto", choices=MODES)
@@ -144,6 +147,11 @@ class CompressOptions(CompressionConfig):
             object.__setattr__(self, "mode", _MODE_ALIASES.get(self.mode, self.mode))
         super().__post_init__()
 
+    @property
+    def form(self) -> str:
+        """The old name of ``curvature``."""
+        return self.curvature
+
     def result_settings(self) -> dict[str, Any]:
         """Return the fields on which results depend, by name."""
         return {
@@ -153,6 +161,7 @@ class CompressOptions(CompressionConfig):
         }
 
 
+@accept_aliases
 @dataclass(frozen=True, kw_only=True)
 class CompileOptions(CompressionConfig):
     """What ``torch.compile(model, backend="dbf", options={...})`` takes.
@@ -172,6 +181,7 @@ class CompileOptions(CompressionConfig):
     inductor: Mapping[str, Any] = option({})
 
 
+@accept_aliases
 @dataclass(frozen=True, kw_only=True)
 class CalibrationConfig(Record):
     """How ``calibrate`` measures importance.

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -43,8 +44,9 @@ class Record:
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            kind = str(item.type)
-            allowed, check = _TYPES[kind]
+            kind = item.type if isinstance(item.type, str) else getattr(item.type, "__name__", "")
+            # Fields of other types, which a user's own record may add, are not checked.
+            allowed, check = _TYPES.get(kind, ("", lambda value: True))
             if not check(value):
                 raise OptionError(f"option {item.name}={value!r}", allowed, f"pass {item.name} as {allowed}")
             if kind == "str | None" and value is not None:
@@ -53,6 +55,37 @@ class Record:
                 object.__setattr__(self, item.name, tuple(value))
             if isinstance(value, (int, float, str)):
                 _check_constraints(item, value)
+
+
+_R = TypeVar("_R", bound=Record)
+
+
+def accept_aliases(kind: type[_R]) -> type[_R]:
+    """Let the constructor of a record take the other spellings of its fields, too."""
+    generated = kind.__init__
+
+    @wraps(generated)
+    def init(self: _R, **values: Any) -> None:
+        generated(self, **_spelled(values, {item.name for item in fields(kind)}))
+
+    kind.__init__ = init  # type: ignore[method-assign, assignment]
+    return kind
+
+
+def _spelled(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Return values by the names of fields; other spellings are replaced.
+
+    Raises:
+        OptionError: a field in two spellings.
+    """
+    spelled: dict[str, Any] = {}
+    for key, value in values.items():
+        alias = ALIASES.get(key)
+        name = key if alias is None or key in names or alias not in names else alias
+        if name in spelled:
+            raise OptionError(f"{name!r} in two spellings", "one of them", f"pass {name!r} alone")
+        spelled[name] = value
+    return spelled
 
 
 def _is_number(value: Any) -> bool:
@@ -77,7 +110,7 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "str": ("a string", lambda value: isinstance(value, str)),
     "str | None": ("a string, a path or None", lambda value: value is None or isinstance(value, (str, Path))),
     "tuple[str, ...]": (
-        "a list of name patterns",
+        "a list of strings",
         lambda value: isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value),
     ),
     "Mapping[str, float]": (
@@ -112,9 +145,6 @@ def _check_constraints(item: Field[Any], value: float | str) -> None:
         raise OptionError(f"{item.name}={value}", allowed, f"leave {item.name} out for {item.default!r}")
 
 
-_R = TypeVar("_R", bound=Record)
-
-
 def parse(kind: type[_R], settings: Mapping[str, Any]) -> _R:
     """Build a record from a dictionary.
 
@@ -125,20 +155,13 @@ def parse(kind: type[_R], settings: Mapping[str, Any]) -> _R:
     Raises:
         OptionError: an unknown key (the known ones are listed), a field given twice, a value of the wrong type or range.
     """
-    known = {item.name for item in fields(kind)}
-    values: dict[str, Any] = {}
-    for key, value in settings.items():
-        alias = ALIASES.get(key)
-        name = alias if alias in known else key
-        if name not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
+    names = {item.name for item in fields(kind)}
+    values = _spelled(settings, names)
+    for key in values:
+        if key not in names:
+            close = difflib.get_close_matches(str(key), names, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "remove it"
-            raise OptionError(f"unknown option {key!r}", ", ".join(sorted(known)), hint)
-        if name in values:
-            raise OptionError(
-                f"both {key!r} and another spelling of {name!r}", "one of them", f"pass {name!r}"
-            )
-        values[name] = value
+            raise OptionError(f"unknown option {key!r}", ", ".join(sorted(names)), hint)
     return kind(**values)
 
 
@@ -147,7 +170,7 @@ def resolve(kind: type[_R], config: Record | None, keywords: Mapping[str, Any]) 
 
     Args:
         kind: the class of the record.
-        config: a record; fields that ``kind`` does not have are left out, fields that it adds have their defaults.
+        config: a record; of one of another kind, the fields count that both have from the same base.
         keywords: as for :func:`parse`.
 
     Raises:
@@ -160,10 +183,14 @@ def resolve(kind: type[_R], config: Record | None, keywords: Mapping[str, Any]) 
             f"config of type {type(config).__name__}", kind.__name__, f"pass config={kind.__name__}(...)"
         )
     names = {item.name for item in fields(kind)}
-    base = {item.name: getattr(config, item.name) for item in fields(config) if item.name in names}
-    parse(kind, keywords)  # before the two are merged: a field may be given in two spellings
-    renamed = {ALIASES.get(key, key) if ALIASES.get(key) in names else key: v for key, v in keywords.items()}
-    return parse(kind, {**base, **renamed})
+    common = next(cls for cls in type(config).__mro__ if issubclass(kind, cls))
+    shared = fields(common)
+    if not shared:
+        raise OptionError(
+            f"config of type {type(config).__name__}", kind.__name__, f"pass config={kind.__name__}(...)"
+        )
+    base = {item.name: getattr(config, item.name) for item in shared}
+    return parse(kind, {**base, **_spelled(keywords, names)})
 
 
 class OptionHelp(NamedTuple):

@@ -210,8 +210,12 @@ def is_pure(node: Node) -> bool:
 
 
 def writes_in_place(node: Node) -> bool:
-    """Return whether ``node`` calls a function or method that, by its name or ``inplace=``, writes to its first argument."""
-    return bool(node.args) and (_is_in_place(_called_name(node)) or _is_told_to_be_in_place(node))
+    """Return whether ``node`` calls a function or method that, by its name or a flag, writes to one of its arguments."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = _called_name(node)
+    # Norms update running statistics, which the schema of no Python function tells.
+    return _is_in_place(name) or name in ("batch_norm", "instance_norm") or _is_told_to_write(node)
 
 
 def mutated_by(node: Node) -> tuple[Node, ...]:
@@ -251,21 +255,26 @@ def _is_in_place(name: str) -> bool:
     )
 
 
-def _is_told_to_be_in_place(node: Node) -> bool:
-    """Return whether a function of torch.nn.functional is given ``inplace=True``, by name or position."""
-    if "inplace" in node.kwargs or not callable(node.target):
-        return bool(node.kwargs.get("inplace"))
-    position = _position_of_inplace(node.target)
-    return position is not None and position < len(node.args) and bool(node.args[position])
+def _is_told_to_write(node: Node) -> bool:
+    """Return whether ``inplace`` or ``max_norm``, which scales rows of an embedding, is set, by name or position."""
+    if any(node.kwargs.get(flag) for flag in _WRITING_FLAGS):
+        return True
+    if not callable(node.target):
+        return False
+    positions = _positions_of_flags(node.target)
+    return any(position < len(node.args) and bool(node.args[position]) for position in positions)
+
+
+_WRITING_FLAGS = ("inplace", "max_norm")
 
 
 @cache
-def _position_of_inplace(function: Callable[..., Any]) -> int | None:
+def _positions_of_flags(function: Callable[..., Any]) -> tuple[int, ...]:
     try:
         names = list(inspect.signature(function).parameters)
     except (TypeError, ValueError):  # not written in Python
-        return None
-    return names.index("inplace") if "inplace" in names else None
+        return ()
+    return tuple(names.index(flag) for flag in _WRITING_FLAGS if flag in names)
 
 
 def storage_of(node: Node) -> Hashable:

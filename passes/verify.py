@@ -37,7 +37,8 @@ def verify(graph: Graph, source: WeightSource) -> int:
             _check_product(node)
             signs.add(storage_of(node.args[1]))
     for node in graph.nodes:
-        if writes_in_place(node) and storage_of(node.args[0]) in signs:
+        written = [node.kwargs.get("out"), *(node.all_input_nodes[:1] if writes_in_place(node) else [])]
+        if any(isinstance(one, Node) and storage_of(one) in signs for one in written):
             raise GraphInvariantError(
                 f"{node.format_node()} writes to signs",
                 "signs that are only read",

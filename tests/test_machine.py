@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dbf_compile import machine
+from dbf_compile.errors import OptionError
 
 
 @pytest.fixture
@@ -46,3 +47,9 @@ def test_ranks_share_the_cores_and_each_has_at_least_one_worker(cores, ranks):
 
 def test_cores_are_those_that_the_process_may_use():
     assert 1 <= machine.cores() <= (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize("device", ["cudaa", "cuda:x", "nonsense:0"])
+def test_a_device_that_torch_does_not_know_is_refused(device):
+    with pytest.raises(OptionError, match=f"device='{device}'.*'cpu'"):
+        machine.chosen_device(device)

@@ -170,10 +170,41 @@ def test_bits_is_short_for_bits_per_weight() -> None:
     assert (
         resolve(CompressionConfig, CompressionConfig(bits_per_weight=3.0), {"bits": 1.0}).bits_per_weight == 1
     )
-    with pytest.raises(OptionError, match="both 'bits"):
+    with pytest.raises(OptionError, match="'bits_per_weight' in two spellings"):
         parse(CompressionConfig, {"bits": 2.0, "bits_per_weight": 3.0})
     with pytest.raises(OptionError, match="unknown option 'bits'"):
         parse(CalibrationConfig, {"bits": 2.0})
+
+
+def test_other_spellings_serve_in_constructors_too() -> None:
+    assert CompressionConfig(bits=3.0).bits_per_weight == 3.0  # type: ignore[call-arg]
+    config = CompressOptions(form="input")  # type: ignore[call-arg]
+    assert config.curvature == config.form == "input"
+    assert dataclasses.replace(config, curvature="kronecker").form == "kronecker"
+    with pytest.raises(OptionError, match="'curvature' in two spellings"):
+        CompressOptions(form="input", curvature="input")  # type: ignore[call-arg]
+
+
+def test_records_of_a_user_may_add_fields_of_any_type() -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Own(CompressionConfig):
+        notes: list[str] = dataclasses.field(default_factory=list)
+
+    assert resolve(CompressionConfig, Own(notes=["a"], seed=3), {}).seed == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (CompileOptions, CompressOptions(bits_per_weight=4.0)),
+        (CompressOptions, CompileOptions(bits_per_weight=4.0)),
+    ],
+)
+def test_of_another_record_the_fields_of_the_common_base_count(kind: type[Record], config: Record) -> None:
+    # Both have a mode, and mean different things by it.
+    assert resolve(kind, config, {}) == kind(bits_per_weight=4.0)
+    with pytest.raises(OptionError, match="config of type EvaluationConfig"):
+        resolve(kind, EvaluationConfig(), {})
 
 
 def test_block_is_an_alias_of_sequential() -> None:

@@ -26,6 +26,7 @@ from dbf_compile.factors import DoubleBinaryFactors
 from dbf_compile.machine import default_workers
 
 _BATCHED_WEIGHTS = 2**23  # larger ones keep a GPU busy on their own
+_BATCHED_JOBS = 256  # a run holds an open lock for each
 _POLL_SECONDS = 0.2
 
 
@@ -154,12 +155,13 @@ def run_jobs(
         WeightError: a weight cannot be factored; the message names its layers.
     """
     by_key = {store.key(job): job for job in jobs}
-    missing = {key: job for key, job in by_key.items() if not store.has(key)}
+    missing = {key for key in by_key if not store.has(key)}
     if not missing:
         return
-    batches = _batches(missing, pool)
+    # Batches are those of all jobs: so results do not depend on which of them were there.
+    batches = [batch for batch in _batches(by_key, pool) if any(key in missing for key, _ in batch)]
     bar = tqdm(
-        total=sum(job.size for job in missing.values()),
+        total=sum(by_key[key].size for key in missing),
         unit="weight",
         unit_scale=True,
         desc="factoring",
@@ -169,7 +171,11 @@ def run_jobs(
         worker = _Worker(config, store, pool, bar)
         while batches:
             _run_batches(worker, batches)
-            batches = [left for batch in batches if (left := worker.unfinished(batch))]
+            finished = {key for key in missing if store.has(key)}
+            # What other processes have made counts as progress.
+            bar.update(sum(by_key[key].size for key in finished - worker.own))
+            missing -= finished
+            batches = [batch for batch in batches if any(key in missing for key, _ in batch)]
             if batches:  # other processes are making these; where one died, its claim is free again
                 time.sleep(_POLL_SECONDS)
 
@@ -181,27 +187,20 @@ class _Worker:
         self.pool = pool
         self.stopped = threading.Event()
         self._config, self._store, self._bar = config, store, bar
-        self._own: set[str] = set()
+        self.own: set[str] = set()
 
     def work(self, batch: _Batch) -> None:
         """Factor those jobs of a batch that nobody has made or is making."""
         with self._store.claim([key for key, _ in batch]) as claimed:
-            mine = [(key, job) for key, job in batch if key in claimed]
-            if mine and not self.stopped.is_set():
-                self._factor(mine)
-                self._own.update(claimed)
+            if claimed and not self.stopped.is_set():
+                self._factor(batch, claimed)
+                self.own.update(claimed)
 
-    def unfinished(self, batch: _Batch) -> _Batch:
-        """Return the jobs of a batch without a result; those that others have made count as progress."""
-        left = [(key, job) for key, job in batch if not self._store.has(key)]
-        others = [job for key, job in batch if key not in self._own and self._store.has(key)]
-        self._bar.update(sum(job.size for job in others))
-        return left
-
-    def _factor(self, batch: _Batch) -> None:
+    def _factor(self, batch: _Batch, claimed: Sequence[str]) -> None:
+        """Factor a whole batch, and put the claimed results into the store."""
         jobs = [job for _, job in batch]
         names = ", ".join(job.name for job in jobs)
-        size, done = sum(job.size for job in jobs), 0
+        size, done = sum(job.size for key, job in batch if key in claimed), 0
         began = time.perf_counter()
 
         def advance(fraction: float) -> None:
@@ -224,18 +223,19 @@ class _Worker:
             raise error.inside(names) from error
         seconds = (time.perf_counter() - began) / len(jobs)
         for (key, job), factors in zip(batch, results, strict=True):
-            self._store.put(key, job, factors, seconds)
+            if key in claimed:
+                self._store.put(key, job, factors, seconds)
         self._bar.set_postfix_str(names, refresh=False)
 
 
 def _run_batches(worker: _Worker, batches: Sequence[_Batch]) -> None:
-    device = worker.pool.device_of(batches[0][0][1])
-    count = worker.pool.workers or default_workers(device)
+    devices = {worker.pool.device_of(job) for batch in batches for _, job in batch}
+    count = worker.pool.workers or min(default_workers(device) for device in devices)
     # A single weight may use every core; a given number of workers asks for results that do not depend on it.
     alone = worker.pool.workers is None and (len(batches) == 1 or count == 1)
     with _threads(min(count, len(batches)), None if alone else 1) as executor:
-        futures = [executor.submit(worker.work, batch) for batch in batches]
         try:
+            futures = [executor.submit(worker.work, batch) for batch in batches]
             for future in as_completed(futures):
                 future.result()
         except BaseException:
@@ -244,19 +244,19 @@ def _run_batches(worker: _Worker, batches: Sequence[_Batch]) -> None:
             raise
 
 
-def _batches(missing: dict[str, FactorJob], pool: Pool = Pool()) -> list[_Batch]:
+def _batches(jobs: dict[str, FactorJob], pool: Pool = Pool()) -> list[_Batch]:
     """Return the jobs in batches, long ones first: the last thread to finish then has little left to do.
 
     A core of a CPU is busy with any single weight; small weights on an accelerator share their launches.
     """
     alike: dict[Hashable, _Batch] = {}
-    for key, job in missing.items():
+    for key, job in jobs.items():
         device = pool.device_of(job)
         group = key if device.type == "cpu" else (device, job.batch_key)
         alike.setdefault(group, []).append((key, job))
     batches = []
     for batch in alike.values():
-        count = max(1, _BATCHED_WEIGHTS // batch[0][1].size)
+        count = min(_BATCHED_JOBS, max(1, _BATCHED_WEIGHTS // batch[0][1].size))
         batches += [batch[start : start + count] for start in range(0, len(batch), count)]
     return sorted(batches, key=lambda batch: -sum(job.mid_features * job.size for _, job in batch))
 

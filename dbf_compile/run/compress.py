@@ -10,7 +10,7 @@ from typing import Any, Unpack
 import torch
 from torch import nn
 
-from dbf_compile.errors import DBFError, OptionError
+from dbf_compile.errors import CheckpointError, DBFError, OptionError
 from dbf_compile.keywords import CompressKeywords
 from dbf_compile.machine import cores
 from dbf_compile.options import CompressionConfig, CompressOptions
@@ -99,10 +99,13 @@ def compress(
 
     linearize_experts_(request.model)
     _finish(Run(request, work))
+    report = read_report(output)
+    if report is None:
+        raise CheckpointError(
+            f"{output} without a readable report", "a folder as it was written", "compress again"
+        )
     if not settings.keep_work:
         work.remove()
-    report = read_report(output)
-    assert report is not None
     return Compressed(output, report)
 
 

@@ -75,8 +75,9 @@ def write_folder(run: Run, plan: Plan, distilled: Mapping[str, Any] | None) -> N
             time=run.seconds,
             **environment(request.device),
         )
-        write_text(folder / REPORT, json.dumps(report, indent=1) + "\n")
-        write_report(report, folder / PAGE)
+        content = json.dumps(report, indent=1)
+        write_text(folder / REPORT, content + "\n")
+        write_report(json.loads(content), folder / PAGE)  # checks what was written, before it takes its place
         folder.rename(request.output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

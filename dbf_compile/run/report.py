@@ -113,8 +113,8 @@ class StageRow(_Part):
     _keeps_null: ClassVar[bool] = True
 
     stage: str
-    before: Amount
-    after: Amount
+    before: Number  # a divergence of 0 may come out below it
+    after: Number
     block: Count | None = None
     what: str | None = None
     measure: str | None = None
@@ -218,7 +218,9 @@ def _parse(kind: Any, value: Any, place: str) -> Any:
     if origin is UnionType or NoneType in get_args(kind):
         inner = next(one for one in get_args(kind) if one is not NoneType)
         if value is None or value == {} or value == []:
-            return inner() if value == {} and inner is Evaluation else None
+            # An empty list or evaluation says that there is nothing, not that it is not known.
+            is_nothing = (value == {} and inner is Evaluation) or (value == [] and get_origin(inner) is tuple)
+            return inner() if is_nothing else None
         return _parse(inner, value, place)
     if kind is Any:
         return value

@@ -248,3 +248,37 @@ def test_the_memory_of_factors_does_not_keep_weights_alive():
     del model
     gc.collect()
     assert weight() is None
+
+
+class Between(nn.Module):
+    """Two layers of one input, and something between them that may write to it."""
+
+    def __init__(self, act):
+        super().__init__()
+        torch.manual_seed(0)
+        self.q_proj, self.k_proj, self.act = nn.Linear(64, 64), nn.Linear(64, 64), act
+        self.requires_grad_(False).eval()
+
+    def forward(self, x):
+        x = x.clone()
+        y = self.q_proj(x)
+        return self.act(x, y) + self.k_proj(x)
+
+
+def foreach(x, y):
+    torch._foreach_mul_([x, y], [-1.0, 2.0])
+    return y
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda x, y: y + 0 * F.relu(input=x, inplace=True),
+        lambda x, y: y + 0 * torch.relu_(input=x),
+        foreach,
+    ],
+    ids=["inplace by name", "all by name", "foreach"],
+)
+def test_a_write_between_two_layers_of_one_input_is_seen(act):
+    model, x = Between(act), randn(5, 64)
+    assert error_of(compiled(model)(x), factored(model, merge_shared_inputs=False)(x)) < 0.2

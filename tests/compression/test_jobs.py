@@ -131,3 +131,32 @@ def test_results_of_other_processes_are_waited_for(tmp_path):
     run_jobs(jobs, config, store, False, Pool(workers=1))
     assert results[store.key(jobs[0])] == "made elsewhere" and len(results) == 2
     assert len(claims) >= 4
+
+
+def test_batches_do_not_depend_on_what_is_there_already():
+    jobs = {name: job(name, device="meta") for name in "abcd"}
+    assert [[key for key, _ in batch] for batch in _batches(jobs)] == [["a", "b", "c", "d"]]
+    pool = Pool(workers=1, device=torch.device("meta"))
+    on_cpu = {name: job(name) for name in "abcd"}
+    assert [[key for key, _ in batch] for batch in _batches(on_cpu, pool)] == [["a", "b", "c", "d"]]
+
+
+def test_a_batch_is_factored_whole_and_stores_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs_module, "_batches", lambda jobs, pool: [list(jobs.items())])
+    jobs = [job("a"), job("b"), job("c")]
+    store = CachedStore(FactorCache(tmp_path), QUICK)
+    run_jobs(jobs, QUICK, store, False)
+    expected = [store.get(one) for one in jobs]
+    removed = store._cache._path(store.key(jobs[1]))
+    removed.unlink()
+    sizes = []
+    factorize_batch = jobs_module.factorize_batch
+    monkeypatch.setattr(
+        jobs_module, "factorize_batch", lambda w, *a, **k: sizes.append(len(w)) or factorize_batch(w, *a, **k)
+    )
+    again = CachedStore(FactorCache(tmp_path), QUICK)
+    run_jobs(jobs, QUICK, again, False)
+    assert sizes == [3] and removed.exists()
+    assert all(
+        torch.equal(again.get(one).signs_in, old.signs_in) for one, old in zip(jobs, expected, strict=True)
+    )

@@ -134,6 +134,31 @@ def test_mutated_by(target, args, kwargs, which):
     assert mutated_by(node) == tuple([x][i] for i in which)
 
 
+@pytest.mark.parametrize(
+    ("target", "kwargs"),
+    [
+        (F.relu, {"inplace": True}),
+        (F.dropout, {"p": 0.5, "inplace": True}),
+        (torch.relu_, {}),
+        (torch.ops.aten.relu_.default, {}),
+    ],
+)
+def test_a_write_is_seen_where_all_arguments_have_names(target, kwargs):
+    hand, x, _ = weight_graph()
+    name = "self" if target is torch.ops.aten.relu_.default else "input"
+    assert mutated_by(hand.graph.call_function(target, (), {name: x, **kwargs})) == (x,)
+
+
+@pytest.mark.parametrize(
+    ("target", "kwargs"),
+    [(F.embedding, {"max_norm": 0.1}), (F.batch_norm, {"training": True}), (torch.batch_norm, {})],
+)
+def test_functions_that_write_to_other_arguments_than_the_first_are_impure(target, kwargs):
+    hand, x, w = weight_graph()
+    assert mutated_by(hand.graph.call_function(target, (x, w), kwargs)) == (x, w)
+    assert is_pure(hand.graph.call_function(F.embedding, (x, w)))
+
+
 def test_mutated_by_sees_out_arguments():
     hand, x, w = weight_graph()
     for target in (torch.neg, torch.ops.aten.neg.out, torch.ops.aten.neg):

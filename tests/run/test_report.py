@@ -12,6 +12,7 @@ import pytest
 from support.reports import report
 
 from dbf_compile.errors import CheckpointError
+from dbf_compile.run.page import report_html
 from dbf_compile.run.report import REPORT, Report, read_report
 
 
@@ -36,11 +37,19 @@ def test_fields_are_attributes_and_keys() -> None:
         parsed["colour"]
 
 
-@pytest.mark.parametrize("empty", [None, {}, []])
-def test_absent_null_and_empty_are_one(empty: Any) -> None:
+def test_absent_and_null_are_one_and_an_empty_list_stays() -> None:
     shorter = report()
     del shorter["stages"]
-    assert Report.parse(report() | {"stages": empty}) == Report.parse(shorter)
+    assert Report.parse(report() | {"stages": None}) == Report.parse(shorter)
+    empty = Report.parse(report() | {"stages": [], "evaluation": {}})
+    assert empty["stages"] == [] and empty["evaluation"] == {} and not empty.evaluation
+
+
+def test_a_divergence_may_round_below_zero() -> None:
+    whole = report()
+    whole["stages"][-1]["after"] = -1.5e-8
+    assert Report.parse(whole).stages[-1].after < 0
+    assert "KL" in report_html(whole)
 
 
 def test_what_a_newer_version_adds_is_left_alone() -> None:
