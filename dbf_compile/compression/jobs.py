@@ -158,7 +158,7 @@ def run_jobs(
     missing = {key for key in by_key if not store.has(key)}
     if not missing:
         return
-    # Batches are those of all jobs: so results do not depend on which of them were there.
+    # Batches are made of all jobs, so that results do not depend on which of them exist already.
     batches = [batch for batch in _batches(by_key, pool) if any(key in missing for key, _ in batch)]
     bar = tqdm(
         total=sum(by_key[key].size for key in missing),

@@ -45,7 +45,8 @@ def compress_in_processes(
             pool.submit(compress, model, output, config=quiet if rank else settings, **inputs)
             for rank in range(processes)
         ]
-        return next(iter([call.result() for call in calls]))
+        results = [call.result() for call in calls]  # all of them: an error of any is raised
+        return results[0]
 
 
 def compress_on_ray(
