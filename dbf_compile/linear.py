@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from dbf_compile.errors import ConversionError
 from dbf_compile.factors import FIRST_STAGE, SIGN_NAMES, TENSOR_NAMES, DoubleBinaryFactors, move_factors
 from dbf_compile.ops import double_binary_linear
-from dbf_compile.signs import deinterleave, interleave, interleaved_on
+from dbf_compile.signs import deinterleave, interleave
 
 # Name of an empty tensor that a layer may have in place of the dense weight that other libraries look for.
 WEIGHT_PLACEHOLDER = "weight"
@@ -24,30 +21,24 @@ class DoubleBinaryLinear(nn.Module):
 
     ``y = scale_out ⊙ (signs_out · (scale_mid ⊙ (signs_in · (scale_in ⊙ x)))) + bias``, x [..., K], y [..., N]
 
-    The five tensors are buffers: they move with the module and are in its ``state_dict``, but are not trained. Gradients
-    with respect to x and bias are exact. On CPUs and CUDA devices the words of the signs are interleaved, as kernels read
-    them; ``state_dict`` and ``factors`` have them row by row.
+    The five tensors are parameters without gradients: they are moved, saved, offloaded and sharded as the dense weight was,
+    and are not trained. Gradients with respect to x and bias are exact. The words of the signs are interleaved, as kernels
+    read them, on every device and in ``state_dict``; ``factors`` has them row by row. Layers that share a first stage hold
+    the same three parameters, as tied weights do.
 
     Args:
         factors: the factored weight.
         bias: floating point [N], or None.
     """
 
-    signs_in: Tensor
-    signs_out: Tensor
-    scale_in: Tensor
-    scale_mid: Tensor
-    scale_out: Tensor
-    _shares_with: tuple[
-        DoubleBinaryLinear, ...
-    ] = ()  # the owner of the first stage; the tuple keeps it from being a child
+    signs_in: nn.Parameter
+    signs_out: nn.Parameter
+    scale_in: nn.Parameter
+    scale_mid: nn.Parameter
+    scale_out: nn.Parameter
 
     def __init__(self, factors: DoubleBinaryFactors, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.interleaved = interleaved_on(factors.scale_in.device)
-        for name, tensor in factors.tensors().items():
-            signs = self.interleaved and name in SIGN_NAMES
-            self.register_buffer(name, _once(interleave, tensor) if signs else tensor)
         self.bias: nn.Parameter | None
         if bias is None:
             self.register_parameter("bias", None)
@@ -55,19 +46,16 @@ class DoubleBinaryLinear(nn.Module):
             self.bias = bias
         else:
             self.bias = nn.Parameter(bias, requires_grad=bias.requires_grad)
+        tensors = factors.tensors()
+        # Signs come last: others take the dtype of a module to be that of its first parameter.
+        for name in sorted(TENSOR_NAMES, key=SIGN_NAMES.__contains__):
+            tensor = interleave(tensors[name]) if name in SIGN_NAMES else tensors[name]
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     def share_first_stage_(self, owner: DoubleBinaryLinear) -> None:
-        """Share the first stage of ``owner``, in place; it is then in the ``state_dict`` of the owner alone.
-
-        ``load_state_dict(assign=True)`` of a model with both layers shares the owner's new tensors again, if the owner
-        comes first in the model and both layers have one device and dtype.
-        """
+        """Hold the first stage of ``owner`` in place of one's own."""
         for name in FIRST_STAGE:
-            self.register_buffer(name, getattr(owner, name), persistent=False)
-        if self.interleaved != owner.interleaved:
-            self.signs_out = _once(interleave if owner.interleaved else deinterleave, self.signs_out)
-            self.interleaved = owner.interleaved
-        self._shares_with = (owner,)
+            self.register_parameter(name, getattr(owner, name))
 
     @property
     def in_features(self) -> int:
@@ -87,10 +75,8 @@ class DoubleBinaryLinear(nn.Module):
     @property
     def factors(self) -> DoubleBinaryFactors:
         """The five tensors, checked; signs row by row."""
-        tensors = {name: getattr(self, name) for name in TENSOR_NAMES}
-        if self.interleaved:
-            tensors |= {name: deinterleave(tensors[name]) for name in SIGN_NAMES}
-        return DoubleBinaryFactors(**tensors)
+        tensors = {name: getattr(self, name).detach() for name in TENSOR_NAMES}
+        return DoubleBinaryFactors(**tensors | {name: deinterleave(tensors[name]) for name in SIGN_NAMES})
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output [..., N] for x [..., K], in the dtype that a dense layer would return."""
@@ -107,43 +93,8 @@ class DoubleBinaryLinear(nn.Module):
             self.scale_out,
             self.bias,
             dtype,
-            self.interleaved,
+            interleaved=True,
         )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DoubleBinaryLinear:
-        # A model passes the same function to all its layers; so shared tensors stay shared.
-        super()._apply(lambda tensor: _once(fn, tensor), recurse)  # type: ignore[no-untyped-call]
-        self._follow_device()
-        return self
-
-    def _follow_device(self) -> None:
-        """Reorder the words of the signs as their device needs them."""
-        interleaved = interleaved_on(self.scale_in.device)
-        if interleaved != self.interleaved:
-            for name in SIGN_NAMES:
-                setattr(self, name, _once(interleave if interleaved else deinterleave, getattr(self, name)))
-            self.interleaved = interleaved
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.interleaved:
-            keys = [prefix + name for name in SIGN_NAMES if prefix + name in destination]
-            destination |= {key: deinterleave(destination[key]) for key in keys}
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        # state_dict is a copy of the user's dictionary.
-        for key in (prefix + name for name in SIGN_NAMES):
-            if self.interleaved and key in state_dict and state_dict[key].dim() == 2:
-                state_dict[key] = interleave(state_dict[key])
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        # assign=True replaces tensors, maybe by tensors on another device.
-        for owner in self._shares_with:
-            theirs, own = owner.scale_in, self.scale_out
-            if (theirs.device, theirs.dtype) == (own.device, own.dtype):
-                self.share_first_stage_(owner)
-        self._follow_device()
 
     def extra_repr(self) -> str:
         """Return the sizes for ``print(model)``."""
@@ -151,23 +102,6 @@ class DoubleBinaryLinear(nn.Module):
             f"in_features={self.in_features}, mid_features={self.mid_features}, "
             f"out_features={self.out_features}, bias={self.bias is not None}"
         )
-
-
-# Tensor -> (its version, the last function applied to it, the result).
-_applied: MutableMapping[Tensor, tuple[int, weakref.ref[Callable[[Tensor], Tensor]], Tensor]]
-_applied = WeakTensorKeyDictionary()
-
-
-def _once(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """Return ``function(tensor)``; the same call returns the same object, so that layers go on sharing a first stage."""
-    version = 0 if tensor.is_inference() else tensor._version
-    last = _applied.get(tensor)
-    if last is not None and last[0] == version and last[1]() is function:
-        return last[2]
-    result = function(tensor)
-    if result is not tensor:  # an entry must not keep its own key alive
-        _applied[tensor] = (version, weakref.ref(function), result)
-    return result
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -226,10 +160,14 @@ def swap_(model: nn.Module, factors: Mapping[str, DoubleBinaryFactors]) -> nn.Mo
                 "check that the checkpoint belongs to this model",
             )
     moved = move_factors(factors, {name: dense_weight(layers[name]).device for name in factors})
+    owners: dict[int, DoubleBinaryLinear] = {}
     for name, layer_factors in moved.items():
         dense = layers[name]
         bias = dense.bias
         factored = DoubleBinaryLinear(layer_factors, bias if isinstance(bias, Tensor) else None)
+        owner = owners.setdefault(id(layer_factors.signs_in), factored)
+        if owner is not factored:
+            factored.share_first_stage_(owner)
         factored.train(dense.training)
         if name == "":
             return factored

@@ -83,11 +83,6 @@ def unpack_signs(words: Tensor, cols: int, dtype: torch.dtype = torch.float32) -
     return (2 * bits.flatten(1)[:, :cols] - 1).to(dtype)
 
 
-def interleaved_on(device: torch.device) -> bool:
-    """Return whether layers and compiled graphs hold interleaved words on a device."""
-    return device.type in ("cpu", "cuda")
-
-
 def is_ragged(rows: int) -> bool:
     """Return whether the last 16-row block is incomplete; its rows are stored one by one."""
     return rows % BLOCK_ROWS != 0

@@ -27,7 +27,7 @@ from dbf_compile.options import CompileOptions
 from dbf_compile.passes.graph import FactorNodes, Weight, example_value, is_tensor
 from dbf_compile.passes.pipeline import run_pipeline, run_post_grad_pipeline
 from dbf_compile.records import resolve
-from dbf_compile.signs import interleave, interleaved_on
+from dbf_compile.signs import interleave
 
 _log = logging.getLogger(__name__)
 
@@ -127,15 +127,11 @@ class _Factored(NamedTuple):
 
     weights: _Snapshot
     tensors: dict[str, Tensor]
-    interleaved: bool
 
     @staticmethod
     def from_factors(weights: _Snapshot, factors: DoubleBinaryFactors) -> _Factored:
         tensors = factors.tensors()
-        interleaved = interleaved_on(factors.scale_in.device)
-        if interleaved:
-            tensors |= {name: interleave(tensors[name]) for name in SIGN_NAMES}
-        return _Factored(weights, tensors, interleaved)
+        return _Factored(weights, tensors | {name: interleave(tensors[name]) for name in SIGN_NAMES})
 
 
 # First weight of a stack -> identity of the stack -> factors. Dynamo calls the backend several times for one weight: for
@@ -228,7 +224,7 @@ class _GraphWeights:
             nodes[name] = node
             self.fake_inputs.append(fake)
             self.extra.append((index, name))
-        return FactorNodes(**nodes, interleaved=factored.interleaved)
+        return FactorNodes(**nodes, interleaved=True)
 
     def fingerprint(self) -> str:
         """Return a hash of all factors, and of what lowered programs depend on."""

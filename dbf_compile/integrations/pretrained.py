@@ -25,11 +25,19 @@ from transformers.models.auto import modeling_auto
 
 from dbf_compile.checkpoint import write_tensors
 from dbf_compile.errors import CheckpointError, ConversionError
-from dbf_compile.factors import FIRST_STAGE, TENSOR_NAMES, DoubleBinaryFactors, factor_dtypes, factor_shapes
+from dbf_compile.factors import (
+    FIRST_STAGE,
+    SIGN_NAMES,
+    TENSOR_NAMES,
+    DoubleBinaryFactors,
+    factor_dtypes,
+    factor_shapes,
+)
 from dbf_compile.files import write_text
 from dbf_compile.integrations.experts import linearize_experts_
 from dbf_compile.integrations.transformers import METHOD, DBFConfig, Layers, insert_layers_
 from dbf_compile.linear import WEIGHT_PLACEHOLDER, dense_weight
+from dbf_compile.signs import interleave
 
 _WEIGHTS = "model.safetensors"
 _WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
@@ -274,7 +282,11 @@ def _pieces(compressed: CompressedModel) -> Iterator[Piece]:
         if layer not in layers or kind != WEIGHT_PLACEHOLDER:
             yield name, tensor.numel() * tensor.element_size(), _copy_of(tensor)
             continue
-        yield name, 0, _copy_of(torch.empty(0, dtype=tensor.dtype))
+        yield (
+            name,
+            0,
+            _copy_of(torch.empty(len(dense_weight(model.get_submodule(layer))), 0, dtype=tensor.dtype)),
+        )
         entry = layers[layer]
         shared = entry["shares_first_stage_with"] is not None
         kept = [part for part in TENSOR_NAMES if not (shared and part in FIRST_STAGE)]
@@ -291,7 +303,11 @@ def _copy_of(tensor: Tensor) -> Callable[[], Tensor]:
 
 
 def _part_of(factors: Callable[[str], DoubleBinaryFactors], layer: str, part: str) -> Callable[[], Tensor]:
-    return lambda: factors(layer).tensors()[part].clone().contiguous()
+    def make() -> Tensor:
+        tensor = factors(layer).tensors()[part]
+        return interleave(tensor) if part in SIGN_NAMES else tensor.clone().contiguous()
+
+    return make
 
 
 def _part_size(part: str, layer: nn.Module, mid_features: int) -> int:

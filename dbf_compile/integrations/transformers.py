@@ -1,9 +1,10 @@
 """Hugging Face: what a compressed folder holds, and the quantizer that loads it.
 
-    config.json               "quantization_config": {"quant_method": "dbf", "dbf_format_version": 1,
+    config.json               "quantization_config": {"quant_method": "dbf", "dbf_format_version": 2,
                               "layers": {name: {"mid_features": R, "shares_first_stage_with": name or null}}}
-    model*.safetensors        "<layer>.<tensor>" for the five tensors of a factored layer (a shared first stage is
-                              stored once), everything else under its name in the dense model
+    model*.safetensors        "<layer>.<tensor>" for the five tensors of a factored layer as it holds them, signs
+                              interleaved (a shared first stage is stored once, as tied weights are), everything
+                              else under its name in the dense model
     dbf_report.json           where it came from, and what every layer lost
     *_dbf.py                  for ``trust_remote_code=True``: they import dbf_compile, which registers the quantizer
 
@@ -42,7 +43,7 @@ from dbf_compile.linear import (
     replace_everywhere,
 )
 
-METHOD, VERSION = "dbf", 1
+METHOD, VERSION = "dbf", 2
 _DAMAGED = "the folder is damaged: compress the model again"
 
 Layers = Mapping[str, Mapping[str, Any]]
@@ -174,6 +175,7 @@ def insert_layers_(model: nn.Module, layers: Layers) -> None:
             "load with the class of the model that was compressed",
         )
     inserted: dict[str, DoubleBinaryLinear] = {}
+    shared: dict[str, str] = {}
     for name, entry in sorted(
         layers.items(), key=lambda item: item[1]["shares_first_stage_with"] is not None
     ):
@@ -189,16 +191,21 @@ def insert_layers_(model: nn.Module, layers: Layers) -> None:
                     _DAMAGED,
                 )
             layer.share_first_stage_(inserted[owner])
+            for tensor in FIRST_STAGE:
+                shared[f"{name}.{tensor}"] = f"{owner}.{tensor}"
+        # transformers fits the length of the bias to the rows of this where it ties weights.
         layer.register_buffer(
-            WEIGHT_PLACEHOLDER, torch.empty(0, dtype=dense_weight(old).dtype, device="meta")
+            WEIGHT_PLACEHOLDER, torch.empty(rows, 0, dtype=dense_weight(old).dtype, device="meta")
         )
         layer.train(old.training)
         inserted[name] = layer
         replace_everywhere(model, old, layer)
+    ties: Any = model
+    ties.all_tied_weights_keys = {**(getattr(model, "all_tied_weights_keys", None) or {}), **shared}
 
 
 def finish_layers_(model: nn.Module, layers: Layers) -> None:
-    """Finish layers whose tensors have been loaded, in place: share first stages, order signs, check all tensors.
+    """Finish layers whose tensors have been loaded, in place: share first stages, check all tensors.
 
     Raises:
         CheckpointError: tensors are missing, or are no factors.
@@ -217,11 +224,12 @@ def finish_layers_(model: nn.Module, layers: Layers) -> None:
         ]
         if absent:
             raise CheckpointError(f"layer {name!r} without {', '.join(absent)}", "all five tensors", _DAMAGED)
+        for tensor in TENSOR_NAMES:
+            getattr(layer, tensor).requires_grad_(False)
         try:
             _ = layer.factors
         except FactorsError as error:
             raise CheckpointError(f"layer {name!r}: {error.got}", error.allowed, _DAMAGED) from error
-    model._apply(lambda tensor: tensor)  # the layers put their signs in the order of the device
 
 
 def _was_loaded(tensor: Tensor) -> bool:
