@@ -56,6 +56,8 @@ class DoubleBinaryLinear(nn.Module):
         """Hold the first stage of ``owner`` in place of one's own."""
         for name in FIRST_STAGE:
             self.register_parameter(name, getattr(owner, name))
+        # What transformers leaves out of a file where the file has it under another name.
+        self._tied_weights_keys = {name: name for name in FIRST_STAGE}
 
     @property
     def in_features(self) -> int:
