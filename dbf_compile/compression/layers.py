@@ -75,16 +75,34 @@ class LayerFactorizer:
         """
         if name in self._ready:
             return ("ready", id(self._ready[name].signs_in))
+        if self.why_dense(name, weight) is not None:
+            return None
         config = self._config
-        out_features, in_features = weight.shape
-        bits = config.bits_for(name)
-        if not weight.is_floating_point() or weight.device.type == "meta" or config.skips(name):
-            return None
-        if mid_features_for(bits, in_features, out_features) < MIN_MID_FEATURES:
-            return None
+        in_features, bits = weight.shape[1], config.bits_for(name)
         if not config.merge_shared_inputs:
             return ("alone", name)
         return ("made", in_features, bits, weight.dtype, weight.device)
+
+    def why_dense(self, name: str, weight: Tensor) -> str | None:
+        """Return why a layer stays dense, or None if it is factored."""
+        if name in self._ready:
+            return None
+        if self._config.skips(name):
+            return "skipped by name"
+        if not weight.is_floating_point():
+            return f"a weight of {str(weight.dtype).removeprefix('torch.')}"
+        if weight.device.type == "meta":
+            return "a weight on the meta device"
+        out_features, in_features = weight.shape
+        bits = self._config.bits_for(name)
+        if mid_features_for(bits, in_features, out_features) < MIN_MID_FEATURES:
+            return f"too small to gain at {bits:g} bits per weight"
+        return None
+
+    @property
+    def ready_names(self) -> list[str]:
+        """Names of the layers whose factors were made before."""
+        return list(self._ready)
 
     def is_ready(self, names: Sequence[str]) -> bool:
         """Return whether the factors of these layers were made before, from weights nobody here has seen."""
