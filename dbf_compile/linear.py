@@ -11,12 +11,13 @@ from dbf_compile.errors import ConversionError
 from dbf_compile.factors import FIRST_STAGE, SIGN_NAMES, TENSOR_NAMES, DoubleBinaryFactors, move_factors
 from dbf_compile.ops import double_binary_linear
 from dbf_compile.signs import deinterleave, interleave
+from dbf_compile.stand_in import StandIn
 
-# Name of an empty tensor that a layer may have in place of the dense weight that other libraries look for.
+# Name of the dense weight. Files of transformers have an empty tensor [N, 0] of this name for a factored layer.
 WEIGHT_PLACEHOLDER = "weight"
 
 
-class DoubleBinaryLinear(nn.Module):
+class DoubleBinaryLinear(StandIn):
     """A linear layer stored as double binary factors.
 
     ``y = scale_out ⊙ (signs_out · (scale_mid ⊙ (signs_in · (scale_in ⊙ x)))) + bias``, x [..., K], y [..., N]
@@ -33,12 +34,12 @@ class DoubleBinaryLinear(nn.Module):
 
     signs_in: nn.Parameter
     signs_out: nn.Parameter
-    scale_in: nn.Parameter
     scale_mid: nn.Parameter
-    scale_out: nn.Parameter
 
     def __init__(self, factors: DoubleBinaryFactors, bias: Tensor | None = None) -> None:
         super().__init__()
+        if bias is not None:
+            self.weight_dtype = bias.dtype
         self.bias: nn.Parameter | None
         if bias is None:
             self.register_parameter("bias", None)
@@ -60,19 +61,9 @@ class DoubleBinaryLinear(nn.Module):
         self._tied_weights_keys = {name: name for name in FIRST_STAGE}
 
     @property
-    def in_features(self) -> int:
-        """K, the size of the input."""
-        return self.scale_in.shape[0]
-
-    @property
     def mid_features(self) -> int:
         """R, the size of the middle dimension."""
         return self.scale_mid.shape[0]
-
-    @property
-    def out_features(self) -> int:
-        """N, the size of the output."""
-        return self.scale_out.shape[0]
 
     @property
     def factors(self) -> DoubleBinaryFactors:
@@ -132,6 +123,12 @@ def dense_weight(module: nn.Module) -> Tensor:
     return weight.T if is_conv1d(module) else weight
 
 
+def dense_bias(module: nn.Module) -> Tensor | None:
+    """Return the bias [N] of a dense linear layer, or None."""
+    bias = module.bias
+    return bias if isinstance(bias, Tensor) else None
+
+
 def swap_(model: nn.Module, factors: Mapping[str, DoubleBinaryFactors]) -> nn.Module:
     """Replace dense linear layers of ``model`` by factored ones, in place.
 
@@ -163,23 +160,32 @@ def swap_(model: nn.Module, factors: Mapping[str, DoubleBinaryFactors]) -> nn.Mo
             )
     moved = move_factors(factors, {name: dense_weight(layers[name]).device for name in factors})
     owners: dict[int, DoubleBinaryLinear] = {}
+    replacements: dict[nn.Module, nn.Module] = {}
     for name, layer_factors in moved.items():
         dense = layers[name]
-        bias = dense.bias
-        factored = DoubleBinaryLinear(layer_factors, bias if isinstance(bias, Tensor) else None)
+        factored = DoubleBinaryLinear(layer_factors, dense_bias(dense))
         owner = owners.setdefault(id(layer_factors.signs_in), factored)
         if owner is not factored:
             factored.share_first_stage_(owner)
-        factored.train(dense.training)
         if name == "":
+            factored.take_place_of_(dense)
             return factored
-        replace_everywhere(model, dense, factored)
+        replacements[dense] = factored
+    replace_all(model, replacements)
     return model
 
 
 def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Replace ``old`` by ``new`` under all its parents, in place; a shared layer has several."""
-    for parent in model.modules():
+    replace_all(model, {old: new})
+
+
+def replace_all(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Replace modules by others under all their parents, in place and in one walk: mixtures have thousands of layers."""
+    for old, new in replacements.items():
+        if isinstance(new, StandIn):
+            new.take_place_of_(old)
+    for parent in list(model.modules()):
         for child_name, child in parent._modules.items():
-            if child is old:
-                setattr(parent, child_name, new)
+            if child is not None and child in replacements:
+                setattr(parent, child_name, replacements[child])

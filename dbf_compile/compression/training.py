@@ -30,6 +30,7 @@ from dbf_compile.factorizer.refine import Product, flip_costs
 from dbf_compile.factorizer.weighted import WeightedWeight
 from dbf_compile.factors import DoubleBinaryFactors
 from dbf_compile.signs import pack_signs, unpack_signs
+from dbf_compile.stand_in import StandIn
 
 _SCALES = ("scale_in", "scale_mid", "scale_out")
 _TINY = 1e-30
@@ -46,7 +47,7 @@ class _Sign(torch.autograd.Function):
         return grads[0]
 
 
-class Trainable(nn.Module):
+class Trainable(StandIn):
     """A factored layer whose scales are parameters in float32; they require no gradient until :func:`train` is called.
 
     Args:
@@ -56,9 +57,7 @@ class Trainable(nn.Module):
     """
 
     bias: Tensor | None
-    scale_in: nn.Parameter
     scale_mid: nn.Parameter
-    scale_out: nn.Parameter
 
     def __init__(
         self, factors: DoubleBinaryFactors, bias: Tensor | None = None, owner: Trainable | None = None

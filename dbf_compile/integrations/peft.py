@@ -8,12 +8,11 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from dbf_compile.linear import WEIGHT_PLACEHOLDER, DoubleBinaryLinear
+from dbf_compile.linear import DoubleBinaryLinear
 
 
 class LoraDoubleBinary(nn.Module, LoraLayer):
@@ -62,12 +61,6 @@ def add_lora(model: nn.Module, config: LoraConfig | None = None, **kwargs: Any) 
     if config is None:
         names = {name for name, layer in model.named_modules() if isinstance(layer, DoubleBinaryLinear)}
         config = LoraConfig(r=8, target_modules=sorted(names))
-    for layer in model.modules():
-        if isinstance(layer, DoubleBinaryLinear) and not hasattr(layer, WEIGHT_PLACEHOLDER):
-            # PEFT asks a layer's weight for its device. Layers from folders of transformers have an empty one.
-            layer.register_buffer(
-                WEIGHT_PLACEHOLDER, torch.empty(0, device=layer.scale_in.device), persistent=False
-            )
     # PEFT's hook for layers it does not know; older releases lack a public one.
     config._register_custom_module({DoubleBinaryLinear: LoraDoubleBinary})
     with warnings.catch_warnings():

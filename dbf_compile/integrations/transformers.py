@@ -136,6 +136,15 @@ class DBFQuantizer(HfQuantizer):
         """Return that ``save_pretrained`` works: tensors are stored under the names they have in the model."""
         return True
 
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what ``save_pretrained`` writes: the state, and an empty weight for each factored layer."""
+        state = model.state_dict()
+        for name, layer in model.named_modules():
+            if isinstance(layer, DoubleBinaryLinear):
+                empty = torch.empty(layer.out_features, 0, dtype=layer.weight_dtype)
+                state[f"{name}.{WEIGHT_PLACEHOLDER}"] = empty
+        return state, {}
+
     @property
     def is_trainable(self) -> bool:
         """Whether adapters can be trained on top; the factors themselves are constants."""
@@ -193,13 +202,10 @@ def insert_layers_(model: nn.Module, layers: Layers) -> None:
             layer.share_first_stage_(inserted[owner])
             for tensor in FIRST_STAGE:
                 shared[f"{name}.{tensor}"] = f"{owner}.{tensor}"
-        # transformers fits the length of the bias to the rows of this where it ties weights.
-        layer.register_buffer(
-            WEIGHT_PLACEHOLDER, torch.empty(rows, 0, dtype=dense_weight(old).dtype, device="meta")
-        )
-        layer.train(old.training)
         inserted[name] = layer
         replace_everywhere(model, old, layer)
+        # What the file has in place of the dense weight; loaded for its dtype, which is float32 where others are not.
+        layer._buffers[WEIGHT_PLACEHOLDER] = torch.empty(rows, 0, dtype=layer.weight_dtype, device="meta")
     ties: Any = model
     ties.all_tied_weights_keys = {**(getattr(model, "all_tied_weights_keys", None) or {}), **shared}
 
@@ -212,6 +218,7 @@ def finish_layers_(model: nn.Module, layers: Layers) -> None:
     """
     for name, entry in layers.items():
         layer: Any = model.get_submodule(name)
+        layer.weight_dtype = layer._buffers.pop(WEIGHT_PLACEHOLDER).dtype
         owner = entry["shares_first_stage_with"]
         if owner is not None:
             layer.share_first_stage_(model.get_submodule(owner))
