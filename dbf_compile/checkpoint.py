@@ -4,6 +4,7 @@
     header    "format": "dbf", "format_version": "1",
               "layers": JSON {layer: {"in_features": K, "mid_features": R, "out_features": N,
                                       "shares_first_stage_with": layer or null}},
+              "checksums": of tensors and header, see :mod:`dbf_compile.checksums`; older files have none,
               and the user's own keys
 
 A layer may share its first stage (signs_in, scale_in, scale_mid). It then names the layer that stores the first stage
@@ -27,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dbf_compile import checksums
 from dbf_compile.errors import CheckpointError, FactorsError
 from dbf_compile.factors import (
     FIRST_STAGE,
@@ -39,7 +41,7 @@ from dbf_compile.factors import (
 from dbf_compile.files import atomic_write
 
 FORMAT, VERSION = "dbf", "1"
-RESERVED_KEYS = ("format", "format_version", "layers")
+RESERVED_KEYS = ("format", "format_version", "layers", checksums.KEY)
 
 # safetensors' names of dtypes
 _SIGN_DTYPES = ("I32",)
@@ -126,7 +128,9 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> di
         layers = _read_layers(_read_header(file))
         # Each tensor is read once: layers that share a key get the same object.
         tensors = {key: _read_tensor(file, key).to(device) for key in _checked_keys(file, layers)}
-        return {name: _factors_of(name, layer, tensors) for name, layer in layers.items()}
+        factors = {name: _factors_of(name, layer, tensors) for name, layer in layers.items()}
+        _check_content(path)
+        return factors
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -162,7 +166,7 @@ def _header(layers: Mapping[str, _Layer], metadata: Mapping[str, str]) -> dict[s
 
 
 def write_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Path) -> None:
-    """Write a safetensors file, atomically: the file is replaced as a whole or not at all.
+    """Write a safetensors file with checksums, atomically: the file is replaced as a whole or not at all.
 
     Args:
         tensors: on the CPU, contiguous, none a view of another.
@@ -174,7 +178,7 @@ def write_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, str], path
     """
     try:
         with atomic_write(path) as partial:
-            save_file(dict(tensors), partial, dict(header))
+            save_file(dict(tensors), partial, checksums.with_checksums(tensors, header))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"writing {path} failed ({error})",
@@ -315,6 +319,17 @@ def _read_tensor(file: Any, key: str) -> Tensor:
     # Tensors are views of the memory-mapped file. Layers on the CPU copy signs into another order; a scale that is not
     # copied as well would keep the whole file mapped.
     return tensor.clone() if tensor.is_floating_point() else tensor
+
+
+def _check_content(path: str | os.PathLike[str]) -> None:
+    """Refuse what is valid, but not what was written."""
+    changed = checksums.changed_tensors(path)
+    if changed:
+        raise CheckpointError(
+            f"content that has changed since it was written: {checksums.listed(changed)}",
+            "a file as it was written",
+            _MAKE_AGAIN,
+        )
 
 
 def _factors_of(name: str, layer: _Layer, tensors: Mapping[str, Tensor]) -> DoubleBinaryFactors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -22,27 +23,31 @@ from dbf_compile.run.report import Report, read_report
 _DAMAGED = "the folder is damaged: compress the model again, or copy it again"
 
 
-def inspect(model: str | Path) -> dict[str, Any]:
-    """Return what of a model is compressed, from its configuration and the headers of its files.
+def inspect(model: str | Path, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Return what of a model is compressed, from its configuration and its files, which are compared with what was written.
 
     Args:
         model: folder of a compressed model, or its name on the Hub.
+        trust_remote_code: run code that comes with the model.
 
     Returns:
         "model"; "share" of the weights that is factored; "factored" and "file", bits per weight; "dense", what is not factored
         and why; "layers": name, shape [N, K], ``mid_features``, bits and, where the report has it, error; "operations":
-        additions and multiplications a token of the factored layers, and multiplications of the dense ones.
+        additions and multiplications a token of the factored layers, and multiplications of the dense ones; "verified": whether
+        all files are as the compression wrote them, or False where a file was saved again since.
 
     Raises:
         CheckpointError: not compressed, or damaged.
     """
-    from dbf_compile.integrations import pretrained
+    from dbf_compile.integrations import content, pretrained
 
     folder = pretrained.local_folder(model)
-    dense, factored, table = pretrained.empty_compressed(folder)
+    dense, factored, table = pretrained.empty_compressed(folder, trust_remote_code)
+    files = sorted(folder.glob("model*.safetensors"))
+    verified = content.check_content(files)
     report = read_report(folder)
     covered = coverage(dense, set(table), _settings(report))
-    size = _check_files(folder, factored)
+    size = _check_files(files, factored)
     errors = {} if report is None else {row.name: row.error for row in report.layers}
     groups: dict[str, list[str]] = {}
     for name, module in factored.named_modules():  # configurations are sorted by name when they are saved
@@ -58,6 +63,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
         "dense": covered["dense"],
         "layers": rows,
         "operations": _operations(rows),
+        "verified": verified,
     }
 
 
@@ -98,11 +104,11 @@ def _settings(report: Report | None) -> CompressionConfig:
         return CompressionConfig()
 
 
-def _check_files(folder: Path, model: nn.Module) -> int:
+def _check_files(files: Sequence[Path], model: nn.Module) -> int:
     """Return the bytes of the weight files after comparing names and shapes with what the model needs."""
     shapes: dict[str, tuple[int, ...]] = {}
     size = 0
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in files:
         size += path.stat().st_size
         try:
             with safe_open(path, framework="pt") as file:

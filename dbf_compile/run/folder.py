@@ -10,8 +10,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from dbf_compile.errors import CheckpointError
 from dbf_compile.factors import DoubleBinaryFactors
 from dbf_compile.files import new_folder_mode, write_text
+from dbf_compile.progress import say
 from dbf_compile.run.context import Plan, Run
 from dbf_compile.run.page import write_report
 from dbf_compile.run.report import (
@@ -26,6 +30,7 @@ from dbf_compile.run.report import (
     StageRow,
     environment,
 )
+from dbf_compile.run.verification import differences
 
 
 def write_folder(run: Run, plan: Plan, distilled: Mapping[str, Any] | None) -> None:
@@ -36,20 +41,19 @@ def write_folder(run: Run, plan: Plan, distilled: Mapping[str, Any] | None) -> N
         plan: what was factored.
         distilled: what distillation gained, or None where it was left out.
     """
-    from dbf_compile.integrations import pretrained
+    from dbf_compile.integrations import folder as model_folder
 
     request = run.request
-    if distilled is None:
-        evaluation = run.judge(run.student(run.all_factors(plan)), plan.blocks)
-    else:
-        evaluation = distilled["after"]
+    student = run.student(run.all_factors(plan) if distilled is None else run.work.read("distilled")[0])
+    evaluation = run.judge(student, plan.blocks) if distilled is None else distilled["after"]
     stored = sum(one.stored_bits for one in plan.placed)
     factored = stored / sum(one.job.size for one in plan.placed)
     # Dot-prefixed, so that nobody takes it for a finished model, and private to this process.
     folder = Path(tempfile.mkdtemp(dir=request.output.parent, prefix=f".{request.output.name}."))
     try:
         folder.chmod(new_folder_mode())
-        compressed = pretrained.CompressedModel(
+        say(f"writing {request.output}", request.config.progress)
+        compressed = model_folder.CompressedModel(
             model=request.model,
             layers=_layer_table(plan),
             factors=_FactorReader(run, plan, distilled is not None),
@@ -57,7 +61,7 @@ def write_folder(run: Run, plan: Plan, distilled: Mapping[str, Any] | None) -> N
             source=request.source.folder,
             tokenizer=request.tokenizer,
         )
-        size = pretrained.write_model(folder, compressed, request.config.max_shard_size)
+        size = model_folder.write_model(folder, compressed, request.config.max_shard_size)
         report = Report(
             model=request.model_facts,
             data=request.data,
@@ -78,9 +82,32 @@ def write_folder(run: Run, plan: Plan, distilled: Mapping[str, Any] | None) -> N
         content = json.dumps(report, indent=1)
         write_text(folder / REPORT, content + "\n")
         write_report(json.loads(content), folder / PAGE)  # checks what was written, before it takes its place
+        say(f"verifying {request.output}", request.config.progress)
+        with run.timed("verify"):
+            _verify(run, plan, student, folder)
         folder.rename(request.output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _verify(run: Run, plan: Plan, student: nn.Module, folder: Path) -> None:
+    """Load a folder as its users will, and compare it with the model that was judged.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or is another model.
+    """
+    from dbf_compile.integrations import pretrained
+
+    request = run.request
+    loaded = pretrained.open_as(type(request.model), folder)
+    batch = next(iter([*request.judging, *request.calibrating]), None)
+    different = differences(student, loaded, batch, plan.blocks, request.device)
+    if different is not None:
+        raise CheckpointError(
+            f"a folder for {request.output} that loads as another model than was judged ({different})",
+            "the model that the report describes",
+            f"nothing was written there, and {run.work.folder} is kept: report this with the class {type(student).__name__}",
+        )
 
 
 class _FactorReader:
