@@ -35,8 +35,13 @@ from dbf_compile.run.compress import Compressed, compress
 
 __version__ = "0.1.0"
 
-# Whoever loads a compressed folder needs no import but this package's and transformers', in any order.
-when_imported("transformers.quantizers.auto", partial(import_module, "dbf_compile.integrations.transformers"))
+# Whoever loads or saves a compressed model, or trains adapters, needs no import but this package's and the library's.
+for _library, _integration in (
+    ("transformers.quantizers.auto", "transformers"),
+    ("transformers.modeling_utils", "saving"),
+    ("peft", "peft"),
+):
+    when_imported(_library, partial(import_module, f"dbf_compile.integrations.{_integration}"))
 
 __all__ = [
     "Allocation",

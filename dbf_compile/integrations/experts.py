@@ -10,13 +10,13 @@ Shape letters: E experts, J experts a token, K hidden size, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
+WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 class Experts(nn.Module):
@@ -31,7 +31,7 @@ class Experts(nn.Module):
 
     def __init__(self, fused: nn.Module) -> None:
         super().__init__()
-        for name in _WEIGHTS:
+        for name in WEIGHTS:
             weight = fused._parameters.pop(name, None)
             bias = fused._parameters.pop(f"{name}_bias", None)
             if weight is not None:
@@ -43,7 +43,7 @@ class Experts(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return y [T, K] for hidden states [T, K], the experts of each token [T, J] and their shares [T, J]."""
-        ups, downs = (list(each.children()) for name, each in self.named_children() if name in _WEIGHTS)
+        ups, downs = (list(each.children()) for name, each in self.named_children() if name in WEIGHTS)
         result = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
             if not 0 <= expert < len(downs):
@@ -56,13 +56,17 @@ class Experts(nn.Module):
         return result
 
 
-def linearize_experts_(model: nn.Module) -> list[str]:
+def linearize_experts_(model: nn.Module, keep: Collection[str] = ()) -> list[str]:
     """Give every expert of ``model`` linear layers of its own, in place; no weight is copied.
+
+    Args:
+        model: of transformers.
+        keep: names of modules that stay as they are.
 
     Returns:
         The names of the modules that were replaced.
     """
-    names = [name for name, module in model.named_modules() if is_fused(module)]
+    names = [name for name, module in model.named_modules() if is_fused(module) and name not in keep]
     for name in names:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, Experts(model.get_submodule(name)))

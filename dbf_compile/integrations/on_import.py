@@ -6,8 +6,10 @@ import importlib.abc
 import importlib.machinery
 import sys
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
+
+_actions: dict[str, list[Callable[[], object]]] = {}
 
 
 def when_imported(name: str, action: Callable[[], object]) -> None:
@@ -19,33 +21,51 @@ def when_imported(name: str, action: Callable[[], object]) -> None:
     """
     if name in sys.modules:
         action()
-    else:
-        sys.meta_path.insert(0, _Finder(name, action))
+        return
+    _actions.setdefault(name, []).append(action)
+    if _FINDER not in sys.meta_path:
+        sys.meta_path.insert(0, _FINDER)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    def __init__(self, name: str, action: Callable[[], object]) -> None:
-        self._name, self._action = name, action
+    """Finds what the other finders find. A module that is only looked for is found again when it is imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self._name:
+        if fullname not in _actions:
             return None
-        sys.meta_path.remove(self)  # the search below must not find this finder again
-        spec = find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self._action)
-        return spec
+        for finder in sys.meta_path:
+            if finder is not self and hasattr(finder, "find_spec"):
+                spec = finder.find_spec(fullname, path, target)
+                if spec is not None:
+                    if spec.loader is not None:
+                        spec.loader = _Loader(spec.loader)
+                    return spec
+        return None
 
 
 class _Loader(importlib.abc.Loader):
-    def __init__(self, loader: importlib.abc.Loader, action: Callable[[], object]) -> None:
-        self._loader, self._action = loader, action
+    """A module's own loader, with actions after it; it is gone when they have run."""
+
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        self._action()
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        module.__loader__ = self._loader
+        for action in _actions.pop(module.__name__, ()):
+            action()
+        if not _actions and _FINDER in sys.meta_path:
+            sys.meta_path.remove(_FINDER)
+
+
+_FINDER = _Finder()

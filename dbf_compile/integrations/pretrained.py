@@ -21,6 +21,7 @@ from dbf_compile.checksums import listed
 from dbf_compile.errors import CheckpointError, ConversionError, DBFError
 from dbf_compile.integrations.companions import OTHER_FORMS
 from dbf_compile.integrations.experts import linearize_experts_
+from dbf_compile.integrations.renaming import experts_in, layers_in
 from dbf_compile.integrations.transformers import METHOD, DBFConfig, Layers, insert_layers_
 from dbf_compile.linear import DoubleBinaryLinear
 
@@ -278,7 +279,7 @@ def empty_compressed(folder: Path, trust_remote_code: bool = False) -> tuple[nn.
             "a folder written by dbf_compile.compress",
             "compress it first",
         )
-    layers = DBFConfig.from_dict(quantization).layers
+    stored = DBFConfig.from_dict(quantization)
     del config.quantization_config
     kind = model_class(config, trust_remote_code)
     models = []
@@ -288,8 +289,9 @@ def empty_compressed(folder: Path, trust_remote_code: bool = False) -> tuple[nn.
                 model = kind.from_config(config, trust_remote_code=trust_remote_code)
             else:
                 model = kind(config)
-        linearize_experts_(model)
+        linearize_experts_(model, keep=experts_in(model, stored.fused_experts))
         models.append(model)
+    layers = layers_in(models[1], stored.layers, ())
     insert_layers_(models[1], layers)
     return models[0], models[1], layers
 

@@ -17,11 +17,12 @@ transformers 5.16 to 5.23.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -29,12 +30,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from dbf_compile.errors import CheckpointError, ConversionError, FactorsError
 from dbf_compile.factors import (
     FIRST_STAGE,
+    SCALE_DTYPES,
     TENSOR_NAMES,
     DoubleBinaryFactors,
     factor_dtypes,
     factor_shapes,
 )
-from dbf_compile.integrations.experts import linearize_experts_
+from dbf_compile.integrations.content import check_content
+from dbf_compile.integrations.experts import Experts, is_fused, linearize_experts_
+from dbf_compile.integrations.renaming import experts_in, layers_in
 from dbf_compile.linear import (
     WEIGHT_PLACEHOLDER,
     DoubleBinaryLinear,
@@ -45,6 +49,7 @@ from dbf_compile.linear import (
 
 METHOD, VERSION = "dbf", 2
 _DAMAGED = "the folder is damaged: compress the model again"
+_SCALES = {str(dtype).removeprefix("torch."): dtype for dtype in SCALE_DTYPES}
 
 Layers = Mapping[str, Mapping[str, Any]]
 
@@ -56,6 +61,7 @@ class DBFConfig(QuantizationConfigMixin):
         layers: name of each factored layer to its ``mid_features``, and the layer whose first stage it shares.
         dbf_format_version: version of the layout of the folder.
         bits_per_weight: stored bits per weight of the factored layers, for the record.
+        fused_experts: names of modules whose experts have no linear layers of their own.
     """
 
     def __init__(
@@ -63,12 +69,14 @@ class DBFConfig(QuantizationConfigMixin):
         layers: Layers | None = None,
         dbf_format_version: int = VERSION,
         bits_per_weight: float | None = None,
+        fused_experts: Sequence[str] = (),
         **_: Any,
     ) -> None:
         self.quant_method: Any = METHOD
         self.dbf_format_version = dbf_format_version
         self.bits_per_weight = bits_per_weight
         self.layers = {} if layers is None else layers
+        self.fused_experts = list(fused_experts)
         self.post_init()
 
     def post_init(self) -> None:
@@ -79,16 +87,26 @@ class DBFConfig(QuantizationConfigMixin):
         """
         if self.dbf_format_version != VERSION:
             raise CheckpointError(
-                f"dbf_format_version={self.dbf_format_version!r}",
+                f"config.json: dbf_format_version={self.dbf_format_version!r}",
                 f"dbf_format_version={VERSION}",
                 "update dbf_compile",
             )
         if not isinstance(self.layers, Mapping):
-            raise CheckpointError(f"layers of type {type(self.layers).__name__}", "a dictionary", _DAMAGED)
+            raise CheckpointError(
+                f"config.json: layers of type {type(self.layers).__name__}", "a dictionary", _DAMAGED
+            )
         for name, entry in self.layers.items():
             size = entry.get("mid_features") if isinstance(entry, Mapping) else None
             if type(size) is not int or size < 1:
-                raise CheckpointError(f"layer {name!r}: {entry!r}", "mid_features of 1 or more", _DAMAGED)
+                raise CheckpointError(
+                    f"config.json: layer {name!r}: {entry!r}", "mid_features of 1 or more", _DAMAGED
+                )
+            if entry.get("scale_dtype", "float16") not in _SCALES:
+                raise CheckpointError(
+                    f"config.json: layer {name!r}: {entry!r}",
+                    f"scale_dtype of {', '.join(_SCALES)}",
+                    _DAMAGED,
+                )
             owner = self.layers.get(entry.get("shares_first_stage_with") or name, {})
             if (
                 not isinstance(owner, Mapping)
@@ -96,7 +114,7 @@ class DBFConfig(QuantizationConfigMixin):
                 or owner.get("mid_features") != size
             ):
                 raise CheckpointError(
-                    f"layer {name!r}: {entry!r}",
+                    f"config.json: layer {name!r}: {entry!r}",
                     "a first stage of its own, or that of a layer of equal mid_features that has one",
                     _DAMAGED,
                 )
@@ -107,6 +125,7 @@ class DBFQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: DBFConfig
+    state: Mapping[str, Tensor] | None = None  # what is saved, if it is not the model's own
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse to factor while loading.
@@ -121,12 +140,22 @@ class DBFQuantizer(HfQuantizer):
                 "call dbf_compile.compress(path, output, bits=2.0) first",
             )
 
+    def update_device_map(self, device_map: Any) -> Any:
+        """Return a copy of a map by names: layers that share their first stage are put on one side of it."""
+        return dict(device_map) if isinstance(device_map, dict) else device_map
+
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        linearize_experts_(model)
-        insert_layers_(model, self.quantization_config.layers)
+        check_content(kwargs.get("checkpoint_files") or ())
+        config = self.quantization_config
+        linearize_experts_(model, keep=experts_in(model, config.fused_experts))
+        self._layers = layers_in(model, config.layers, kwargs.get("checkpoint_files") or ())
+        insert_layers_(model, self._layers)
+        if isinstance(kwargs.get("device_map"), dict):
+            _keep_together_(kwargs["device_map"], self._layers)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        finish_layers_(model, self.quantization_config.layers)
+        finish_layers_(model, self._layers)
+        self.quantization_config = record_(model) or self.quantization_config
         if type(model).__module__.startswith("transformers."):
             # Saved again, its folder will be without the code that this names; remote code is saved with its model.
             vars(model.config).pop("auto_map", None)
@@ -137,17 +166,26 @@ class DBFQuantizer(HfQuantizer):
         return True
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return what ``save_pretrained`` writes: the state, and an empty weight for each factored layer."""
-        state = model.state_dict()
-        for name, layer in model.named_modules():
-            if isinstance(layer, DoubleBinaryLinear):
-                empty = torch.empty(layer.out_features, 0, dtype=layer.weight_dtype)
-                state[f"{name}.{WEIGHT_PLACEHOLDER}"] = empty
+        """Return what is saved: shared first stages once, and an empty weight for each factored layer."""
+        state = dict(model.state_dict() if self.state is None else self.state)
+        for name, entry in self.quantization_config.layers.items():
+            if entry["shares_first_stage_with"] is not None:
+                for tensor in FIRST_STAGE:
+                    state.pop(f"{name}.{tensor}", None)
+            layer: Any = model.get_submodule(name)
+            state[f"{name}.{WEIGHT_PLACEHOLDER}"] = torch.empty(
+                layer.out_features, 0, dtype=layer.weight_dtype
+            )
         return state, {}
 
     @property
     def is_trainable(self) -> bool:
         """Whether adapters can be trained on top; the factors themselves are constants."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether Trainer takes the model without adapters: a new head and all that is dense can be trained."""
         return True
 
     @property
@@ -167,6 +205,83 @@ def layer_table(factors: Mapping[str, DoubleBinaryFactors]) -> dict[str, dict[st
             "shares_first_stage_with": None if owner == name else owner,
         }
     return table
+
+
+def record_(model: Any) -> DBFConfig | None:
+    """Make ``config.quantization_config`` of a model of transformers say which of its layers are factored, in place.
+
+    Returns:
+        The configuration; None where the model has no factored layer and no linearized experts.
+
+    Raises:
+        ConversionError: the model is quantized by another method, too.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, DoubleBinaryLinear)}
+    known = getattr(model.config, "quantization_config", None)
+    method = known.get("quant_method") if isinstance(known, dict) else getattr(known, "quant_method", None)
+    if not layers and not any(isinstance(module, Experts) for module in model.modules()):
+        if method == METHOD:
+            quantize_config_(model.config, None)
+        return None
+    if known is not None and method != METHOD:
+        raise ConversionError(
+            f"factored layers in a model that is quantized by {method}",
+            "one method of quantization",
+            "convert a dense model",
+        )
+    ties = {key: owner for key, owner in model.all_tied_weights_keys.items() if _layer_of(key) not in layers}
+    table: dict[str, dict[str, Any]] = {}
+    owners: dict[int, str] = {}
+    for name, layer in layers.items():
+        if layer.signs_in.device.type == "meta":  # offloaded: tensors that are tied are no longer the same
+            owner = _layer_of(model.all_tied_weights_keys.get(f"{name}.signs_in", f"{name}.signs_in"))
+        else:
+            owner = owners.setdefault(id(layer.signs_in), name)
+        table[name] = _entry(layer, None if owner == name else owner)
+        if owner != name:
+            ties |= {f"{name}.{tensor}": f"{owner}.{tensor}" for tensor in FIRST_STAGE}
+    model.all_tied_weights_keys = ties
+    fused = [name for name, module in model.named_modules() if is_fused(module)]
+    config = DBFConfig(table, bits_per_weight=_bits(layers, table), fused_experts=fused)
+    quantize_config_(model.config, config)
+    return config
+
+
+def quantize_config_(config: Any, quantization: DBFConfig | None) -> None:
+    """Set or delete ``quantization_config`` in the configuration of a model and in those of its parts, in place.
+
+    A class for a part of a model, such as the tower of CLIP, reads nothing else of config.json.
+    """
+    if quantization is not None:
+        config.quantization_config = quantization
+    else:
+        vars(config).pop("quantization_config", None)
+    for part in vars(config).values():
+        if isinstance(part, PreTrainedConfig):
+            quantize_config_(part, quantization)
+
+
+def _layer_of(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
+def _entry(layer: DoubleBinaryLinear, owner: str | None) -> dict[str, Any]:
+    entry: dict[str, Any] = {"mid_features": layer.mid_features, "shares_first_stage_with": owner}
+    if layer.scale_out.dtype != torch.float16:
+        entry["scale_dtype"] = str(layer.scale_out.dtype).removeprefix("torch.")
+    return entry
+
+
+def _bits(layers: Mapping[str, DoubleBinaryLinear], table: Layers) -> float | None:
+    """Return stored bits per weight of factored layers."""
+    stored = [
+        getattr(layer, tensor)
+        for name, layer in layers.items()
+        for tensor in TENSOR_NAMES
+        if tensor not in FIRST_STAGE or table[name]["shares_first_stage_with"] is None
+    ]
+    size = sum(layer.in_features * layer.out_features for layer in layers.values())
+    return sum(8 * tensor.numel() * tensor.element_size() for tensor in stored) / size if size else None
 
 
 def insert_layers_(model: nn.Module, layers: Layers) -> None:
@@ -190,7 +305,7 @@ def insert_layers_(model: nn.Module, layers: Layers) -> None:
     ):
         old = dense[name]
         rows, columns = dense_weight(old).shape
-        layer = DoubleBinaryLinear(_empty(columns, entry["mid_features"], rows), _parameter(old.bias))
+        layer = DoubleBinaryLinear(_empty(columns, rows, entry), _parameter(old.bias))
         owner = entry["shares_first_stage_with"]
         if owner is not None:
             if inserted[owner].in_features != columns:
@@ -219,24 +334,41 @@ def finish_layers_(model: nn.Module, layers: Layers) -> None:
     for name, entry in layers.items():
         layer: Any = model.get_submodule(name)
         layer.weight_dtype = layer._buffers.pop(WEIGHT_PLACEHOLDER).dtype
+        for hook in _offload_hooks(layer):
+            hook.original_devices.pop(WEIGHT_PLACEHOLDER, None)
         owner = entry["shares_first_stage_with"]
         if owner is not None:
             layer.share_first_stage_(model.get_submodule(owner))
-        elif layer.signs_in.device.type == "meta":
-            continue  # offloaded to disk: its tensors are not here yet
-        absent = [
-            tensor
-            for tensor in TENSOR_NAMES
-            if not (owner and tensor in FIRST_STAGE) and not _was_loaded(getattr(layer, tensor))
-        ]
-        if absent:
-            raise CheckpointError(f"layer {name!r} without {', '.join(absent)}", "all five tensors", _DAMAGED)
         for tensor in TENSOR_NAMES:
             getattr(layer, tensor).requires_grad_(False)
+        if layer.signs_out.device.type == "meta":
+            continue  # offloaded to disk: its tensors are not here yet
+        absent = [tensor for tensor in TENSOR_NAMES if not _was_loaded(getattr(layer, tensor))]
+        if absent:
+            raise CheckpointError(f"layer {name!r} without {', '.join(absent)}", "all five tensors", _DAMAGED)
         try:
             _ = layer.factors
         except FactorsError as error:
             raise CheckpointError(f"layer {name!r}: {error.got}", error.allowed, _DAMAGED) from error
+
+
+def _keep_together_(device_map: dict[str, Any], layers: Layers) -> None:
+    """Put layers that share their first stage on one side of a map from the names of modules to devices, in place."""
+
+    def place(name: str) -> Any:
+        parents = [key for key in device_map if key == "" or f"{name}.".startswith(f"{key}.")]
+        return device_map[max(parents, key=len)] if parents else "cpu"
+
+    for name, entry in layers.items():
+        owner = entry["shares_first_stage_with"]
+        if owner is not None and place(name) != place(owner):
+            device_map[name] = place(owner)
+
+
+def _offload_hooks(layer: Any) -> list[Any]:
+    """Return the hooks of accelerate on a layer that bring its tensors back from where they are offloaded to."""
+    hook = getattr(layer, "_hf_hook", None)
+    return [one for one in getattr(hook, "hooks", [hook]) if hasattr(one, "original_devices")]
 
 
 def _was_loaded(tensor: Tensor) -> bool:
@@ -248,8 +380,9 @@ def _parameter(bias: object) -> nn.Parameter | None:
     return bias if isinstance(bias, nn.Parameter) else None
 
 
-def _empty(in_features: int, mid_features: int, out_features: int) -> DoubleBinaryFactors:
-    shapes, dtypes = factor_shapes(in_features, mid_features, out_features), factor_dtypes()
+def _empty(in_features: int, out_features: int, entry: Mapping[str, Any]) -> DoubleBinaryFactors:
+    shapes = factor_shapes(in_features, entry["mid_features"], out_features)
+    dtypes = factor_dtypes(_SCALES[entry.get("scale_dtype", "float16")])
     return DoubleBinaryFactors(
         **{name: torch.empty(shape, dtype=dtypes[name], device="meta") for name, shape in shapes.items()}
     )

@@ -1,0 +1,54 @@
+"""save_pretrained of models that have factored layers, however these came into the model.
+
+A model that ``convert_`` changed is saved as a compressed folder is, and ``from_pretrained`` loads it. Importing this file
+wraps ``PreTrainedModel.save_pretrained``: it alone sees the model as it is when it is saved, under the names of its files.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from inspect import signature
+from typing import Any
+
+from transformers.modeling_utils import PreTrainedModel
+
+from dbf_compile.integrations.renaming import conversions_of_saving, names_in_files
+from dbf_compile.integrations.transformers import DBFConfig, DBFQuantizer, quantize_config_, record_
+
+_save_pretrained = PreTrainedModel.save_pretrained
+
+
+@wraps(_save_pretrained)
+def _save(self: Any, *args: Any, **kwargs: Any) -> Any:
+    config = record_(self)
+    if config is None:
+        return _save_pretrained(self, *args, **kwargs)
+    arguments = signature(_save_pretrained).bind(self, *args, **kwargs).arguments
+    quantizer = DBFQuantizer(config)
+    # A quantizer gives what is saved; transformers would drop a state that the caller passes.
+    quantizer.state = arguments.get("state_dict")
+    before = {
+        name: vars(self)[name] for name in ("hf_quantizer", "_weight_conversions") if name in vars(self)
+    }
+    self.hf_quantizer, self._weight_conversions = quantizer, conversions_of_saving(self)
+    if arguments.get("save_original_format", True):
+        quantize_config_(self.config, _in_files(self, config))
+    try:
+        return _save_pretrained(self, *args, **kwargs)
+    finally:
+        del self.hf_quantizer, self._weight_conversions
+        vars(self).update(before)
+        quantize_config_(self.config, config)
+
+
+def _in_files(model: Any, config: DBFConfig) -> DBFConfig:
+    """Return a configuration with the names that layers have in files."""
+    names = names_in_files(model, list(config.layers))
+    table = {
+        names[name]: {**entry, "shares_first_stage_with": names.get(entry["shares_first_stage_with"])}
+        for name, entry in config.layers.items()
+    }
+    return DBFConfig(**{**config.to_dict(), "layers": table})
+
+
+PreTrainedModel.save_pretrained = _save
