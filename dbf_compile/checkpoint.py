@@ -179,6 +179,7 @@ def write_tensors(tensors: Mapping[str, Tensor], header: Mapping[str, str], path
     try:
         with atomic_write(path) as partial:
             save_file(dict(tensors), partial, checksums.with_checksums(tensors, header))
+            checksums.sort_header(partial)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"writing {path} failed ({error})",

@@ -41,6 +41,17 @@ def with_checksums(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> 
     return {**header, KEY: json.dumps({_HEADER: _header_checksum(header), **table})}
 
 
+def sort_header(path: Path) -> None:
+    """Put the string metadata of a safetensors file in order, in place; safetensors writes them in any."""
+    with path.open("r+b") as file:
+        header = _read_header(file)
+        length = file.tell() - _LENGTH.size
+        strings = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps({**header, "__metadata__": strings}, separators=(",", ":"), ensure_ascii=False)
+        file.seek(_LENGTH.size)
+        file.write(text.encode().ljust(length))
+
+
 def changed_tensors(path: str | os.PathLike[str]) -> list[str] | None:
     """Return what of a safetensors file is not as it was written: names of tensors, and "its header".
 
