@@ -19,11 +19,10 @@ interleaved at every call.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from dbf_compile import derivatives
 from dbf_compile.errors import KernelInputError
 from dbf_compile.kernels.sign_matmul import cpu_kernel
 from dbf_compile.kernels.sign_matmul.reference import accumulator_dtype
@@ -64,7 +63,7 @@ def _check(x: Tensor, signs: Tensor, in_scale: _Vector, out_scale: _Vector, bias
             "floating point [..., K]",
             "cast the input of the layer",
         )
-    columns = x.shape[-1]
+    columns = int(x.shape[-1])  # where Dynamo has a symbol, this guards its value
     if in_scale is not None and in_scale.shape != (columns,):
         raise KernelInputError(
             f"activations of shape {tuple(x.shape)} for in_features={in_scale.numel()}",
@@ -158,66 +157,11 @@ def _fake(
     fast: bool = False,
 ) -> Tensor:
     _check(x, signs, in_scale, out_scale, bias)
-    return x.new_empty((*x.shape[:-1], signs.shape[0]), dtype=dtype or accumulator_dtype(x.dtype))
+    return x.new_empty((*x.shape[:-1], int(signs.shape[0])), dtype=dtype or accumulator_dtype(x.dtype))
 
 
 def _transposed_fake(g: Tensor, signs: Tensor, cols: int, interleaved: bool = False) -> Tensor:
     return g.new_empty((*g.shape[:-1], cols), dtype=accumulator_dtype(g.dtype))
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, signs, in_scale, out_scale, bias, _, ctx.interleaved, _ = inputs
-    # Only the gradients of scales need the activations.
-    needs_x = any(scale is not None and scale.requires_grad for scale in (in_scale, out_scale))
-    ctx.save_for_backward(signs, in_scale, out_scale, x if needs_x else None)
-    ctx.cols, ctx.dtypes = (
-        x.shape[-1],
-        [None if t is None else t.dtype for t in (x, in_scale, out_scale, bias)],
-    )
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    signs, in_scale, out_scale, x = ctx.saved_tensors
-    x_dtype, in_dtype, out_dtype, bias_dtype = ctx.dtypes
-    # needs_input_grad has no entries for arguments that were left at their defaults.
-    needs_x, _, needs_in, needs_out, needs_bias = (*ctx.needs_input_grad, False, False, False)[:5]
-    wide = accumulator_dtype(x_dtype)
-    g = grad.to(wide)
-    g_bias = _sum_tokens(g).to(bias_dtype) if needs_bias else None
-    g_out = None
-    if needs_out:
-        sums = torch.ops.dbf.sign_matmul(x, signs, in_scale, interleaved=ctx.interleaved)
-        g_out = _sum_tokens(g * sums).to(out_dtype)
-    g_x = g_in = None
-    if needs_x or needs_in:
-        g_z = torch.ops.dbf.sign_matmul_transposed(
-            g if out_scale is None else g * out_scale.to(wide), signs, ctx.cols, ctx.interleaved
-        )
-        if needs_in:
-            g_in = _sum_tokens(g_z * x.to(wide)).to(in_dtype)
-        if needs_x:
-            g_x = (g_z if in_scale is None else g_z * in_scale.to(wide)).to(x_dtype)
-    return g_x, None, g_in, g_out, g_bias, None, None, None
-
-
-def _sum_tokens(values: Tensor) -> Tensor:
-    return values.reshape(-1, values.shape[-1]).sum(0)
-
-
-def _save_for_transposed(ctx: Any, inputs: tuple[Tensor, Tensor, int, bool], output: Tensor) -> None:
-    g, signs, _, ctx.interleaved = inputs
-    ctx.save_for_backward(signs)
-    ctx.dtype = g.dtype
-
-
-def _transposed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (signs,) = ctx.saved_tensors
-    return (
-        torch.ops.dbf.sign_matmul(grad, signs, interleaved=ctx.interleaved).to(ctx.dtype),
-        None,
-        None,
-        None,
-    )
 
 
 def _group(x: Tensor, signs: list[Tensor], in_scale: _Vector = None, fast: bool = False) -> Tensor:
@@ -227,25 +171,15 @@ def _group(x: Tensor, signs: list[Tensor], in_scale: _Vector = None, fast: bool 
     )
 
 
-def _group_fake(x: Tensor, signs: list[Tensor], in_scale: _Vector = None, fast: bool = False) -> Tensor:
-    for matrix in signs:
-        _check(x, matrix, in_scale, None, None)
-    rows = sum(matrix.shape[0] for matrix in signs)
-    return x.new_empty((*x.shape[:-1], rows), dtype=accumulator_dtype(x.dtype))
-
-
 _library.impl("sign_matmul", _default, "CompositeExplicitAutograd")
 _library.impl("sign_matmul", _cpu, "CPU")
 _library.impl("sign_matmul", _cuda, "CUDA")
 _library.impl("sign_matmul_transposed", sign_matmul_transposed_reference, "CompositeExplicitAutograd")
 torch.library.register_fake("dbf::sign_matmul", _fake, lib=_library)
-_library.impl("sign_matmul_group", _group, "CompositeExplicitAutograd")
-torch.library.register_fake("dbf::sign_matmul_group", _group_fake, lib=_library)
 torch.library.register_fake("dbf::sign_matmul_transposed", _transposed_fake, lib=_library)
-torch.library.register_autograd("dbf::sign_matmul", _backward, setup_context=_save_for_backward, lib=_library)
-torch.library.register_autograd(
-    "dbf::sign_matmul_transposed", _transposed_backward, setup_context=_save_for_transposed, lib=_library
-)
+derivatives.register(_library, torch.ops.dbf.sign_matmul.default, derivatives.SignMatmul)
+derivatives.register(_library, torch.ops.dbf.sign_matmul_transposed.default, derivatives.SignMatmulTransposed)
+_library.impl("sign_matmul_group", _group, "CompositeImplicitAutograd")
 
 
 def double_binary_linear(
@@ -292,5 +226,5 @@ def double_binary_linear(
     return result
 
 
-# Its gradients are those of its two products.
+# Its derivatives are those of its two products.
 _library.impl("double_binary_linear", double_binary_linear, "CompositeImplicitAutograd")

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.func import debug_unwrap
 from torch.fx import Node
 from torch.fx.node import map_aggregate, map_arg
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -278,16 +279,10 @@ def _positions_of_flags(function: Callable[..., Any]) -> tuple[int, ...]:
 
 
 def storage_of(node: Node) -> Hashable:
-    """Return a key of the memory of a tensor; views of one tensor have equal keys.
-
-    Tensors inside torch.vmap expose no storage; all get one key, as any may alias any other.
-    """
+    """Return a key of the memory of a tensor; views of one tensor have equal keys."""
     value = node.meta.get("example_value", node.meta.get("val"))
     if isinstance(value, Tensor) and value.layout == torch.strided:
-        try:
-            key: int = StorageWeakRef(value.untyped_storage()).cdata
-        except NotImplementedError:
-            return "within torch.vmap"
+        key: int = StorageWeakRef(debug_unwrap(value).untyped_storage()).cdata
         return key
     return node
 
@@ -309,8 +304,9 @@ def emit(node: Node, function: Callable[..., Tensor], *args: Any) -> Node:
         The node of the result.
     """
     recorder = _Recorder(node)
+    values = map_arg(args, recorder.value_of)
     with _autocast_of(node), recorder:
-        result = function(*map_arg(args, recorder.value_of))
+        result = function(*values)
     return recorder.node_of(result)
 
 
@@ -325,6 +321,9 @@ class _Recorder(TorchFunctionMode):
 
     def value_of(self, node: Node) -> Any:
         value = example_value(node)
+        plain = debug_unwrap(value)
+        if plain is not value:  # torch.func has left; nothing can be computed with its tensors any more
+            value = plain.new_empty(value.shape)
         self._remember(value, node)
         return value
 
@@ -373,8 +372,10 @@ def _autocast_of(node: Node) -> AbstractContextManager[Any]:
 def replace(node: Node, by: Node) -> None:
     """Let all users of ``node`` read ``by``, then remove ``node`` and the inputs that only it read.
 
-    Call it outside of ``inserting_before(node)``: nodes inserted next to an erased one are lost.
+    ``by`` takes over the fake value: the views of ``node`` are known to be in its memory. Call it outside of
+    ``inserting_before(node)``: nodes inserted next to an erased one are lost.
     """
+    by.meta.update({key: node.meta[key] for key in ("example_value", "val") if key in node.meta})
     node.replace_all_uses_with(by)
     remove_unused(node)
 

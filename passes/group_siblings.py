@@ -82,7 +82,7 @@ def _group(nodes: list[Node]) -> int:
     group = _emit(nodes[0], torch.ops.dbf.sign_matmul_group.default, x, signs, in_scale, fast)
     first = 0
     for node, own in zip(nodes, arguments, strict=True):
-        rows = example_value(own["signs"]).shape[0]
+        rows = int(example_value(own["signs"]).shape[0])
         y = _emit(node, torch.ops.aten.slice.Tensor, group, -1, first, first + rows)
         first += rows
         for vector, op in (

@@ -86,7 +86,7 @@ def should_merge_shared_inputs(node: Node, source: WeightSource, written: set[Ha
 def _merge(siblings: Sequence[Node], source: WeightSource) -> None:
     weights = [weight for node in siblings for weight in weights_of(node.args[1], source) or ()]
     stored, transposed = [weight.node for weight in weights], [weight.transposed for weight in weights]
-    rows = [example_value(node).shape[-1] for node in siblings]
+    rows = [int(example_value(node).shape[-1]) for node in siblings]
     first, biases = siblings[0], [node.args[2] for node in siblings]
     stacked = emit(first, _stacked_linear, first.args[0], stored, transposed, biases)
     start = 0

@@ -11,7 +11,7 @@ from collections.abc import Hashable
 
 from torch.fx import Graph, Node
 
-from dbf_compile.passes.graph import SIGN_MATMUL, WeightSource, mutated_storages, replace, storage_of
+from dbf_compile.passes.graph import SIGN_MATMUL, WeightSource, mutated_storages, remove_unused, storage_of
 
 
 def share_first_stages(graph: Graph, source: WeightSource) -> int:
@@ -31,7 +31,8 @@ def share_first_stages(graph: Graph, source: WeightSource) -> int:
         if can_share_first_stages(node, written):
             earlier = first.setdefault((node.args, tuple(node.kwargs.items())), node)
             if earlier is not node:
-                replace(node, earlier)
+                node.replace_all_uses_with(earlier)
+                remove_unused(node)
                 saved += 1
     return saved
 

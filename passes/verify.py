@@ -22,8 +22,8 @@ def verify(graph: Graph, source: WeightSource) -> int:
         0, as nothing is rewritten.
 
     Raises:
-        GraphInvariantError: a node reads a later one, has no example value, multiplies by signs of a wrong size, a
-            symbolic size or another dtype, or writes to signs.
+        GraphInvariantError: a node reads a later one, has no example value, multiplies by signs of a wrong size or
+            dtype, or writes to signs.
     """
     try:
         graph.lint()
@@ -54,12 +54,6 @@ def _check_product(node: Node) -> None:
     x, signs = (example_value(item) for item in node.args[:2])  # type: ignore[arg-type]
     output = example_value(node)
     cols, rows = x.shape[-1], signs.shape[0]
-    if not (isinstance(cols, int) and isinstance(rows, int)):
-        raise GraphInvariantError(
-            f"{node.format_node()}: x {tuple(x.shape)}, signs {tuple(signs.shape)}: a symbolic number of features",
-            "x [..., K] and signs of N rows with fixed N and K; other dimensions of x may be symbolic",
-            "leave these dimensions out of mark_dynamic, or compile with dynamic=False",
-        )
     legal = (
         signs.dtype == torch.int32
         and signs.dim() == 2

@@ -247,6 +247,12 @@ def known_at_most(size: Any, limit: int) -> bool | None:
     return False if sizevars.statically_known_gt(size, limit) else None
 
 
+def known_size(size: Any) -> int:
+    """Return the value of a size; where it is symbolic, the compiled code is for this value only."""
+    sizevars: Any = V.graph.sizevars
+    return int(sizevars.guard_int(size))
+
+
 def size_estimate(size: Any) -> int:
     """Return the value of a symbolic size at tracing; for choices of speed only, as later calls have other values."""
     sizevars: Any = V.graph.sizevars

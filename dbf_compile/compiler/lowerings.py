@@ -136,13 +136,19 @@ def _cpu_kernel_takes(x: Any, result: torch.dtype, vectors: Sequence[Any]) -> bo
     )
 
 
+def _sizes(x: Any) -> list[Any]:
+    """Return the sizes of activations [..., K]: K is a number also where the graph has symbols, as in a product of sizes."""
+    *leading, K = x.get_size()
+    return [*leading, ir.known_size(K)]
+
+
 def _decode(
     x: Any, signs: Sequence[Any], in_scale: Any, out_scale: Any, bias: Any, result: torch.dtype
 ) -> Any:
     """Multiply few tokens by look-up tables; the results of several sign matrices lie side by side."""
     from dbf_compile.kernels.sign_matmul import triton_decode
 
-    *leading, K = x.get_size()
+    *leading, K = _sizes(x)
     M, rows = math.prod(leading), [int(matrix.get_size()[0]) for matrix in signs]
     N = sum(rows)
     # If the kernel before left partial sums of x, this one adds them.
@@ -156,10 +162,10 @@ def _decode(
     estimate = ir.size_estimate(M)
     # The next kernel adds the partial sums; without one, adding them would cost a kernel of its own.
     can_split = ir.is_read_by_another_kernel(_PRODUCTS)
-    split_k = triton_decode.choose_split_k(estimate, N, int(K)) if can_split else 1
+    split_k = triton_decode.choose_split_k(estimate, N, K) if can_split else 1
     y = ir.lower_to_template(
         _decode_template(),
-        triton_decode.decode_blocks(estimate, N, int(K), split_k),
+        triton_decode.decode_blocks(estimate, N, K, split_k),
         {
             "X_SPLIT_K": x_split_k,
             "SCALED": in_scale is not None,
@@ -183,7 +189,7 @@ def _prefill(z: Any, signs: Any, dtype: torch.dtype, operands: int) -> Any:
     """Multiply scaled activations, split into 16-bit operands, by signs that become ±1 in registers."""
     from dbf_compile.kernels.sign_matmul import triton_prefill
 
-    *leading, K = z.get_size()
+    *leading, K = _sizes(z)
     M, N = math.prod(leading), int(signs.get_size()[0])
     split = []
     for _ in range(operands - 1):
@@ -204,7 +210,7 @@ def _prefill(z: Any, signs: Any, dtype: torch.dtype, operands: int) -> Any:
 
 def _dense(z: Any, signs: Any, scale: Any, dtype: torch.dtype, sums: torch.dtype) -> Any:
     """Multiply scaled activations by a dense matrix of signs and ``scale``, summed in ``sums``."""
-    *leading, K = z.get_size()
+    *leading, K = _sizes(z)
     dense = _dequantize(signs, scale, K, dtype)
     y = ir.matmul(ir.view(ir.cast(z, dtype), [math.prod(leading), K]), dense, sums)
     return ir.view(y, [*leading, int(signs.get_size()[0])])
@@ -217,7 +223,7 @@ def _dequantize(signs: Any, scale: Any, K: Any, dtype: torch.dtype) -> Any:
     N = int(signs.get_size()[0])
     return ir.lower_to_template(
         _dequantize_template(),
-        triton_dequantize.dequantize_blocks(int(K)),
+        triton_dequantize.dequantize_blocks(K),
         {
             # Inductor reads the dtype of a tile that is not float32 from this name.
             "ACC_TYPE": str(dtype).replace("torch", "tl"),

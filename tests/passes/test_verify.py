@@ -50,17 +50,6 @@ def test_signs_of_the_wrong_size_or_dtype_are_refused(signs):
         verify(hand.graph, hand)
 
 
-@pytest.mark.parametrize("of", ["x", "signs"])
-def test_a_symbolic_number_of_features_is_refused(of):
-    hand, x, signs, y = product_graph(dynamic=(1,) if of == "x" else ())
-    if of == "signs":
-        signs = hand.input(torch.zeros(24, 2, dtype=torch.int32), dynamic=(0,))
-        y = hand.call(torch.ops.dbf.sign_matmul, x, signs)
-    hand.output(y)
-    with pytest.raises(GraphInvariantError, match="mark_dynamic"):
-        verify(hand.graph, hand)
-
-
 def test_a_product_without_metadata_is_refused():
     hand, _, _, y = product_graph()
     del y.meta["example_value"]
