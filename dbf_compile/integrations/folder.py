@@ -29,7 +29,8 @@ from dbf_compile.factors import (
 from dbf_compile.files import write_text
 from dbf_compile.integrations.companions import CODE, copy_companions
 from dbf_compile.integrations.content import CONFIG, HASH, QUANTIZATION, content_hash, content_header
-from dbf_compile.integrations.transformers import DBFConfig, Layers
+from dbf_compile.integrations.loading import Layers
+from dbf_compile.integrations.transformers import DBFConfig
 from dbf_compile.linear import WEIGHT_PLACEHOLDER, dense_weight
 from dbf_compile.signs import interleave
 

@@ -21,8 +21,9 @@ from dbf_compile.checksums import listed
 from dbf_compile.errors import CheckpointError, ConversionError, DBFError
 from dbf_compile.integrations.companions import OTHER_FORMS
 from dbf_compile.integrations.experts import linearize_experts_
+from dbf_compile.integrations.loading import Layers, insert_layers_
 from dbf_compile.integrations.renaming import experts_in, layers_in
-from dbf_compile.integrations.transformers import METHOD, DBFConfig, Layers, insert_layers_
+from dbf_compile.integrations.transformers import METHOD, DBFConfig
 from dbf_compile.linear import DoubleBinaryLinear
 
 _ADAPTER = "adapter_config.json"

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers.modeling_utils import PreTrainedModel
 
+from dbf_compile.errors import ConversionError
 from dbf_compile.integrations.renaming import conversions_of_saving, names_in_files
 from dbf_compile.integrations.transformers import DBFConfig, DBFQuantizer, quantize_config_, record_
 
@@ -23,6 +24,7 @@ def _save(self: Any, *args: Any, **kwargs: Any) -> Any:
     config = record_(self)
     if config is None:
         return _save_pretrained(self, *args, **kwargs)
+    _refuse_adapters(self, config)
     arguments = signature(_save_pretrained).bind(self, *args, **kwargs).arguments
     quantizer = DBFQuantizer(config)
     # A quantizer gives what is saved; transformers would drop a state that the caller passes.
@@ -39,6 +41,18 @@ def _save(self: Any, *args: Any, **kwargs: Any) -> Any:
         del self.hf_quantizer, self._weight_conversions
         vars(self).update(before)
         quantize_config_(self.config, config)
+
+
+def _refuse_adapters(model: Any, config: DBFConfig) -> None:
+    is_adapted = any(name.endswith(".base_layer") for name in config.layers)
+    if is_adapted and not getattr(
+        model, "_hf_peft_config_loaded", False
+    ):  # transformers saves its own adapters alone
+        raise ConversionError(
+            "a model to be saved with adapters around its factored layers",
+            "a model without them",
+            "save the adapters by the model that PEFT returned; call its unload() for the model as it was",
+        )
 
 
 def _in_files(model: Any, config: DBFConfig) -> DBFConfig:

@@ -27,31 +27,22 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from dbf_compile.errors import CheckpointError, ConversionError, FactorsError
-from dbf_compile.factors import (
-    FIRST_STAGE,
-    SCALE_DTYPES,
-    TENSOR_NAMES,
-    DoubleBinaryFactors,
-    factor_dtypes,
-    factor_shapes,
-)
+from dbf_compile.errors import CheckpointError, ConversionError
+from dbf_compile.factors import FIRST_STAGE, TENSOR_NAMES, DoubleBinaryFactors
 from dbf_compile.integrations.content import check_content
 from dbf_compile.integrations.experts import Experts, is_fused, linearize_experts_
-from dbf_compile.integrations.renaming import experts_in, layers_in
-from dbf_compile.linear import (
-    WEIGHT_PLACEHOLDER,
-    DoubleBinaryLinear,
-    dense_linears,
-    dense_weight,
-    replace_everywhere,
+from dbf_compile.integrations.loading import (
+    DAMAGED,
+    SCALES,
+    Layers,
+    finish_layers_,
+    insert_layers_,
+    keep_together_,
 )
+from dbf_compile.integrations.renaming import experts_in, layers_in
+from dbf_compile.linear import WEIGHT_PLACEHOLDER, DoubleBinaryLinear
 
 METHOD, VERSION = "dbf", 2
-_DAMAGED = "the folder is damaged: compress the model again"
-_SCALES = {str(dtype).removeprefix("torch."): dtype for dtype in SCALE_DTYPES}
-
-Layers = Mapping[str, Mapping[str, Any]]
 
 
 class DBFConfig(QuantizationConfigMixin):
@@ -93,19 +84,19 @@ class DBFConfig(QuantizationConfigMixin):
             )
         if not isinstance(self.layers, Mapping):
             raise CheckpointError(
-                f"config.json: layers of type {type(self.layers).__name__}", "a dictionary", _DAMAGED
+                f"config.json: layers of type {type(self.layers).__name__}", "a dictionary", DAMAGED
             )
         for name, entry in self.layers.items():
             size = entry.get("mid_features") if isinstance(entry, Mapping) else None
             if type(size) is not int or size < 1:
                 raise CheckpointError(
-                    f"config.json: layer {name!r}: {entry!r}", "mid_features of 1 or more", _DAMAGED
+                    f"config.json: layer {name!r}: {entry!r}", "mid_features of 1 or more", DAMAGED
                 )
-            if entry.get("scale_dtype", "float16") not in _SCALES:
+            if entry.get("scale_dtype", "float16") not in SCALES:
                 raise CheckpointError(
                     f"config.json: layer {name!r}: {entry!r}",
-                    f"scale_dtype of {', '.join(_SCALES)}",
-                    _DAMAGED,
+                    f"scale_dtype of {', '.join(SCALES)}",
+                    DAMAGED,
                 )
             owner = self.layers.get(entry.get("shares_first_stage_with") or name, {})
             if (
@@ -116,7 +107,7 @@ class DBFConfig(QuantizationConfigMixin):
                 raise CheckpointError(
                     f"config.json: layer {name!r}: {entry!r}",
                     "a first stage of its own, or that of a layer of equal mid_features that has one",
-                    _DAMAGED,
+                    DAMAGED,
                 )
 
 
@@ -151,7 +142,7 @@ class DBFQuantizer(HfQuantizer):
         self._layers = layers_in(model, config.layers, kwargs.get("checkpoint_files") or ())
         insert_layers_(model, self._layers)
         if isinstance(kwargs.get("device_map"), dict):
-            _keep_together_(kwargs["device_map"], self._layers)
+            keep_together_(kwargs["device_map"], self._layers)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         finish_layers_(model, self._layers)
@@ -282,110 +273,6 @@ def _bits(layers: Mapping[str, DoubleBinaryLinear], table: Layers) -> float | No
     ]
     size = sum(layer.in_features * layer.out_features for layer in layers.values())
     return sum(8 * tensor.numel() * tensor.element_size() for tensor in stored) / size if size else None
-
-
-def insert_layers_(model: nn.Module, layers: Layers) -> None:
-    """Replace dense layers by factored ones without content, on the meta device, in place.
-
-    Raises:
-        CheckpointError: a name is no dense linear layer of the model.
-    """
-    dense = dense_linears(model)
-    missing = [name for name in layers if name not in dense]
-    if missing:
-        raise CheckpointError(
-            f"factors for {missing[0]!r}, which is no linear layer of {type(model).__name__}",
-            ", ".join(dense) or "none: the model has no linear layer",
-            "load with the class of the model that was compressed",
-        )
-    inserted: dict[str, DoubleBinaryLinear] = {}
-    shared: dict[str, str] = {}
-    for name, entry in sorted(
-        layers.items(), key=lambda item: item[1]["shares_first_stage_with"] is not None
-    ):
-        old = dense[name]
-        rows, columns = dense_weight(old).shape
-        layer = DoubleBinaryLinear(_empty(columns, rows, entry), _parameter(old.bias))
-        owner = entry["shares_first_stage_with"]
-        if owner is not None:
-            if inserted[owner].in_features != columns:
-                raise CheckpointError(
-                    f"layer {name!r} of {columns} in_features shares its first stage with {owner!r}",
-                    f"{inserted[owner].in_features} in_features",
-                    _DAMAGED,
-                )
-            layer.share_first_stage_(inserted[owner])
-            for tensor in FIRST_STAGE:
-                shared[f"{name}.{tensor}"] = f"{owner}.{tensor}"
-        inserted[name] = layer
-        replace_everywhere(model, old, layer)
-        # What the file has in place of the dense weight; loaded for its dtype, which is float32 where others are not.
-        layer._buffers[WEIGHT_PLACEHOLDER] = torch.empty(rows, 0, dtype=layer.weight_dtype, device="meta")
-    ties: Any = model
-    ties.all_tied_weights_keys = {**(getattr(model, "all_tied_weights_keys", None) or {}), **shared}
-
-
-def finish_layers_(model: nn.Module, layers: Layers) -> None:
-    """Finish layers whose tensors have been loaded, in place: share first stages, check all tensors.
-
-    Raises:
-        CheckpointError: tensors are missing, or are no factors.
-    """
-    for name, entry in layers.items():
-        layer: Any = model.get_submodule(name)
-        layer.weight_dtype = layer._buffers.pop(WEIGHT_PLACEHOLDER).dtype
-        for hook in _offload_hooks(layer):
-            hook.original_devices.pop(WEIGHT_PLACEHOLDER, None)
-        owner = entry["shares_first_stage_with"]
-        if owner is not None:
-            layer.share_first_stage_(model.get_submodule(owner))
-        for tensor in TENSOR_NAMES:
-            getattr(layer, tensor).requires_grad_(False)
-        if layer.signs_out.device.type == "meta":
-            continue  # offloaded to disk: its tensors are not here yet
-        absent = [tensor for tensor in TENSOR_NAMES if not _was_loaded(getattr(layer, tensor))]
-        if absent:
-            raise CheckpointError(f"layer {name!r} without {', '.join(absent)}", "all five tensors", _DAMAGED)
-        try:
-            _ = layer.factors
-        except FactorsError as error:
-            raise CheckpointError(f"layer {name!r}: {error.got}", error.allowed, _DAMAGED) from error
-
-
-def _keep_together_(device_map: dict[str, Any], layers: Layers) -> None:
-    """Put layers that share their first stage on one side of a map from the names of modules to devices, in place."""
-
-    def place(name: str) -> Any:
-        parents = [key for key in device_map if key == "" or f"{name}.".startswith(f"{key}.")]
-        return device_map[max(parents, key=len)] if parents else "cpu"
-
-    for name, entry in layers.items():
-        owner = entry["shares_first_stage_with"]
-        if owner is not None and place(name) != place(owner):
-            device_map[name] = place(owner)
-
-
-def _offload_hooks(layer: Any) -> list[Any]:
-    """Return the hooks of accelerate on a layer that bring its tensors back from where they are offloaded to."""
-    hook = getattr(layer, "_hf_hook", None)
-    return [one for one in getattr(hook, "hooks", [hook]) if hasattr(one, "original_devices")]
-
-
-def _was_loaded(tensor: Tensor) -> bool:
-    # transformers sets this attribute on every tensor that it loads.
-    return bool(getattr(tensor, "_is_hf_initialized", False))
-
-
-def _parameter(bias: object) -> nn.Parameter | None:
-    return bias if isinstance(bias, nn.Parameter) else None
-
-
-def _empty(in_features: int, out_features: int, entry: Mapping[str, Any]) -> DoubleBinaryFactors:
-    shapes = factor_shapes(in_features, entry["mid_features"], out_features)
-    dtypes = factor_dtypes(_SCALES[entry.get("scale_dtype", "float16")])
-    return DoubleBinaryFactors(
-        **{name: torch.empty(shape, dtype=dtypes[name], device="meta") for name, shape in shapes.items()}
-    )
 
 
 # Importing this file is what registers; it happens once.
