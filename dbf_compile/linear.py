@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 
 import torch
 from torch import Tensor, nn
 
+from dbf_compile.candidates.dense import dense_bias as dense_bias
+from dbf_compile.candidates.dense import dense_linears as dense_linears
+from dbf_compile.candidates.dense import dense_weight as dense_weight
+from dbf_compile.candidates.dense import is_conv1d as is_conv1d
+from dbf_compile.candidates.reasons import reasons_against
 from dbf_compile.errors import ConversionError
 from dbf_compile.factors import FIRST_STAGE, SIGN_NAMES, TENSOR_NAMES, DoubleBinaryFactors, move_factors
 from dbf_compile.ops import double_binary_linear
@@ -97,38 +103,6 @@ class DoubleBinaryLinear(StandIn):
         )
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Return whether ``module`` is the Conv1D of GPT-2: a linear layer whose weight is [K, N]."""
-    weight = getattr(module, "weight", None)
-    return type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2
-
-
-def dense_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the dense linear layers of ``model`` by name, in order: ``nn.Linear`` and Conv1D of GPT-2.
-
-    Subclasses of ``nn.Linear``, parametrized layers among them, may compute something else and are left out. A layer with
-    several names is listed once, under the first.
-    """
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear or is_conv1d(module)
-    }
-
-
-def dense_weight(module: nn.Module) -> Tensor:
-    """Return the weight of a dense linear layer as [N, K]."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.T if is_conv1d(module) else weight
-
-
-def dense_bias(module: nn.Module) -> Tensor | None:
-    """Return the bias [N] of a dense linear layer, or None."""
-    bias = module.bias
-    return bias if isinstance(bias, Tensor) else None
-
-
 def swap_(model: nn.Module, factors: Mapping[str, DoubleBinaryFactors]) -> nn.Module:
     """Replace dense linear layers of ``model`` by factored ones, in place.
 
@@ -144,11 +118,19 @@ def swap_(model: nn.Module, factors: Mapping[str, DoubleBinaryFactors]) -> nn.Mo
             Nothing is replaced then.
     """
     layers = dense_linears(model)
+    reasons = reasons_against(model)
     for name, layer_factors in factors.items():
+        if name in reasons:
+            raise ConversionError(
+                f"factors for {name!r}, a layer {reasons[name]}",
+                "factors for layers that are called, and are no more than their weights",
+                f"leave it dense: take {name!r} out of the factors",
+            )
         if name not in layers:
+            nearest = get_close_matches(name, layers, n=5, cutoff=0)
             raise ConversionError(
                 f"factors for {name!r}, which is no dense linear layer of {type(model).__name__}",
-                f"{', '.join(sorted(layers)) or 'none: the model has no dense linear layer'}",
+                f"{', '.join(sorted(nearest)) or 'none: the model has no dense linear layer'}",
                 "check that the checkpoint belongs to this model",
             )
         expected = tuple(dense_weight(layers[name]).shape)

@@ -96,6 +96,10 @@ class Scope:
             layer = layer[len(self.removed) + 1 :]
         return ".".join(part for part in (self.added, layer) if part)
 
+    def has(self, name: str) -> bool:
+        """Return whether a name of the options may be that of a layer of the model: a part knows nothing of others."""
+        return not self.added or (name + ".").startswith(self.added + ".")
+
 
 def scope_of(
     options: Mapping[str, Mapping[str, Any] | Iterable[str]],

@@ -50,7 +50,8 @@ _KINDS_OF_HOOKS = (
     "_forward_pre_hooks_with_kwargs",
     "_is_full_backward_hook",
 )
-_PLAIN = frozenset({*vars(nn.Linear(1, 1, device="meta")), "weight", "bias"})
+# A compiled call is one of the dense layer.
+_PLAIN = frozenset({*vars(nn.Linear(1, 1, device="meta")), "weight", "bias", "_compiled_call_impl"})
 
 
 def _attached(layer: nn.Module) -> frozenset[str]:

@@ -134,8 +134,8 @@ def test_bias_and_mode_are_kept() -> None:
 @pytest.mark.parametrize(
     ("name", "sizes", "message"),
     [
-        ("absent", (33, 37), "factors for 'absent', which is no dense linear layer of Block"),
-        ("special", (33, 33), "allowed: layers.0.0, layers.1, up"),
+        ("absent", (33, 37), "which is no dense linear layer of Block; allowed: layers.0.0, layers.1, up"),
+        ("special", (33, 33), "factors for 'special', a layer of the class Doubling"),
         ("tied.up", (33, 37), "factors for 'tied.up'"),
         ("layers.0", (37, 65), "factors for 'layers.0'"),
         ("up", (37, 33), r"factors of shape \(33, 37\) for 'up'; allowed: \(37, 33\)"),

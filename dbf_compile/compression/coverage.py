@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
 from torch import nn
 
-from dbf_compile.compression.layers import MIN_MID_FEATURES
-from dbf_compile.factors import mid_features_for
-from dbf_compile.linear import dense_linears, dense_weight
+from dbf_compile.compression.layers import LayerFactorizer, why_dense
+from dbf_compile.linear import is_conv1d
 from dbf_compile.options import CompressionConfig
 
 _SMALL = ("norm", "bias")  # reasons of thousands of tiny parameters, which share one row
@@ -27,10 +25,7 @@ def coverage(model: nn.Module, factored: Collection[str], config: CompressionCon
     Returns:
         ``{"share": 0 to 1, "weights": number, "dense": [{"name", "weights", "share", "reason"}]}``
     """
-    linears = dense_linears(model)
-    owners = Counter(
-        id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False)
-    )
+    reasons = why_dense(model, LayerFactorizer(config).for_model(model))
     total = sum(parameter.numel() for parameter in model.parameters())
     rows: dict[tuple[str, str], int] = {}
     covered = 0
@@ -43,10 +38,7 @@ def coverage(model: nn.Module, factored: Collection[str], config: CompressionCon
             if name in factored and kind == "weight":
                 covered += parameter.numel()
                 continue
-            if name in linears and kind == "weight":
-                reason = _reason_of_linear(name, module, owners[id(parameter)] > 1, config)
-            else:
-                reason = _reason(module, kind)
+            reason = (kind == "weight" and reasons.get(name)) or _reason(module, kind)
             row = ("all norms and biases", "norm or bias") if reason in _SMALL else (name, reason)
             rows[row] = rows.get(row, 0) + parameter.numel()
     dense = [
@@ -56,17 +48,6 @@ def coverage(model: nn.Module, factored: Collection[str], config: CompressionCon
     return {"share": covered / max(1, total), "weights": total, "dense": dense}
 
 
-def _reason_of_linear(name: str, module: nn.Module, tied: bool, config: CompressionConfig) -> str:
-    if config.skips(name):
-        return "skipped by name"
-    if tied:
-        return "tied to another layer"
-    rows, columns = dense_weight(module).shape
-    if mid_features_for(config.bits_for(name), columns, rows) < MIN_MID_FEATURES:
-        return "too small to gain"
-    return "left dense"
-
-
 def _reason(module: nn.Module, kind: str) -> str:
     if kind.endswith("bias"):
         return "bias"
@@ -74,4 +55,6 @@ def _reason(module: nn.Module, kind: str) -> str:
         return "norm"
     if isinstance(module, nn.Embedding):
         return "embedding"
+    if isinstance(module, nn.Linear) or is_conv1d(module):
+        return "left dense"
     return f"not a linear layer ({type(module).__name__})"

@@ -59,10 +59,11 @@ def allocate(
     """
     settings = resolve(AllocationConfig, config, options)
     curves = measure_curves(model, settings, importance, depth_prior=settings.depth_prior)
+    factorizer = LayerFactorizer(settings)
     fixed = {
         job.name: bits
-        for job in LayerFactorizer(settings).jobs(model)
-        if (bits := settings.override_for(job.names[0])) is not None  # stacked layers have equal bits
+        for job in factorizer.jobs(model)
+        if (bits := factorizer.override_for(job.names[0])) is not None  # stacked layers have equal bits
     }
     return allocate_bits(
         curves,

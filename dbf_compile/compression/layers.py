@@ -7,14 +7,15 @@ which costs one product instead of several, and a taller matrix loses less at eq
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Unpack
+from typing import Self, Unpack
 
 from torch import Tensor, nn
 
 from dbf_compile import checkpoint
+from dbf_compile.candidates.reasons import listed, reasons_to_stay_dense, tell_left_dense
 from dbf_compile.compression.budgets import Allocation
 from dbf_compile.compression.cache import CachedStore, FactorCache, importance_hash
 from dbf_compile.compression.jobs import FactorJob, joined, run_jobs
@@ -24,7 +25,8 @@ from dbf_compile.factorizer.importance import Importance
 from dbf_compile.factors import DoubleBinaryFactors, mid_features_for
 from dbf_compile.keywords import CompressionKeywords
 from dbf_compile.linear import dense_linears, dense_weight, swap_
-from dbf_compile.options import PRESETS, CompressionConfig
+from dbf_compile.names import Scope, check_names, layer_names, plain_name, scope_of
+from dbf_compile.options import DENSE_BY_DEFAULT, PRESETS, CompressionConfig
 from dbf_compile.records import resolve
 
 # Below this the 16-bit scales take most of the bits and the product approximates nothing.
@@ -38,6 +40,9 @@ SIBLINGS = (
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
 )
+
+
+_AND = joined(["", ""])  # between names of layers that are factored as one
 
 
 class LayerFactorizer:
@@ -60,11 +65,40 @@ class LayerFactorizer:
         ready: str | Path | None = None,
         allocation: Allocation | Mapping[str, int] | None = None,
     ) -> None:
-        self._mid_features = allocation.mid_features if isinstance(allocation, Allocation) else allocation
-        self._config, self._importance = config, importance or {}
+        sizes = allocation.mid_features if isinstance(allocation, Allocation) else allocation
+        self._mid_features = None if sizes is None else {_plain(names): size for names, size in sizes.items()}
+        self.config = config
+        self._importance = {plain_name(name): item for name, item in (importance or {}).items()}
         self._ready_identity = None if ready is None else _file_identity(Path(ready))
         self._ready = {} if self._ready_identity is None else _load(*self._ready_identity)
         self._settings = factorizer_config(config)
+        self._scope = Scope()
+
+    def for_model(self, model: nn.Module) -> Self:
+        """Read the names in all options as those of layers of ``model``, whatever is wrapped around it; return itself.
+
+        Raises:
+            OptionError: a name or pattern matches no layer of the model.
+        """
+        options: dict[str, Collection[str]] = {
+            "importance": list(self._importance),
+            "allocation": [name for names in self._mid_features or () for name in names.split(_AND)],
+            "skip": [pattern for pattern in self.config.skip if pattern not in DENSE_BY_DEFAULT],
+            "overrides": list(self.config.overrides),
+        }
+        around = layer_names(model)
+        self._scope = scope_of(options, around, exact=("importance", "allocation"))
+        known = [self._scope.name(name) for name in around]
+        for option, names in options.items():
+            check_names(option, filter(self._scope.has, names), known, type(model).__name__)
+        return self
+
+    def _option_name(self, layer: str) -> str:
+        return self._scope.name(plain_name(layer))
+
+    def override_for(self, layer: str) -> float | None:
+        """Return the bits per weight that an override gives to a layer, or None."""
+        return self.config.override_for(self._option_name(layer))
 
     def group(self, name: str, weight: Tensor) -> Hashable | None:
         """Return None if a layer stays dense; layers with equal keys and one input may be factored as one.
@@ -73,28 +107,29 @@ class LayerFactorizer:
             name: of the layer.
             weight: [N, K]; only its shape, dtype and device count.
         """
-        if name in self._ready:
-            return ("ready", id(self._ready[name].signs_in))
+        key = self._option_name(name)
+        if key in self._ready:
+            return ("ready", id(self._ready[key].signs_in))
         if self.why_dense(name, weight) is not None:
             return None
-        config = self._config
-        in_features, bits = weight.shape[1], config.bits_for(name)
-        if not config.merge_shared_inputs:
-            return ("alone", name)
+        in_features, bits = weight.shape[1], self.config.bits_for(key)
+        if not self.config.merge_shared_inputs:
+            return ("alone", key)
         return ("made", in_features, bits, weight.dtype, weight.device)
 
     def why_dense(self, name: str, weight: Tensor) -> str | None:
         """Return why a layer stays dense, or None if it is factored."""
+        name = self._option_name(name)
         if name in self._ready:
             return None
-        if self._config.skips(name):
+        if self.config.skips(name):
             return "skipped by name"
         if not weight.is_floating_point():
-            return f"a weight of {str(weight.dtype).removeprefix('torch.')}"
+            return f"of dtype {str(weight.dtype).removeprefix('torch.')}"
         if weight.device.type == "meta":
-            return "a weight on the meta device"
+            return "on the meta device"
         out_features, in_features = weight.shape
-        bits = self._config.bits_for(name)
+        bits = self.config.bits_for(name)
         if mid_features_for(bits, in_features, out_features) < MIN_MID_FEATURES:
             return f"too small to gain at {bits:g} bits per weight"
         return None
@@ -111,9 +146,7 @@ class LayerFactorizer:
     def identity(self, names: Sequence[str]) -> str:
         """Return a hash of all that decides on the factors of these layers, except their weights."""
         source = (
-            self._ready_identity
-            if self.is_ready(names)
-            else (self._config.bits_for(names[0]), self._settings)
+            self._ready_identity if self.is_ready(names) else (self.config.bits_for(names[0]), self._settings)
         )
         digest = hashlib.sha256(repr((names, source)).encode())
         for name in names:
@@ -131,8 +164,8 @@ class LayerFactorizer:
             ConversionError: ready factors do not fit a weight.
         """
         jobs = [None if self.is_ready(names) else self.job(names, weights) for names, weights in stacks]
-        store = CachedStore(FactorCache(self._config.cache_dir), self._settings)
-        run_jobs([job for job in jobs if job], self._settings, store, self._config.progress)
+        store = CachedStore(FactorCache(self.config.cache_dir), self._settings)
+        run_jobs([job for job in jobs if job], self._settings, store, self.config.progress)
         return [
             self._ready_factors(*stack) if job is None else store.get(job)
             for stack, job in zip(stacks, jobs, strict=True)
@@ -145,18 +178,19 @@ class LayerFactorizer:
             ConversionError: an allocation was given that knows nothing of them.
         """
         rows = [weight.shape[0] for weight in weights]
-        measured = [self._importance.get(name) for name in names]
+        keys = [self._option_name(name) for name in names]
+        measured = [self._importance.get(key) for key in keys]
         if all(item is None for item in measured):
             stacked = None
         else:
             stacked = Importance.stack([item or Importance() for item in measured], rows)
         if self._mid_features is None:
-            mid_features = mid_features_for(self._config.bits_for(names[0]), weights[0].shape[1], sum(rows))
-        elif joined(names) in self._mid_features:
-            mid_features = self._mid_features[joined(names)]
+            mid_features = mid_features_for(self.config.bits_for(keys[0]), weights[0].shape[1], sum(rows))
+        elif joined(keys) in self._mid_features:
+            mid_features = self._mid_features[joined(keys)]
         else:
             raise ConversionError(
-                f"an allocation without {joined(names)!r}",
+                f"an allocation without {joined(keys)!r}",
                 f"one that has {', '.join(self._mid_features)}",
                 "allocate for this model with the same skip and merge_shared_inputs",
             )
@@ -166,12 +200,10 @@ class LayerFactorizer:
         """Return the jobs of all layers of a model that are factored.
 
         Raises:
+            OptionError: a name in the options matches no layer.
             ConversionError: there are none.
         """
-        jobs = [self.job(names, weights) for names, weights in stacks_of(model, self)]
-        if not jobs:
-            raise nothing_to_factor(model, self._config)
-        return jobs
+        return [self.job(names, weights) for names, weights in stacks_of(model, self.for_model(model))]
 
     def _ready_factors(self, names: Sequence[str], weights: Sequence[Tensor]) -> DoubleBinaryFactors:
         for name, weight in zip(names, weights, strict=True):
@@ -185,17 +217,24 @@ class LayerFactorizer:
         return DoubleBinaryFactors.stack([self._ready[name] for name in names]).to(weights[0].device)
 
 
+def _plain(names: str) -> str:
+    """Return joined names of layers without the wrappers around them."""
+    return joined([plain_name(name) for name in names.split(_AND)])
+
+
 def factorizer_config(config: CompressionConfig) -> FactorizerConfig:
     """Return the settings of the factorizer: the iterations given, or else those of the preset."""
     iterations = PRESETS[config.preset] if config.iterations is None else config.iterations
     return FactorizerConfig(iterations=iterations, seed=config.seed)
 
 
-def nothing_to_factor(model: nn.Module, config: CompressionConfig) -> ConversionError:
-    """Return the error for a model none of whose layers is factored."""
+def nothing_to_factor(
+    model: nn.Module, dense: Mapping[str, str], config: CompressionConfig
+) -> ConversionError:
+    """Return the error for a model none of whose layers is factored; ``dense`` says of each why."""
     return ConversionError(
-        f"{type(model).__name__} without a linear layer to factor",
-        "nn.Linear or Conv1D layers that are neither skipped nor too small",
+        f"{type(model).__name__} without a linear layer to factor" + (f": {listed(dense)}" if dense else ""),
+        "nn.Linear or Conv1D layers that are called, are no more than their weights, and are not too small",
         f"check skip={list(config.skip)} and bits_per_weight={config.bits_per_weight}",
     )
 
@@ -234,11 +273,12 @@ def factorize_model(
         Layer name to factors; layers factored together share the tensors of their first stage.
 
     Raises:
-        OptionError: an unknown or ill-typed option.
+        OptionError: an unknown or ill-typed option, or a name that matches no layer.
+        ConversionError: there is no layer to factor; the message says of each why.
         WeightError: a weight cannot be factored; the message names its layer.
     """
     factorizer = LayerFactorizer(resolve(CompressionConfig, config, options), importance, None, allocation)
-    stacks = stacks_of(model, factorizer)
+    stacks = stacks_of(model, factorizer.for_model(model))
     factors: dict[str, DoubleBinaryFactors] = {}
     for (names, weights), stacked in zip(stacks, factorizer.make(stacks), strict=True):
         factors.update(zip(names, stacked.split([weight.shape[0] for weight in weights]), strict=True))
@@ -246,23 +286,39 @@ def factorize_model(
 
 
 def stacks_of(model: nn.Module, factorizer: LayerFactorizer) -> list[tuple[list[str], list[Tensor]]]:
-    """Return the layers of a model that are factored, those together that share their first stage.
+    """Return the layers of a model that are factored, those together that share their first stage; log what stays dense.
 
     Returns:
         Names of layers and their dense weights [N_i, K], for every stack.
+
+    Raises:
+        ConversionError: there are none.
     """
     layers: dict[str, Tensor] = {}
     groups: dict[Hashable, list[str]] = {}
+    dense = why_dense(model, factorizer)
     for name, module in dense_linears(model).items():
-        weight = dense_weight(module).detach()
-        key = factorizer.group(name, weight)
-        if key is None or _has_other_readers(model, module):
+        if name in dense:
             continue
-        layers[name] = weight
-        parent, _, child = name.rpartition(".")
+        layers[name] = dense_weight(module).detach()
+        key = factorizer.group(name, layers[name])
+        parent, _, child = plain_name(name).rpartition(".")
         family = next((family for family in SIBLINGS if child in family), None)
         groups.setdefault((parent, family, key) if family else name, []).append(name)
+    if not layers:
+        raise nothing_to_factor(model, dense, factorizer.config)
+    tell_left_dense(model, len(layers), dense)
     return [(names, [layers[name] for name in names]) for names in groups.values()]
+
+
+def why_dense(model: nn.Module, factorizer: LayerFactorizer) -> dict[str, str]:
+    """Return, for each linear layer of a model that stays dense, the reason: that of the options, or one of its own."""
+    own = reasons_to_stay_dense(model)
+    reasons = {
+        name: factorizer.why_dense(name, dense_weight(module)) or own.get(name)
+        for name, module in dense_linears(model).items()
+    }
+    return {name: reason for name, reason in (own | reasons).items() if reason is not None}
 
 
 def convert_(
@@ -294,19 +350,18 @@ def convert_(
     settings = resolve(CompressionConfig, config, options)
     if factors is None:
         factors = factorize_model(model, settings, importance, allocation)
-    if not factors:
-        raise nothing_to_factor(model, settings)
+    elif not factors:
+        raise nothing_to_factor(model, {}, settings)
+    else:
+        factors = _in_model(factors, model)
     return swap_(model, factors)
 
 
-def _has_other_readers(model: nn.Module, module: nn.Module) -> bool:
-    """Return whether an embedding or the like reads the same weight: the dense one would have to stay anyway."""
-    weight = module.weight
-    get_head = getattr(model, "get_output_embeddings", None)
-    if callable(get_head) and get_head() is module:
-        return True
-    return any(
-        parameter is weight and other is not module
-        for other in model.modules()
-        for parameter in other.parameters(recurse=False)
-    )
+def _in_model(factors: Mapping[str, DoubleBinaryFactors], model: nn.Module) -> dict[str, DoubleBinaryFactors]:
+    """Return factors by the names that their layers have in the model, which may be wrapped since they were made."""
+    layers = dense_linears(model)
+    if not factors.keys() - layers.keys():
+        return dict(factors)
+    scope = scope_of({"factors": factors}, [plain_name(name) for name in layers])
+    names = {scope.name(plain_name(name)): name for name in layers}
+    return {names.get(key, key): layer for key, layer in factors.items() if scope.has(key)}

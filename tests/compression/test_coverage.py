@@ -38,7 +38,7 @@ def test_layers_that_stay_dense_say_why():
     reasons = {row["name"]: row["reason"] for row in covered["dense"]}
     assert reasons["model.layers.0.self_attn.o_proj"] == "skipped by name"
     assert reasons["model.layers.0.self_attn.k_proj"] == "tied to another layer"
-    assert reasons["model.layers.0.mlp.gate_proj"] == "too small to gain"
+    assert reasons["model.layers.0.mlp.gate_proj"].startswith("too small to gain")
     assert reasons["model.layers.0.mlp.down_proj"] == "left dense"
     assert "model.layers.0.mlp.up_proj" not in reasons
     assert mlp.up_proj.weight.numel() == pytest.approx(covered["share"] * covered["weights"])

@@ -1,0 +1,122 @@
+"""Why linear layers of a model must stay dense, whatever the options say; and how the user is told."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from dbf_compile.candidates.dense import linears, why_not_dense
+from dbf_compile.candidates.uses import weight_uses
+from dbf_compile.names import is_adapter
+
+_log = logging.getLogger(__name__)
+
+# Said of themselves in the documents: a layer that stays dense by one of these rules is no surprise.
+_ADAPTER = "an adapter of PEFT"
+_BY_RULE = (
+    "skipped by name",
+    "too small to gain",
+    "an adapter",
+    "the model's head",
+    "an embedding reads it, too",
+)
+# Where PEFT's modules keep what they adapt; all else below them is theirs.
+_ADAPTED = ("base_layer", "base_model", "model")
+
+
+def reasons_against(model: nn.Module) -> dict[str, str]:
+    """Return, for each linear layer of a model that cannot be factored, the reason; by its first name."""
+    layers = linears(model)
+    adapters = _adapters(model)
+    uses = weight_uses(model) if layers else {}
+    names = {name for name, _ in model.named_modules()}
+    reasons: dict[str, str] = {}
+    for name, module in layers.items():
+        reason = adapters.get(module, _ADAPTER if is_adapter(name, names) else None)
+        if reason is None and module in uses:
+            reason = f"whose weight is used without a call in {uses[module]}"
+        reason = reason or why_not_dense(module)
+        if reason is not None:
+            reasons[name] = reason
+    return reasons
+
+
+def reasons_to_stay_dense(model: nn.Module) -> dict[str, str]:
+    """Return, for each linear layer of a model that is not factored unasked, the reason; by its first name.
+
+    Besides those that cannot be factored these are the head, and layers whose weight would have to be kept for another one.
+    """
+    readers = _readers(model)
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    reasons = reasons_against(model)
+    for name, module in linears(model).items():
+        if name in reasons:
+            continue
+        others = [other for other in readers[id(module._parameters["weight"])] if other is not module]
+        if any(isinstance(other, nn.Embedding) for other in others):
+            reasons[name] = "an embedding reads, too"
+        elif others:
+            reasons[name] = "tied to another layer"
+        elif module is head:
+            reasons[name] = "the model's head"
+    return reasons
+
+
+def _readers(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """Return the modules that hold each parameter, by its id."""
+    readers: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            readers.setdefault(id(parameter), []).append(module)
+    return readers
+
+
+def _adapters(model: nn.Module) -> dict[nn.Module, str]:
+    """Return the modules that PEFT added, and layers whose weight its adapters read, with the reason."""
+    reasons: dict[nn.Module, str] = {}
+    for module in model.modules():
+        if type(module).__module__.startswith("peft."):
+            added = [child for name, child in module.named_children() if name not in _ADAPTED]
+            reasons |= {below: _ADAPTER for child in added for below in child.modules()}
+            if any(dict(getattr(module, "use_dora", {})).values()):
+                reasons[module._modules["base_layer"]] = "whose weight DoRA reads"  # type: ignore[index]
+    return reasons
+
+
+def listed(dense: Mapping[str, str]) -> str:
+    """Return the reasons of layers, each with the number of its layers and the first of their names."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in dense.items():
+        by_reason.setdefault(reason, []).append(name or "the model itself")
+    parts = []
+    for reason, names in by_reason.items():
+        parts.append(f"{len(names)} {reason} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})")
+    return "; ".join(parts)
+
+
+_told: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
+
+def tell_left_dense(model: nn.Module, factored: int, dense: Mapping[str, str]) -> None:
+    """Log which layers stay dense: as a warning if that is less than was asked for, once for a model and reasons.
+
+    Args:
+        model: the model.
+        factored: number of layers that are factored.
+        dense: names of the other linear layers to their reasons.
+    """
+    if not dense:
+        return
+    message = (
+        f"{factored} of {factored + len(dense)} linear layers of {type(model).__name__} are factored; "
+        f"left dense: {listed(dense)}"
+    )
+    told = _told.setdefault(model, set())
+    if message not in told:
+        told.add(message)
+        expected = all(reason.startswith(_BY_RULE) for reason in dense.values())
+        _log.log(logging.INFO if expected else logging.WARNING, "%s", message)
