@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from dbf_compile.cli_options import expand_records, parse_settings
 from dbf_compile.options import CompressOptions, EvaluationConfig
-from dbf_compile.records import Record, resolve
+from dbf_compile.progress import say
+from dbf_compile.records import Record, option, resolve
 
 app = typer.Typer(
     help="Double Binary Factorization of transformer weights: 0.5 to 4 bits each, additions only.",
@@ -28,7 +30,15 @@ app = typer.Typer(
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Folder = Annotated[str, typer.Argument(help="Folder of a model, or its name on the Hub.")]
-Data = Annotated[str | None, typer.Option(help="Text file to calibrate, or to judge, with.")]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Text to calibrate, or to judge, with: a file of text or of rows (txt, jsonl, json, csv, tsv, parquet, arrow, "
+        "also compressed), a folder or a pattern of such files, or a data set of the Hub as name or name:configuration. "
+        "May be repeated."
+    ),
+]
+Progress = Annotated[bool, typer.Option(help="Say on stderr what goes on.")]
 _INTERRUPTED = 130
 
 
@@ -89,13 +99,12 @@ def compress(
     from dbf_compile.run.workers import compress_in_processes
 
     config = resolve(CompressOptions, options, parse_settings(settings or []))
-    if as_json:
-        config = replace(config, progress=False)
-    with _kept_on_interrupt(output):
+    source = _source(data)
+    with _kept_on_interrupt(output), _results_alone(as_json):
         if processes > 1:
-            compressed = compress_in_processes(model, output, processes=processes, config=config, data=data)
+            compressed = compress_in_processes(model, output, processes=processes, config=config, data=source)
         else:
-            compressed = run(model, output, config=config, data=data)
+            compressed = run(model, output, config=config, data=source)
     page = compressed.folder / "dbf_report.html"
     _print(as_json, compressed.report, lambda: f"{compressed}\nreport: {page}")
 
@@ -121,7 +130,8 @@ def evaluate(
     from dbf_compile.evaluation import evaluate as run
 
     tasks = tuple(name for names in options.tasks for name in names.split(","))
-    results = run(model, data, dense=dense, config=replace(options, tasks=tasks))
+    with _results_alone(as_json):
+        results = run(model, _source(data), dense=dense, config=replace(options, tasks=tasks))
     _print(
         as_json, results, lambda: "\n".join(f"{key:>16}  {_figure(value)}" for key, value in results.items())
     )
@@ -136,12 +146,14 @@ class GenerateOptions(Record):
         temperature: Temperature of drawing.
         compiled: Compile decoding.
         device: Where to compute, such as cuda or cpu; None for a GPU if there is one.
+        progress: Say on stderr what goes on.
     """
 
     sample: bool = False
     temperature: float = 1.0
     compiled: bool = True
     device: str | None = None
+    progress: bool = True
 
 
 @app.command(
@@ -159,9 +171,12 @@ def generate(
     """Stream text from a model, then say how many tokens a second prefill and decoding made, and in how much memory."""
     from dbf_compile.generation import generate as run
 
-    sampling = {"do_sample": True, "temperature": options.temperature} if options.sample else {}
+    sampling: dict[str, Any] = {"do_sample": True} if options.sample else {}
+    if options.sample or options.temperature != 1.0:
+        sampling["temperature"] = options.temperature
     results = {}
     for name in (model, *([dense] if dense else [])):
+        say(f"opening {name}, and compiling its decoding", options.progress)
         if not as_json:
             print(f"--- {name}\n{prompt}", end="", flush=True)
         generation = run(
@@ -183,21 +198,40 @@ def generate(
         print(json.dumps(results))
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(Record):
+    """How ``bench`` measures.
+
+    Args:
+        prompt_tokens: Tokens of the prompt.
+        rounds: How often; medians are printed.
+        device: Where to compute, such as cuda or cpu; None for a GPU if there is one.
+        progress: Show on stderr what goes on.
+    """
+
+    prompt_tokens: int = option(128, low=1)
+    rounds: int = option(5, low=1)
+    device: str | None = None
+    progress: bool = True
+
+
 @app.command(epilog="Example:\n\n    dbf-compile bench qwen-2bit --dense Qwen/Qwen3-0.6B")
+@expand_records
 def bench(
     model: Folder,
+    options: BenchOptions,
     dense: Annotated[str | None, typer.Option(help="The dense model, timed in turns with it.")] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128,
     max_new_tokens: Annotated[int, typer.Option("--tokens", "-n", min=2, help="New tokens.")] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="How often; medians are printed.")] = 5,
-    device: Annotated[str | None, typer.Option(help="Where to, such as cuda or cpu.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Time prefill and decoding of a compressed model, and of the dense one in the same run."""
     from dbf_compile.generation import time_models
 
     names = [model, *([dense] if dense else [])]
-    results = time_models(names, prompt_tokens, max_new_tokens, rounds, device)
+    say(f"opening {', '.join(names)}", options.progress)
+    results = time_models(
+        names, options.prompt_tokens, max_new_tokens, options.rounds, options.device, options.progress
+    )
 
     def table() -> str:
         lines = [f"{'':40}  prefill/s   decode/s   weights MB"]
@@ -215,10 +249,11 @@ def bench(
 
 
 @app.command(epilog="Example:\n\n    dbf-compile inspect qwen-2bit")
-def inspect(model: Folder, as_json: AsJson = False) -> None:
+def inspect(model: Folder, progress: Progress = True, as_json: AsJson = False) -> None:
     """Show what of a model is compressed: coverage, bits, and the error of every layer; checks the files as well."""
     from dbf_compile.inspection import inspect as run
 
+    say(f"looking into {model}", progress)
     facts = run(model)
 
     def text() -> str:
@@ -243,10 +278,11 @@ def inspect(model: Folder, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
+def doctor(progress: Progress = True, as_json: AsJson = False) -> None:
     """Say what this machine can run, and what is missing; exit status 1 if something that is needed is."""
     from dbf_compile.doctor import examine
 
+    say("looking at this machine; the CPU kernels are built if they are not there yet", progress)
     findings = examine()
     marks = {"good": "ok     ", "missing": "missing", "slow": "slow   "}
     _print(
@@ -256,6 +292,20 @@ def doctor(as_json: AsJson = False) -> None:
     )
     if any(item.state == "missing" and item.needed for item in findings):
         raise typer.Exit(1)
+
+
+def _source(data: list[str] | None) -> str | list[Path] | None:
+    """Return one path or name, which may be one of the Hub, or several paths."""
+    if not data:
+        return None
+    return data[0] if len(data) == 1 else [Path(path) for path in data]
+
+
+@contextmanager
+def _results_alone(as_json: bool) -> Iterator[None]:
+    """Send what other libraries print to stderr where stdout is for programs."""
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        yield
 
 
 def _print(as_json: bool, facts: dict[str, Any], text: Callable[[], str]) -> None:

@@ -40,8 +40,10 @@ class CompressKeywords(CompressionKeywords, total=False):
     """Fields of ``CompressOptions``; ``form`` is an old spelling of ``curvature``."""
 
     mode: str
-    length: int
+    length: int | None
     windows: int
+    column: str | None
+    split: str | None
     holdout: int
     curvature: str
     form: str
@@ -68,15 +70,19 @@ class CalibrationKeywords(TypedDict, total=False):
     clip: float | None
     device: torch.device | str | None
     seed: int
+    progress: bool
 
 
 class EvaluationKeywords(TypedDict, total=False):
     """Fields of ``EvaluationConfig``."""
 
-    length: int
+    length: int | None
     windows: int
+    column: str | None
+    split: str | None
     tasks: Sequence[str]
     include_path: str | Path | None
-    limit: int | None
+    limit: float | None
     device: torch.device | str | None
     trust_remote_code: bool
+    progress: bool

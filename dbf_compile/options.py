@@ -108,8 +108,10 @@ class CompressOptions(CompressionConfig):
     Args:
         mode: "independent": statistics once, then every weight on its own. "sequential": block after block, with inputs
             from the compressed prefix and targets from the dense model. "auto": sequential where there is data.
-        length: Tokens of a window of text.
+        length: Tokens of a window of text; None for 512, or for as many as the model has positions.
         windows: Windows to calibrate and train with.
+        column: Column of the data to read; None for the first that is known, such as text or messages.
+        split: Split of the data to read, such as train; needed where there are several.
         holdout: Windows after those to judge with; 0 to judge nothing.
         curvature: Form of the importance: "diagonal", "input" or "kronecker"; see ``calibrate``.
         temper: Power of the spectrum of importances; None to leave them as measured, 0.5 is a usual value.
@@ -126,8 +128,10 @@ class CompressOptions(CompressionConfig):
     """
 
     mode: str = option("auto", choices=MODES)
-    length: int = option(512, low=2)
+    length: int | None = option(None, low=2)
     windows: int = option(64, low=1)
+    column: str | None = None
+    split: str | None = None
     holdout: int = option(8, low=0)
     curvature: str = option("diagonal", choices=CURVATURES)
     temper: float | None = option(None, low=0, high=1)
@@ -197,6 +201,7 @@ class CalibrationConfig(Record):
         device: Where to compute. Blocks are onloaded one at a time and recomputed in the backward pass. None: the model
             runs where it is, as a whole.
         seed: Seed of random tokens and random losses.
+        progress: Show a progress bar.
     """
 
     loss: Callable[..., Any] | str | None = "auto"
@@ -205,6 +210,7 @@ class CalibrationConfig(Record):
     clip: float | None = None
     device: torch.device | str | None = None
     seed: int = option(0, low=0, high=2**63 - 1)
+    progress: bool = option(True, changes_results=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -223,19 +229,37 @@ class EvaluationConfig(Record):
     """How ``evaluate`` judges a model.
 
     Args:
-        length: Context length: tokens of a window.
+        length: Context length: tokens of a window; None for 2048, or for as many as the model has positions.
         windows: Windows at most; they do not overlap.
+        column: Column of the data to read; None for the first that is known, such as text or messages.
+        split: Split of the data to read, such as test; needed where there are several.
         tasks: Names of tasks of lm-eval, whose package must be installed.
         include_path: Folder with tasks of your own, as YAML files of lm-eval.
-        limit: Examples of a task at most.
+        limit: Examples of a task at most: their number, or below 1 their share.
         device: Where to compute, such as cuda or cpu; None for a GPU if there is one.
         trust_remote_code: Run code that comes with the model.
+        progress: Show progress bars.
     """
 
-    length: int = option(2048, low=2)
+    length: int | None = option(None, low=2)
     windows: int = option(10_000, low=1)
+    column: str | None = None
+    split: str | None = None
     tasks: tuple[str, ...] = ()
     include_path: str | None = None
-    limit: int | None = option(None, low=1)
+    limit: float | None = None
     device: torch.device | str | None = None
     trust_remote_code: bool = False
+    progress: bool = option(True, changes_results=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.limit is None or 0 < self.limit < 1:
+            return
+        if not (self.limit >= 1 and float(self.limit).is_integer()):
+            raise OptionError(
+                f"limit={self.limit!r}",
+                "a whole number of examples, or a share between 0 and 1",
+                "leave limit out for all",
+            )
+        object.__setattr__(self, "limit", int(self.limit))

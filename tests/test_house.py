@@ -32,6 +32,7 @@ TESTED_ELSEWHERE = {
     "dbf_compile/records": "test_options.py",
     "dbf_compile/compiler/ir": "compiler/test_lowerings.py",
     "dbf_compile/compression/cache": "compression/test_jobs.py",
+    "dbf_compile/integrations/datasets": "calibration/test_sources.py",
     "dbf_compile/integrations/lm_eval": "test_evaluation.py",
     "dbf_compile/integrations/pretrained": "integrations/test_transformers.py",
     "dbf_compile/integrations/ray": "end_to_end/test_compress.py",

@@ -68,8 +68,10 @@ EXAMPLES: dict[Any, tuple[Any, tuple[Any, ...]]] = {
     "floor": SHARE,
     "ceiling": SHARE,
     "depth_prior": (0.6, ("0.6", None, True)),
-    "length": COUNT,
+    "length": MAYBE_COUNT,
     "windows": COUNT,
+    "column": PATH,
+    "split": PATH,
     "holdout": COUNT,
     "curvature": ("kronecker", (None, 3, True)),
     "temper": SHARE,
@@ -88,7 +90,7 @@ EXAMPLES: dict[Any, tuple[Any, tuple[Any, ...]]] = {
     "clip": (0.999, ("0.9", True)),
     "tasks": (["piqa"], ("piqa", None, [1])),
     "include_path": PATH,
-    "limit": MAYBE_COUNT,
+    "limit": SHARE,
 }
 LISTS = ("skip", "layers", "tasks")
 
@@ -300,3 +302,15 @@ def test_options_cannot_be_changed(kind: type[Record]) -> None:
     name = dataclasses.fields(kind)[0].name
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(kind(), name, 3)
+
+
+@pytest.mark.parametrize("limit", [1, 7, 7.0, 0.1, 0.999, None])
+def test_a_limit_is_a_number_of_examples_or_their_share(limit: Any) -> None:
+    stored = EvaluationConfig(limit=limit).limit
+    assert stored == limit and (stored is None or stored < 1 or isinstance(stored, int))
+
+
+@pytest.mark.parametrize("limit", [0, -1, -0.1, 1.5, float("nan"), float("inf")])
+def test_a_limit_that_is_neither_is_refused(limit: float) -> None:
+    with pytest.raises(OptionError, match=r"limit=.*a share between 0 and 1"):
+        EvaluationConfig(limit=limit)

@@ -1,17 +1,22 @@
-"""Batches of tokens for calibration: from a text file, from texts, from a ``datasets`` object, or at random."""
+"""Batches of tokens: windows of files, data sets, rows and texts, or at random."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dbf_compile.calibration.limits import checked, embedded_ids, positions_of, window_length
+from dbf_compile.calibration.model_io import vocabulary_of
+from dbf_compile.calibration.sources import documents
 from dbf_compile.errors import ConversionError, OptionError
+from dbf_compile.options import CompressOptions, EvaluationConfig
+from dbf_compile.progress import over
 
-_SEPARATOR = "\n\n"  # between documents, as usual in evaluations of perplexity
+RANDOM_WINDOWS = 16
 
 
 def token_batches(
@@ -21,42 +26,81 @@ def token_batches(
     length: int = 512,
     count: int = 64,
     batch_size: int = 1,
-    column: str = "text",
+    column: str | None = None,
+    split: str | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Yield batches of consecutive windows of tokens, without padding; equal arguments give equal batches.
 
-    Documents are joined by blank lines and cut every ``length`` tokens. Tokens after the last full window are dropped.
-    The source is read no further than needed.
+    Documents are joined by blank lines and cut into windows. Each begins with what the tokenizer puts in front of a text,
+    such as a token for the beginning (BOS), and not twice. Tokens after the last full window are dropped. The source is read
+    no further than needed.
 
     Args:
-        source: path of a text file in UTF-8, an iterable of texts, or an iterable of rows with a column of texts, such as
-            a ``datasets.Dataset``.
-        tokenizer: of transformers, or any function with ``tokenizer(text)["input_ids"]`` a list of ids.
+        source: path of a file of text or of rows (:mod:`~dbf_compile.calibration.readers` names the kinds), a folder or a
+            pattern of such files, a data set's name on the Hub (``name`` or ``name:configuration``), or a list of paths.
+            Or texts, rows, conversations or ids (:mod:`~dbf_compile.calibration.rows` says which), as an iterable, a table,
+            or an object of ``datasets``.
+        tokenizer: of transformers, or any function with ``tokenizer(text)["input_ids"]`` a list of ids; it may be None
+            where the source holds ids.
         length: tokens in a window, 2 or more.
         count: windows, at most; fewer where the source is short.
         batch_size: windows in a batch; the last batch may have fewer.
-        column: name of the column of texts.
+        column: name of the column to read; None for the first that is known.
+        split: name of the split to read, where there are several.
 
     Yields:
         ``{"input_ids": int64 [batch, length]}``
 
     Raises:
-        OptionError: a length, count or batch size is out of range.
+        OptionError: a length, count or batch size is out of range, or the tokenizer is none.
         ConversionError: the source cannot be read, has another type, or holds less than one window.
     """
     for name, value, low in (("length", length, 2), ("count", count, 1), ("batch_size", batch_size, 1)):
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise OptionError(f"{name}={value!r}", f"a whole number of {low} or more", f"leave {name} out")
-    return _batched(_windows(source, tokenizer, length, count, column), batch_size)
+    if tokenizer is not None and not callable(tokenizer):
+        raise OptionError(
+            f"tokenizer of type {type(tokenizer).__name__}",
+            "a tokenizer of transformers, or a function",
+            "pass AutoTokenizer.from_pretrained(...)",
+        )
+    stream = _Tokens(source, tokenizer, column, split)
+    return _batched(stream.windows(length, count), batch_size)
+
+
+def windows_for(
+    model: nn.Module,
+    source: Any,
+    tokenizer: Any,
+    options: CompressOptions | EvaluationConfig,
+    usual: int,
+    count: int,
+) -> list[dict[str, Tensor]]:
+    """Return batches of one window of data for a model, as :func:`token_batches` reads it, with a bar.
+
+    Args:
+        model: its positions and its vocabulary are the limits.
+        source, tokenizer: as for :func:`token_batches`.
+        options: length, column, split and progress; a length of None is ``usual``, or as much as the model has positions.
+        usual: the usual length.
+        count: windows, at most.
+
+    Raises:
+        OptionError, ConversionError: as for :func:`token_batches`, or the model cannot read the windows.
+    """
+    length = window_length(model, options.length, usual)
+    column, split = options.column, options.split
+    batches = token_batches(source, tokenizer, length=length, count=count, column=column, split=split)
+    return list(checked(model, list(over(batches, "reading data", "window", options.progress, count))))
 
 
 def random_batches(
-    model: nn.Module, generator: torch.Generator, *, length: int = 128, count: int = 16
+    model: nn.Module, generator: torch.Generator, *, length: int = 128, count: int = RANDOM_WINDOWS
 ) -> Iterator[dict[str, Tensor]]:
     """Yield batches of one window of uniformly random tokens, for calibration without data.
 
     Args:
-        model: its ``config.vocab_size`` is the range of the tokens.
+        model: its embedding, or its ``config.vocab_size``, is the range of the tokens.
         generator: on the CPU; draws the tokens.
         length: tokens in a window; fewer where the model has fewer positions.
         count: number of windows.
@@ -67,77 +111,91 @@ def random_batches(
     Raises:
         ConversionError: the configuration of the model has no ``vocab_size``.
     """
-    config = getattr(model, "config", None)
-    size = getattr(config, "vocab_size", None)
-    if not isinstance(size, int):
+    sizes = (vocabulary_of(model), embedded_ids(model))
+    size = min((size for size in sizes if isinstance(size, int)), default=None)
+    if size is None:
         raise ConversionError(
             f"{type(model).__name__} without config.vocab_size",
             "a language model, or batches",
             "pass batches to calibrate with",
         )
-    length = min(length, getattr(config, "max_position_embeddings", length))
+    length = min(length, positions_of(model) or length)
     device = next(model.parameters()).device
     for _ in range(count):
         yield {"input_ids": torch.randint(size, (1, length), generator=generator).to(device)}
 
 
-def _windows(
-    source: str | Path | Iterable[Any], tokenizer: Any, length: int, count: int, column: str
-) -> Iterator[list[int]]:
-    pending: list[int] = []
-    windows = tokens = 0
-    for number, text in enumerate(_texts(source, column)):
-        ids = _ids(tokenizer, text if number == 0 else _SEPARATOR + text)
-        tokens += len(ids)
-        pending += ids
-        while len(pending) >= length:
-            yield pending[:length]
-            windows += 1
-            if windows == count:
-                return
-            pending = pending[length:]
-    if not windows:
-        raise ConversionError(
-            f"a source of {tokens} tokens",
-            f"at least one window of {length}",
-            "give more text, or a smaller length",
-        )
+class _Tokens:
+    """The tokens of a source, in order.
 
+    Args:
+        source, tokenizer, column, split: as for :func:`token_batches`.
+    """
 
-def _texts(source: str | Path | Iterable[Any], column: str) -> Iterator[str]:
-    if isinstance(source, (str, Path)):
-        try:
-            yield Path(source).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+    def __init__(self, source: Any, tokenizer: Any, column: str | None, split: str | None) -> None:
+        self._documents = documents(source, tokenizer, column, split)
+        self._tokenizer = tokenizer
+        self._start: list[int] = []  # what every window begins with
+        self._is_first = True
+
+    def windows(self, length: int, count: int) -> Iterator[list[int]]:
+        """Yield at most ``count`` windows of ``length`` tokens."""
+        pending: list[int] = []
+        windows = tokens = 0
+        for document in self._documents:
+            ids = self._ids(document.content, document.joint)
+            tokens += len(ids)
+            if len(self._start) >= length:
+                raise OptionError(f"length={length}", f"more than {len(self._start)}", "pass a larger length")
+            pending, place = pending + ids, 0
+            while True:
+                start = self._start
+                if (
+                    pending[place : place + len(start)] == start
+                ):  # a text, or a chat template, that brings its own
+                    start = []
+                end = place + length - len(start)
+                if end > len(pending):
+                    break
+                yield start + pending[place:end]
+                place, windows = end, windows + 1
+                if windows == count:
+                    return
+            pending = pending[place:]
+        if not windows:
             raise ConversionError(
-                f"{str(source)[:80]!r}, which cannot be read ({error})",
-                "the path of a text file in UTF-8",
-                "check the path; pass a text itself as [text]",
-            ) from error
-        return
-    if not isinstance(source, Iterable):
-        raise ConversionError(
-            f"a source of type {type(source).__name__}",
-            "a path, texts, or rows with a column of texts",
-            "pass [text]",
-        )
-    for item in source:
-        text = item.get(column) if isinstance(item, Mapping) else item
-        if not isinstance(text, str):
-            kind = f"columns {sorted(item)}" if isinstance(item, Mapping) else f"type {type(item).__name__}"
-            raise ConversionError(
-                f"an item with {kind}",
-                f"a text, or a row with a text in column {column!r}",
-                "pass column=...",
+                f"a source of {tokens} tokens",
+                f"at least one window of {length}",
+                "give more text, or a smaller length",
             )
-        yield text
+
+    def _ids(self, content: str | list[int], joint: str) -> list[int]:
+        first, self._is_first = self._is_first, False
+        if not isinstance(content, str):
+            return content
+        if self._tokenizer is None:
+            raise ConversionError(
+                "text without a tokenizer", "a tokenizer for the text", "pass tokenizer=..."
+            )
+        if first:
+            self._start = _start_of(self._tokenizer)
+        text = content if first else joint + content
+        try:
+            return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        except TypeError:  # a tokenizer without these options
+            return list(self._tokenizer(text)["input_ids"])
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def _start_of(tokenizer: Any) -> list[int]:
+    """Return the ids that a tokenizer puts in front of a text."""
     try:
-        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    except TypeError:  # a tokenizer without these options
-        return list(tokenizer(text)["input_ids"])
+        plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    except TypeError:
+        return []
+    whole = list(tokenizer("a")["input_ids"])
+    places = range(len(whole) - len(plain) + 1)
+    place = next((place for place in places if whole[place : place + len(plain)] == plain), 0)
+    return whole[:place]
 
 
 def _batched(windows: Iterable[list[int]], batch_size: int) -> Iterator[dict[str, Tensor]]:

@@ -22,7 +22,8 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from dbf_compile.calibration.batches import random_batches
+from dbf_compile.calibration.batches import RANDOM_WINDOWS, random_batches
+from dbf_compile.calibration.limits import checked
 from dbf_compile.calibration.losses import Loss, loss_named
 from dbf_compile.calibration.model_io import attention_mask, call_model, to_device
 from dbf_compile.calibration.moments import Moment
@@ -32,6 +33,7 @@ from dbf_compile.factorizer.importance import Importance, diagonal_of
 from dbf_compile.keywords import CalibrationKeywords
 from dbf_compile.linear import dense_linears
 from dbf_compile.options import DENSE_BY_DEFAULT, CalibrationConfig
+from dbf_compile.progress import over
 from dbf_compile.records import resolve
 
 _log = logging.getLogger(__name__)
@@ -63,15 +65,17 @@ def calibrate(
 
     Raises:
         OptionError: an unknown or ill-typed option.
-        ConversionError: no batches, a batch of another type, a loss that is no scalar or has no gradient.
+        ConversionError: no batches, a batch of another type or one that the model cannot read, a loss that is no scalar or
+            has no gradient.
         WeightError: activations or gradients are NaN or overflow; the message names the layer.
     """
     settings = resolve(CalibrationConfig, config, options)
     generator = torch.Generator().manual_seed(settings.seed)
     loss = settings.loss
     criterion = loss_named(loss, model, generator) if isinstance(loss, str) else loss
-    if batches is None:
-        batches = random_batches(model, generator)
+    total = RANDOM_WINDOWS if batches is None else None
+    batches = random_batches(model, generator) if batches is None else checked(model, batches)
+    batches = over(batches, "calibrating", "batch", settings.progress, total)
     meters = {
         name: _Meter(
             Moment(_is_whole(name, settings.curvature, ("input", "kronecker")), settings.clip),

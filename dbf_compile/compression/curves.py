@@ -27,6 +27,7 @@ from dbf_compile.factorizer.importance import Importance, diagonal_of
 from dbf_compile.factorizer.weighted import WeightedWeight, squared_norm
 from dbf_compile.keywords import AllocationKeywords
 from dbf_compile.options import AllocationConfig, CompressionConfig
+from dbf_compile.progress import over
 from dbf_compile.records import resolve
 
 _FRACTIONS = (0.5, 1.0, 1.75)  # of the R of equal bits: where errors are measured
@@ -104,9 +105,9 @@ def measure_curves(
         for size in _probed(job.mid_features)
     ]
     store = CachedStore(FactorCache(config.cache_dir), _MEASURING)
-    run_jobs(probes, _MEASURING, store, config.progress)
+    run_jobs(probes, _MEASURING, store, config.progress, what="measuring error curves")
     errors: dict[str, list[tuple[int, float]]] = {}
-    for probe in probes:
+    for probe in over(probes, "reading error curves", "weight", config.progress, delay=1.0):
         error = weighted_error(probe.stacked, store.get(probe), probe.importance)
         errors.setdefault(probe.name, []).append((probe.mid_features, max(error, 1e-12)))
     weights = _weights(jobs, depth_prior)

@@ -24,6 +24,7 @@ from dbf_compile.factorizer.factorize import FactorizerConfig, factorize_batch
 from dbf_compile.factorizer.importance import Importance
 from dbf_compile.factors import DoubleBinaryFactors
 from dbf_compile.machine import default_workers
+from dbf_compile.progress import bar, over
 
 _BATCHED_WEIGHTS = 2**23  # larger ones keep a GPU busy on their own
 _BATCHED_JOBS = 256  # a run holds an open lock for each
@@ -137,6 +138,7 @@ def run_jobs(
     store: FactorStore,
     progress: bool,
     pool: Pool = Pool(),
+    what: str = "factoring",
 ) -> None:
     """Factor every job whose result is not in the store.
 
@@ -148,32 +150,32 @@ def run_jobs(
         jobs: what to factor; jobs of equal key are factored once.
         config: settings of the factorizer.
         store: where results are looked up and kept.
-        progress: show a progress bar.
+        progress: show progress bars.
         pool: workers and device.
+        what: what the bar says.
 
     Raises:
         WeightError: a weight cannot be factored; the message names its layers.
     """
-    by_key = {store.key(job): job for job in jobs}
-    missing = {key for key in by_key if not store.has(key)}
+    by_key: dict[str, FactorJob] = {}
+    missing: set[str] = set()
+    for job in over(jobs, "looking up", "weight", progress, delay=1.0):  # a key may be a hash of the weight
+        key = store.key(job)
+        by_key[key] = job
+        if not store.has(key):
+            missing.add(key)
     if not missing:
         return
     # Batches are made of all jobs, so that results do not depend on which of them exist already.
     batches = [batch for batch in _batches(by_key, pool) if any(key in missing for key, _ in batch)]
-    bar = tqdm(
-        total=sum(by_key[key].size for key in missing),
-        unit="weight",
-        unit_scale=True,
-        desc="factoring",
-        disable=not progress,
-    )
-    with bar:
-        worker = _Worker(config, store, pool, bar)
+    total = sum(by_key[key].size for key in missing)
+    with bar(what, total, "weight", progress) as moving:
+        worker = _Worker(config, store, pool, moving)
         while batches:
             _run_batches(worker, batches)
             finished = {key for key in missing if store.has(key)}
             # What other processes have made counts as progress.
-            bar.update(sum(by_key[key].size for key in finished - worker.own))
+            moving.update(sum(by_key[key].size for key in finished - worker.own))
             missing -= finished
             batches = [batch for batch in batches if any(key in missing for key, _ in batch)]
             if batches:  # other processes are making these; where one died, its claim is free again

@@ -9,6 +9,9 @@ from typing import Any
 from torch import nn
 
 from dbf_compile.errors import OptionError
+from dbf_compile.integrations.bars import bars_of_lm_eval
+from dbf_compile.options import EvaluationConfig
+from dbf_compile.progress import say
 
 
 def task_manager(tasks: Sequence[str], include_path: str | Path | None) -> Any:
@@ -41,26 +44,39 @@ def task_manager(tasks: Sequence[str], include_path: str | Path | None) -> Any:
 
 
 def run_tasks(
-    model: nn.Module, tokenizer: Any, tasks: Sequence[str], manager: Any, limit: int | None
+    model: nn.Module, tokenizer: Any, manager: Any, settings: EvaluationConfig, positions: int | None
 ) -> dict[str, float]:
     """Return the metrics of tasks by "task/metric".
 
     Args:
         model: of transformers.
         tokenizer: of the model.
-        tasks: names that ``manager`` knows.
-        manager: from :func:`task_manager`.
-        limit: examples of a task at most.
+        manager: from :func:`task_manager`; it knows the tasks.
+        settings: tasks, examples of a task at most, and whether bars are shown.
+        positions: how many tokens the model reads at once; lm-eval cuts longer examples from the left. None for what lm-eval
+            finds out.
+
+    Raises:
+        OptionError: a task asks for more tokens than the model has positions.
     """
+    say(f"running {', '.join(settings.tasks)}", settings.progress)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    results = simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer),
-        tasks=list(tasks),
-        task_manager=manager,
-        limit=limit,
-    )["results"]
+    try:
+        with bars_of_lm_eval(settings.progress):
+            results = simple_evaluate(
+                model=HFLM(pretrained=model, tokenizer=tokenizer, max_length=positions),
+                tasks=list(settings.tasks),
+                task_manager=manager,
+                limit=settings.limit,
+            )["results"]
+    except AssertionError as error:
+        raise OptionError(
+            f"tasks={list(settings.tasks)}, of which one does not go with the model ({error or 'an assertion of lm-eval'})",
+            f"tasks whose texts fit {positions} positions",
+            "choose others, or read the trace above",
+        ) from error
     return {
         f"{task}/{metric.split(',')[0]}": value
         for task, metrics in results.items()

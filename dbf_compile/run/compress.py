@@ -14,6 +14,7 @@ from dbf_compile.errors import CheckpointError, DBFError, OptionError
 from dbf_compile.keywords import CompressKeywords
 from dbf_compile.machine import cores
 from dbf_compile.options import CompressionConfig, CompressOptions
+from dbf_compile.progress import say
 from dbf_compile.records import resolve
 from dbf_compile.run.context import Run
 from dbf_compile.run.report import Report, read_report
@@ -70,8 +71,8 @@ def compress(
         model: the folder of a model, its name on the Hub, or the model itself.
         output: the folder to write; it does not exist yet.
         config: a ``CompressOptions``, or another record of the same fields.
-        data: text to calibrate with: path of a file, texts, or rows of a dataset; see ``token_batches``. None, and no
-            ``batches``: random tokens, which is worse.
+        data: what to calibrate with: path of a file of text or rows, a folder, a data set of the Hub or in memory, texts, or
+            rows; see ``token_batches``. None, and no ``batches``: random tokens, which is worse.
         batches: ready batches in place of text, for models that read something else.
         tokenizer: for ``data``; None for that of the model's folder.
         **options: fields of ``config`` as keywords, which win over it.
@@ -85,7 +86,16 @@ def compress(
         CheckpointError: the model's files are damaged, or results cannot be written.
     """
     settings = resolve(CompressOptions, config, options)
-    request = Request.of(model, Path(output), settings, data, batches, tokenizer)
+    from dbf_compile.integrations.bars import bars_of_transformers
+
+    with bars_of_transformers(settings.progress):
+        request = Request.of(model, Path(output), settings, data, batches, tokenizer)
+        return _compressed(request)
+
+
+def _compressed(request: Request) -> Compressed:
+    """Return what is there already, or compress."""
+    settings = request.config
     output, fingerprint = request.output, request.fingerprint()
     if output.exists():
         report = read_report(output)
@@ -95,6 +105,7 @@ def compress(
             f"output {output}, which exists", "a path where nothing is", "remove it, or choose another"
         )
     work = Work(output.with_name(output.name + ".work"), fingerprint, settings.resume)
+    say("looking at the layers", settings.progress)
     from dbf_compile.integrations.experts import linearize_experts_  # imports Dynamo
 
     linearize_experts_(request.model)

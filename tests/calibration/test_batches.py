@@ -6,9 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.models.tiny import tiny_llama
 
-from dbf_compile.calibration.batches import token_batches
+from dbf_compile.calibration import readers
+from dbf_compile.calibration.batches import token_batches, windows_for
 from dbf_compile.errors import ConversionError, OptionError
+from dbf_compile.options import CompressOptions, EvaluationConfig
 
 
 def bytewise(text):
@@ -71,16 +74,75 @@ def test_no_more_is_read_than_needed():
     assert windows(endless(), length=4, count=3).shape == (3, 4)
 
 
-def test_a_tokenizer_of_transformers_adds_nothing():
+def words(template):
+    """Return a tokenizer of words that puts special tokens around a text as ``template`` says."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    backend = Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "b": 2, "?": 3}, unk_token="?"))
+    specials = ("<s>", "</s>", "<x>")
+    vocabulary = {word: index for index, word in enumerate([*specials, "a", "b", "?"])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    (batch,) = token_batches(["a b", "b a"], tokenizer, length=4)
-    assert batch["input_ids"].tolist() == [[1, 2, 2, 1]]
+    known = [(name, vocabulary[name]) for name in specials]
+    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=known)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<x>"]})
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("template", "start"),
+    [("$A", []), ("<s> $A", [0]), ("$A </s>", []), ("<s> $A </s>", [0]), ("<x> <s> $A", [2, 0])],
+)
+def test_every_window_begins_as_the_tokenizer_begins_a_text(template, start):
+    pytest.importorskip("transformers")
+    texts = ["a b b", "b a a b a b a a"]
+    ids = [3, 4, 4, 4, 3, 3, 4, 3, 4, 3, 3]
+    batches = token_batches(texts, words(template), length=5)
+    step = 5 - len(start)
+    expected = [start + ids[at : at + step] for at in range(0, len(ids) - step + 1, step)]
+    assert [batch["input_ids"][0].tolist() for batch in batches] == expected
+
+
+def test_a_text_that_brings_its_own_beginning_gets_no_second_one():
+    pytest.importorskip("transformers")
+    batches = token_batches(["<s>a b a b a b"], words("<s> $A"), length=4)
+    assert [batch["input_ids"][0].tolist() for batch in batches] == [[0, 3, 4, 3], [0, 4, 3, 4]]
+    with pytest.raises(OptionError, match="length=2; allowed: more than 2"):
+        list(token_batches(["a b a b"], words("<x> <s> $A"), length=2))
+
+
+def test_ids_are_taken_as_they_are_and_need_no_tokenizer():
+    rows = [{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5]}, {"input_ids": [6]}]
+    (batch,) = token_batches(rows, None, length=3, batch_size=2)
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 5, 6]]
+    with pytest.raises(ConversionError, match="text without a tokenizer"):
+        list(token_batches(["text"], None, length=2))
+    with pytest.raises(OptionError, match="tokenizer of type str"):
+        token_batches(["text"], "gpt2", length=2)
+
+
+def test_a_large_text_is_cut_where_nothing_is_lost(tmp_path, monkeypatch):
+    text = "\n\n".join(f"paragraph {number} of a text" for number in range(60))
+    (tmp_path / "text.txt").write_text(text)
+    whole = windows(tmp_path / "text.txt", length=7, count=1000)
+    monkeypatch.setattr(readers, "WHOLE", 200)
+    monkeypatch.setattr(readers, "PIECE", 100)
+    assert torch.equal(windows(tmp_path / "text.txt", length=7, count=1000), whole)
+
+
+def test_windows_for_a_model_are_as_long_as_it_allows(caplog):
+    pytest.importorskip("transformers")
+    model = tiny_llama()
+    model.config.max_position_embeddings = 12
+    text = ["some words " * 50]
+    usual = windows_for(model, text, bytewise, EvaluationConfig(progress=False), 16, 3)
+    assert [batch["input_ids"].shape for batch in usual] == [(1, 12)] * 3
+    assert "12 tokens instead of 16" in caplog.text
+    with pytest.raises(OptionError, match="length=13 for a model of 12 positions"):
+        windows_for(model, text, bytewise, CompressOptions(length=13, progress=False), 16, 3)
+    with pytest.raises(ConversionError, match=r"token id of 300; .*tokenizer of this model"):
+        windows_for(model, [[300] * 40], None, CompressOptions(length=8, progress=False), 16, 3)
 
 
 @pytest.mark.parametrize(
