@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,24 +11,109 @@ from torch import Tensor, nn
 
 from dbf_compile.errors import ConversionError
 
+# Inputs that no text gives.
+_NOT_TEXT = frozenset(
+    {"pixel_values", "pixel_values_videos", "input_features", "input_values", "audio_values", "bbox"}
+)
+
 
 def call_model(model: nn.Module, batch: Any) -> Any:
     """Call a model with a batch: a tensor, a sequence of arguments, or a mapping of keyword arguments.
 
+    Of token ids alone an encoder-decoder gets what its decoder needs as well (:func:`with_decoder_inputs`), and a model of
+    text and pictures in two towers, such as CLIP, runs its tower of text.
+
     Raises:
-        ConversionError: the batch has another type.
+        ConversionError: the batch has another type, or the model needs more than it holds.
     """
-    if isinstance(batch, Tensor):
-        return model(batch)
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, (tuple, list)):
-        return model(*batch)
+    batch = with_decoder_inputs(model, batch)
+    lacking = _lacking(model, batch)
+    text_alone = getattr(model, "get_text_features", None) if lacking and not predicts_tokens(model) else None
+    called = text_alone if callable(text_alone) else model
+    try:
+        if isinstance(batch, Tensor):
+            return called(batch)
+        if isinstance(batch, Mapping):
+            return called(**batch)
+        if isinstance(batch, (tuple, list)):
+            return called(*batch)
+    except (TypeError, ValueError, AttributeError) as error:
+        if not lacking:
+            raise
+        raise ConversionError(
+            f"tokens alone for {type(model).__name__}, which fails on them ({str(error).splitlines()[0]})",
+            f"batches of all that it reads: {', '.join(lacking)} too",
+            "pass batches=[{name: tensor}], as its processor makes them, or no data",
+        ) from error
     raise ConversionError(
         f"a batch of type {type(batch).__name__}",
         "a tensor, a sequence or a mapping",
         "pass a tensor, [tensor] or {name: tensor}",
     )
+
+
+def with_decoder_inputs(model: nn.Module, batch: Any) -> Any:
+    """Return a batch of token ids with what the decoder of an encoder-decoder needs; all others as they are.
+
+    The decoder is to repeat what the encoder reads: the ids are its labels, but for padding, and transformers shifts them
+    to the right for its inputs. So logits, labels, ids and mask have one shape.
+    """
+    ids = token_ids(batch)
+    if ids is None or not is_encoder_decoder(model) or not isinstance(batch, (Tensor, Mapping)):
+        return batch
+    rest = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+    if any(name == "labels" or name.startswith("decoder_") or name == "encoder_outputs" for name in rest):
+        return batch
+    if predicts_tokens(model):
+        mask = attention_mask(batch)
+        return {**rest, "labels": ids if mask is None else ids.masked_fill(~mask, -100)}
+    config: Any = model.config
+    starts = (
+        getattr(config, name, None) for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+    )
+    inputs = ids.roll(1, dims=-1)
+    inputs[..., 0] = next((start for start in starts if start is not None), 0)
+    return {**rest, "decoder_input_ids": inputs}
+
+
+def reads_tokens(model: nn.Module) -> bool:
+    """Return whether a model takes ``input_ids``; models of speech or pictures do not."""
+    return "input_ids" in _inputs(model) or not _inputs(model) & _NOT_TEXT
+
+
+def check_reads_tokens(model: nn.Module) -> None:
+    """Refuse a model to which text says nothing.
+
+    Raises:
+        ConversionError: the model takes no ``input_ids``.
+    """
+    if not reads_tokens(model):
+        raise ConversionError(
+            f"text for {type(model).__name__}",
+            f"what it reads: {', '.join(sorted(_NOT_TEXT & _inputs(model)))}",
+            "pass batches=[{name: tensor}], as its processor makes them, or no data",
+        )
+
+
+def vocabulary_of(model: nn.Module) -> int | None:
+    """Return how many tokens a model knows, or None where its configuration does not say."""
+    config: Any = getattr(model, "config", None)
+    if not isinstance(getattr(config, "vocab_size", None), int) and hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    size = getattr(config, "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+def _inputs(model: nn.Module) -> set[str]:
+    return set(inspect.signature(model.forward).parameters)
+
+
+def _lacking(model: nn.Module, batch: Any) -> list[str]:
+    """Return the names of inputs other than text that a model takes, where a batch holds nothing but text."""
+    text = isinstance(batch, Tensor) and token_ids(batch) is not None
+    if isinstance(batch, Mapping):
+        text = token_ids(batch) is not None and not _NOT_TEXT & set(batch)
+    return sorted(_NOT_TEXT & _inputs(model)) if text else []
 
 
 def to_device(batch: Any, device: torch.device | str) -> Any:
@@ -56,6 +142,15 @@ def token_ids(batch: Any) -> Tensor | None:
     return None
 
 
+def predicted_ids(batch: Any) -> Tensor | None:
+    """Return the ids at whose positions a model predicts: those of the decoder where a batch has them, else all."""
+    for name in ("labels", "decoder_input_ids") if isinstance(batch, Mapping) else ():
+        ids = batch.get(name)
+        if isinstance(ids, Tensor) and ids.dim() == 2:
+            return ids
+    return token_ids(batch)
+
+
 def attention_mask(batch: Any) -> Tensor | None:
     """Return which positions of a batch are no padding, as bool [batch, tokens]; None without an ``attention_mask``."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
@@ -77,9 +172,18 @@ def first_tensor(output: Any) -> Tensor | None:
 
 def is_causal(model: nn.Module) -> bool:
     """Return whether a model predicts every token from the tokens before it alone."""
+    return predicts_tokens(model) and not is_encoder_decoder(model)
+
+
+def predicts_tokens(model: nn.Module) -> bool:
+    """Return whether a model generates: its logits are of the next token."""
     generates = getattr(model, "can_generate", None)
-    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return callable(generates) and bool(generates()) and not encoder_decoder
+    return callable(generates) and bool(generates())
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Return whether a model has a decoder that reads the states of an encoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def logits_of(output: Any) -> Tensor:

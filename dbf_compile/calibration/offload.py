@@ -49,6 +49,8 @@ def offloaded(
         return
     recomputation = recomputation or Recomputation()
     device = with_index(device)
+    # A container is never called: the tensors in it stay on the device.
+    blocks = [block for block in dict.fromkeys(blocks) if type(block).forward is not nn.Module.forward]
     inside = {id(tensor) for block in blocks for tensor in _tensors(block)}
     homes = [(tensor, tensor.data) for tensor in _tensors(model) if id(tensor) not in inside]
     try:
@@ -123,32 +125,32 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 @contextmanager
 def without_kv_cache(model: nn.Module) -> Iterator[None]:
     """Turn the cache of keys and values of a transformers model off: a block that is computed twice would attend to both."""
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config(decoder=True)
-    cached = getattr(config, "use_cache", None)
-    if not cached:
-        yield
-        return
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    if hasattr(configs[0], "get_text_config"):
+        configs.append(configs[0].get_text_config(decoder=True))
+    caching = {
+        id(config): (config, config.use_cache) for config in configs if getattr(config, "use_cache", None)
+    }
     try:
-        config.use_cache = False
+        for config, _ in caching.values():
+            config.use_cache = False
         yield
     finally:
-        config.use_cache = cached
+        for config, cached in caching.values():
+            config.use_cache = cached
 
 
 def blocks_of(model: nn.Module, layers: Iterable[str]) -> dict[str, nn.Module]:
-    """Return a transformer's blocks by name: the members of the longest ``nn.ModuleList`` that holds one of ``layers``."""
-    names = list(layers)
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and any(layer.startswith(f"{name}.") for layer in names)
-    }
-    # A list inside a block, such as its experts, is no list of blocks.
-    outermost = {
-        name: {f"{name}.{index}": block for index, block in enumerate(blocks)}
-        for name, blocks in lists.items()
-        if not any(name.startswith(f"{other}.") for other in lists if other != name)
-    }
-    return max(outermost.values(), key=len, default={})
+    """Return a transformer's blocks by name: the members of the outermost ``nn.ModuleList``s that hold one of ``layers``.
+
+    Encoders and decoders, towers of text and of pictures each have such a list.
+    """
+    prefixes = {name[:place] for name in layers for place, letter in enumerate(name) if letter == "."}
+    blocks: dict[str, nn.Module] = {}
+    lists: list[str] = []
+    for name, module in model.named_modules():
+        # A list inside a block, such as its experts, is no list of blocks.
+        if isinstance(module, nn.ModuleList) and name in prefixes and not name.startswith(tuple(lists)):
+            lists.append(f"{name}.")
+            blocks |= {f"{name}.{index}": block for index, block in enumerate(module)}
+    return blocks

@@ -8,6 +8,8 @@ For every weight of a block in turn: the weights that are still dense are tuned 
 of the weight's input are measured again, and it is factored ("factor"). At the end signs and scales of all weights of the
 block are refined together ("refine").
 
+Experts of a mixture take one turn together: none reads what another writes, and the cost of a turn grows with their number.
+
 Source: targets, order and tuning of the authors' notebooks; fresh input moments and straight-through refinement as in
 published replications of NanoQuant.
 """
@@ -15,8 +17,11 @@ published replications of NanoQuant.
 from __future__ import annotations
 
 import copy
+import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -26,15 +31,16 @@ from torch import Tensor, nn
 
 from dbf_compile.calibration.moments import Moment
 from dbf_compile.calibration.streams import Streams
-from dbf_compile.compression.jobs import FactorJob
+from dbf_compile.compression.jobs import FactorJob, joined
 from dbf_compile.compression.training import TrainableDoubleBinary, sign_confidence, train, trained_factors
 from dbf_compile.factorizer.factorize import FactorizerConfig, factorize, weighted_error
 from dbf_compile.factorizer.importance import Importance, diagonal_of
 from dbf_compile.factors import DoubleBinaryFactors
-from dbf_compile.linear import dense_linears, dense_weight, replace_everywhere, swap_
+from dbf_compile.linear import dense_bias, dense_linears, dense_weight, replace_all, swap_
 
 # Rates of learning, in units of the root mean square of what is trained.
 _DENSE_RATE, _SCALE_RATE, _LATENT_RATE = 0.01, 0.01, 0.02
+_NUMBER = re.compile(r"(?<=[._])\d+(?=\.|$)")  # of a member of a list: experts.3.down_proj, expert_3.wo
 
 
 @dataclass(frozen=True)
@@ -151,9 +157,12 @@ def compress_block(
     """
     state = BlockState(task, torch.Generator().manual_seed(recipe.factorizer.seed))
     result = BlockResult({})
-    total = max(1, (recipe.tune + 1) * len(task.jobs) + recipe.refine)
     done = 0.0
-    error = state.error()
+    positions: Counter[str] = Counter()
+    with _inputs_to(state, task.jobs, lambda name, x: positions.update({name: x.shape[:-1].numel()})):
+        error = state.error()
+    turns = _turns(task, positions)
+    total = max(1, recipe.tune * len(turns) + len(task.jobs) + recipe.refine)
 
     def advance(amount: float) -> None:
         nonlocal done
@@ -175,23 +184,45 @@ def compress_block(
             }
         )
 
-    for number, job in enumerate(task.jobs):
+    for number, (what, jobs) in enumerate(turns.items()):
         if recipe.tune:
             began = time.perf_counter()
-            tune(state, task.jobs[number:], recipe.tune)
-            finish_stage("tune", job.name, began)
+            tune(state, [job for later in list(turns.values())[number:] for job in later], recipe.tune)
+            finish_stage("tune", what, began)
             advance(recipe.tune)
         began = time.perf_counter()
-        result.errors[job.name] = factor(state, job, recipe.factorizer)
-        result.seconds[job.name] = round(time.perf_counter() - began, 3)
-        finish_stage("factor", job.name, began)
-        advance(1)
+        result.errors |= factor(state, jobs, recipe.factorizer)
+        seconds = (time.perf_counter() - began) / len(jobs)
+        result.seconds |= {job.name: round(seconds, 3) for job in jobs}
+        finish_stage("factor", what, began)
+        advance(len(jobs))
     if recipe.refine:
         began = time.perf_counter()
         refine(state, recipe.refine, error, partial(advance, 1 / state.batches))
         finish_stage("refine", "all", began)
     result.factors = trained_factors(state.trainable)
     return result
+
+
+def _turns(task: BlockTask, positions: Mapping[str, int]) -> dict[str, list[FactorJob]]:
+    """Return which jobs are done together, by name: each alone, but for members of a list that positions are divided among.
+
+    Args:
+        task: the block.
+        positions: how many positions reach each job.
+    """
+    families: dict[str, list[FactorJob]] = {}
+    for job in task.jobs:
+        family = joined([f"{task.name}.{_NUMBER.sub('*', task.path(name))}" for name in job.names])
+        families.setdefault(family, []).append(job)
+    turns: dict[str, list[FactorJob]] = {}
+    for family, jobs in families.items():
+        if len({positions[job.name] for job in jobs}) > 1:
+            turns |= {family: jobs}
+        else:
+            turns |= {job.name: [job] for job in jobs}
+    first = {job.name: number for number, job in enumerate(task.jobs)}
+    return dict(sorted(turns.items(), key=lambda turn: first[turn[1][0].name]))
 
 
 def tune(state: BlockState, jobs: Sequence[FactorJob], epochs: int) -> None:
@@ -201,26 +232,29 @@ def tune(state: BlockState, jobs: Sequence[FactorJob], epochs: int) -> None:
     train([(weights, _DENSE_RATE)], state.loss, state.batches, epochs, state.generator)
 
 
-def factor(state: BlockState, job: FactorJob, config: FactorizerConfig) -> float:
-    """Factor the weights of ``job`` as they are now, put the factors into the block, return their weighted error."""
+def factor(state: BlockState, jobs: Sequence[FactorJob], config: FactorizerConfig) -> dict[str, float]:
+    """Factor the weights of ``jobs`` as they are now, put the factors into the block, return the weighted error of each."""
     layers = dense_linears(state.block)
-    paths = [state.task.path(name) for name in job.names]
-    importance = _with_fresh_inputs(job.importance, layers[paths[0]], state.run, state.task.streams.masks)
-    weights = tuple(dense_weight(layers[path]).detach() for path in paths)
-    job = replace(job, weights=weights, importance=importance)
-    factors = factorize(job.stacked, job.mid_features, importance, config)
-    inner, outer = sign_confidence(job.stacked, factors, importance)
-    owner = None
-    for name, path, part, confidence in zip(
-        job.names, paths, factors.split(job.rows), outer.split(job.rows), strict=True
-    ):
-        dense = layers[path]
-        bias = dense.bias if isinstance(dense.bias, Tensor) else None
-        layer = TrainableDoubleBinary(part, (inner, confidence), bias, owner)
-        owner = owner or layer
-        state.trainable[name] = layer
-        replace_everywhere(state.block, dense, layer)
-    return weighted_error(job.stacked, factors, importance)
+    importances = _with_fresh_inputs(state, jobs)
+    errors: dict[str, float] = {}
+    replacements: dict[nn.Module, nn.Module] = {}
+    for job, importance in zip(jobs, importances, strict=True):
+        paths = [state.task.path(name) for name in job.names]
+        weights = tuple(dense_weight(layers[path]).detach() for path in paths)
+        job = replace(job, weights=weights, importance=importance)
+        factors = factorize(job.stacked, job.mid_features, importance, config)
+        inner, outer = sign_confidence(job.stacked, factors, importance)
+        owner = None
+        for name, path, part, confidence in zip(
+            job.names, paths, factors.split(job.rows), outer.split(job.rows), strict=True
+        ):
+            dense = layers[path]
+            layer = TrainableDoubleBinary(part, (inner, confidence), dense_bias(dense), owner)
+            owner = owner or layer
+            state.trainable[name] = replacements[dense] = layer
+        errors[job.name] = weighted_error(job.stacked, factors, importance)
+    replace_all(state.block, replacements)
+    return errors
 
 
 def refine(
@@ -262,29 +296,52 @@ def _output_moments(jobs: Sequence[FactorJob], features: int) -> Tensor:
 
 
 @torch.no_grad()
-def _with_fresh_inputs(
-    importance: Importance | None,
-    layer: nn.Module,
-    run: Callable[[int], Tensor],
-    masks: Sequence[Tensor | None],
-) -> Importance | None:
-    """Return ``importance`` with the second moments of the inputs that ``layer`` has now, behind the compressed prefix."""
-    dense_moment = None if importance is None else importance.input_second_moment
-    if importance is None or dense_moment is None:
-        return importance
-    moment = Moment(whole=dense_moment.dim() == 2)
+def _with_fresh_inputs(state: BlockState, jobs: Sequence[FactorJob]) -> list[Importance | None]:
+    """Return the importances of ``jobs`` with the moments that their inputs have now, behind the compressed prefix.
+
+    What nothing reaches, such as an expert that no token goes to, keeps the moments of the dense model.
+    """
+    moments: dict[str, Moment] = {}
+    for job in jobs:
+        dense_moment = None if job.importance is None else job.importance.input_second_moment
+        if dense_moment is not None:
+            moments[job.name] = Moment(whole=dense_moment.dim() == 2)
     mask: Tensor | None = None
+    with _inputs_to(
+        state, [job for job in jobs if job.name in moments], lambda name, x: moments[name].add(x, mask)
+    ):
+        for batch, mask in enumerate(state.task.streams.masks if moments else ()):  # noqa: B007  read above
+            state.run(batch)
+    importances: list[Importance | None] = []
+    for job in jobs:
+        moment = moments.get(job.name)
+        fresh = moment.mean() if moment is not None and moment.positions else None
+        if job.importance is None or fresh is None:
+            importances.append(job.importance)
+        else:
+            importances.append(Importance(fresh.float(), job.importance.output_grad_second_moment))
+    return importances
 
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        moment.add(args[0], mask)
 
-    handle = layer.register_forward_pre_hook(hook)
+@contextmanager
+def _inputs_to(
+    state: BlockState, jobs: Sequence[FactorJob], receive: Callable[[str, Tensor], object]
+) -> Iterator[None]:
+    """Call ``receive`` with the name of a job and what flows into its layers, whenever that happens."""
+    layers = dense_linears(state.block)
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            receive(name, args[0] if args else next(iter(kwargs.values())))
+
+        return hook
+
+    handles = [
+        layers[state.task.path(job.names[0])].register_forward_pre_hook(hook_of(job.name), with_kwargs=True)
+        for job in jobs
+    ]
     try:
-        for batch, mask in enumerate(masks):  # noqa: B007  the hook reads it
-            run(batch)
+        yield
     finally:
-        handle.remove()
-    fresh = moment.mean()
-    if fresh is None or not moment.positions:
-        return importance  # nothing reaches it: an expert that no token goes to
-    return Importance(fresh.float(), importance.output_grad_second_moment)
+        for handle in handles:
+            handle.remove()

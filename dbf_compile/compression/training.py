@@ -209,6 +209,9 @@ def train(
 ) -> None:
     """Train parameters in place with Adam, one sample a step.
 
+    A step changes what its sample reaches. A parameter without a gradient, or with zeros alone, keeps its value and its
+    moments: an expert that no token went to, or none but padding.
+
     Args:
         rates: pairs of parameters and their learning rate, in units of the root mean square of each parameter. A parameter
             that occurs twice has the first rate.
@@ -237,11 +240,27 @@ def train(
         for _ in range(epochs):
             for sample in torch.randperm(samples, generator=generator).tolist():
                 optimizer.zero_grad()
-                loss(sample).backward()
+                error = loss(sample)
+                if error.requires_grad:
+                    error.backward()
+                    _leave_out_unreached(groups)
                 optimizer.step()
                 schedule.step()
                 progress()
     for group in groups:
         for parameter in group["params"]:
             parameter.requires_grad_(False)
+            parameter.grad = None
+
+
+def _leave_out_unreached(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Drop gradients of zeros alone: Adam would go on in the direction of earlier steps."""
+    parameters = [
+        parameter for group in groups for parameter in group["params"] if parameter.grad is not None
+    ]
+    norms = [torch.linalg.vector_norm(parameter.grad) for parameter in parameters]
+    # One answer for all: on a GPU every question waits for it.
+    sizes = torch.stack([norm.to(norms[0].device) for norm in norms]).tolist() if norms else []
+    for parameter, size in zip(parameters, sizes, strict=True):
+        if size == 0:
             parameter.grad = None

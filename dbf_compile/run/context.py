@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,11 +37,11 @@ class PlacedJob:
     result: str
 
     @staticmethod
-    def of(job: FactorJob, blocks: Iterable[str], mode: str) -> PlacedJob:
-        """Find the block of a job; in mode "sequential" the factors of a block are one result."""
+    def of(job: FactorJob, blocks: Iterable[str], in_turn: Collection[str]) -> PlacedJob:
+        """Find the block of a job; the factors of a block that is one of ``in_turn`` are one result."""
         for index, name in enumerate(blocks):
             if all(layer.startswith(f"{name}.") for layer in job.names):
-                return PlacedJob(job, index, name if mode == "sequential" else job.names[0])
+                return PlacedJob(job, index, name if name in in_turn else job.names[0])
         return PlacedJob(job, None, job.names[0])
 
     @property
@@ -61,11 +61,13 @@ class Plan:
 
     Args:
         blocks: the blocks of the transformer by name, in order.
+        stacks: the blocks that are compressed one after the other, by name, row after row; none in mode "independent".
         placed: the jobs.
         coverage: which share of the weights they are, as of :func:`~dbf_compile.compression.coverage.coverage`.
     """
 
     blocks: Mapping[str, nn.Module]
+    stacks: Sequence[Sequence[str]]
     placed: Sequence[PlacedJob]
     coverage: Mapping[str, Any]
 

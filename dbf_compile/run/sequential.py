@@ -1,8 +1,14 @@
-"""Sequential mode: block after block, with inputs from the compressed prefix and targets from the dense model."""
+"""Sequential mode: block after block, with inputs from the compressed prefix and targets from the dense model.
+
+A model may have several stacks of blocks, such as an encoder and a decoder. They are compressed in the order in which the
+model runs them. What a stack reads besides its own hidden states, such as the states of the encoder, comes from the
+compressed model as well.
+"""
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,47 +17,103 @@ from torch import nn
 from tqdm import tqdm
 
 from dbf_compile.calibration.offload import offloaded
-from dbf_compile.calibration.streams import record
+from dbf_compile.calibration.streams import Streams, record, stacks_of
 from dbf_compile.compression.blocks import BlockRecipe, BlockTask, compress_block, factored_copy
 from dbf_compile.factors import DoubleBinaryFactors, move_factors
-from dbf_compile.run.context import PlacedJob, Run
+from dbf_compile.progress import over, say
+from dbf_compile.run.context import Plan, Run
 from dbf_compile.run.work import Result
 
 
-def factor_sequential(run: Run, blocks: Mapping[str, nn.Module], placed: Sequence[PlacedJob]) -> None:
+def stacks_to_factor(run: Run, blocks: Mapping[str, nn.Module]) -> list[list[str]]:
+    """Return the stacks of a model by the names of their blocks; a warning names the blocks that belong to none."""
+    model = run.request.model
+    with offloaded(model, list(blocks.values()), run.request.device):
+        say("looking at the order of the blocks", run.request.config.progress)
+        stacks = stacks_of(model, blocks, run.request.calibrating)
+    others = [name for name in blocks if not any(name in stack for stack in stacks)]
+    if others or not stacks:
+        which = (
+            f"{len(others)} of {len(blocks)} blocks ({', '.join(others[:3])} …)" if blocks else "no blocks"
+        )
+        warnings.warn(
+            f"{which}: the data does not pass one after the other. Their weights are factored as in mode 'independent'",
+            stacklevel=6,
+        )
+    return stacks
+
+
+def factor_sequential(run: Run, plan: Plan) -> None:
     """Factor block after block, each one result. One process does; the others wait and take over if it dies.
 
     Args:
-        run: the compression.
-        blocks: the blocks of the model by name, in order.
-        placed: the jobs inside the blocks.
+        run: the compression; what lies in no stack is factored already.
+        plan: the stacks, and the jobs inside them.
     """
-    request, work = run.request, run.work
-    jobs = {name: [one.job for one in placed if one.result == name] for name in blocks}
-    recipe = BlockRecipe(request.config.tune, request.config.refine, run.factorizer)
-    with work.exclusive("blocks"):
-        if all(work.has(one.result) for one in placed):
+    placed = [one for one in plan.placed if not one.alone]
+    with run.work.exclusive("blocks"):
+        if all(run.work.has(one.result) for one in placed):
             return
-        with offloaded(request.model, list(blocks.values()), request.device):
-            streams = record(request.model, list(blocks.values()), request.calibrating)
-        dense = compressed = streams.hidden
         with run.bar("blocks", sum(one.job.size for one in placed), "weight") as bar:
-            for index, (name, block) in enumerate(blocks.items()):
-                module = copy.deepcopy(block).to(request.device).float().requires_grad_(False).eval()
-                targets = streams.outputs(module, index, dense)
-                factors: Mapping[str, DoubleBinaryFactors] = {}
-                if jobs[name]:
-                    task = BlockTask(name, index, module, jobs[name], streams, compressed, targets)
-                    factors = work.factors(name, _Block(task, recipe, bar))[0]
-                compressed = streams.outputs(factored_copy(module, name, factors), index, compressed)
-                dense = targets
+            for number, names in enumerate(plan.stacks):
+                dense = _recorded(run, plan, run.request.model, names)
+                compressed = (
+                    dense if number == 0 else _recorded(run, plan, _student(run, plan, number), names)
+                )
+                _factor_stack(run, plan, names, (dense, compressed), bar)
+
+
+def _student(run: Run, plan: Plan, stacks: int) -> nn.Module:
+    """Return the model with the first ``stacks`` stacks, and all that lies in none, compressed."""
+    later = {name for stack in plan.stacks[stacks:] for name in stack}
+    factors: dict[str, DoubleBinaryFactors] = {}
+    for result in plan.results:
+        if result not in later:
+            factors |= run.work.read(result)[0]
+    return run.student(factors)
+
+
+def _recorded(run: Run, plan: Plan, model: nn.Module, names: Sequence[str]) -> Streams:
+    """Return what flows into the blocks ``names`` of ``model``."""
+    blocks = [model.get_submodule(name) for name in plan.blocks]
+    with offloaded(model, blocks, run.request.device):
+        batches = over(run.request.calibrating, "recording", "batch", run.request.config.progress)
+        return record(model, [model.get_submodule(name) for name in names], batches)
+
+
+def _factor_stack(
+    run: Run, plan: Plan, names: Sequence[str], recorded: tuple[Streams, Streams], bar: tqdm[Any]
+) -> None:
+    """Factor the blocks ``names``.
+
+    Args:
+        run, plan: the compression.
+        names: of a stack.
+        recorded: what flows into the stack in the dense model, and in the compressed one.
+        bar: is moved.
+    """
+    request = run.request
+    recipe = BlockRecipe(request.config.tune, request.config.refine, run.factorizer)
+    dense, compressed = (streams.hidden for streams in recorded)
+    for index, name in enumerate(names):
+        block = request.model.get_submodule(name)
+        module = copy.deepcopy(block).to(request.device).float().requires_grad_(False).eval()
+        jobs = [one.job for one in plan.placed if one.result == name]
+        targets = recorded[0].outputs(module, index, dense)
+        factors: Mapping[str, DoubleBinaryFactors] = {}
+        if jobs:
+            task = BlockTask(name, index, module, jobs, recorded[1], compressed, targets)
+            place = list(plan.blocks).index(name)
+            factors = run.work.factors(name, _Block(task, recipe, place, bar))[0]
+        compressed = recorded[1].outputs(factored_copy(module, name, factors), index, compressed)
+        dense = targets
 
 
 class _Block:
     """Makes the result of one block when it is called, and moves the bar."""
 
-    def __init__(self, task: BlockTask, recipe: BlockRecipe, bar: tqdm[Any]) -> None:
-        self._task, self._recipe, self._bar = task, recipe, bar
+    def __init__(self, task: BlockTask, recipe: BlockRecipe, place: int, bar: tqdm[Any]) -> None:
+        self._task, self._recipe, self._place, self._bar = task, recipe, place, bar
 
     def __call__(self) -> Result:
         before, size = self._bar.n, sum(job.size for job in self._task.jobs)
@@ -60,5 +122,6 @@ class _Block:
             self._bar.update(int(before + share * size) - self._bar.n)
 
         result = compress_block(self._task, self._recipe, show)
-        facts = {"errors": result.errors, "seconds": result.seconds, "stages": result.stages}
+        stages = [{**stage, "block": self._place} for stage in result.stages]
+        facts = {"errors": result.errors, "seconds": result.seconds, "stages": stages}
         return move_factors(result.factors, dict.fromkeys(result.factors, torch.device("cpu"))), facts

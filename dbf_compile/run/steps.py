@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dbf_compile.calibration.calibrate import calibrate
-from dbf_compile.calibration.model_io import is_causal
+from dbf_compile.calibration.model_io import predicts_tokens, reads_tokens, vocabulary_of
 from dbf_compile.calibration.offload import blocks_of
 from dbf_compile.calibration.statistics import load_importance, save_importance
 from dbf_compile.compression.coverage import coverage
@@ -32,7 +32,7 @@ from dbf_compile.files import write_text
 from dbf_compile.run.context import PlacedJob, Plan, Run
 from dbf_compile.run.folder import write_folder
 from dbf_compile.run.independent import factor_independent
-from dbf_compile.run.sequential import factor_sequential
+from dbf_compile.run.sequential import factor_sequential, stacks_to_factor
 from dbf_compile.run.work import Result
 
 _LEAST_SHARE = 0.5  # of the weights, below which a user should know
@@ -52,9 +52,8 @@ def run_steps(run: Run) -> None:
     plan = _plan(run, importance, allocation)
     with run.timed("factor"):
         factor_independent(run, [one for one in plan.placed if one.alone])
-        in_blocks = [one for one in plan.placed if not one.alone]
-        if in_blocks:
-            factor_sequential(run, plan.blocks, in_blocks)
+        if plan.stacks:
+            factor_sequential(run, plan)
     with run.timed("distill"):
         distilled = _distilled(run, plan)
     with run.work.exclusive("output"):
@@ -69,7 +68,7 @@ def _statistics(run: Run) -> dict[str, Importance]:
 
     def make(path: Path) -> None:
         batches = request.calibrating or None
-        if batches is None and not hasattr(getattr(model, "config", None), "vocab_size"):
+        if batches is None and not (reads_tokens(model) and vocabulary_of(model)):
             return save_importance({}, path)  # it reads no tokens, and no batches were given
         importance = calibrate(
             model, batches, curvature=config.curvature, device=request.device, seed=config.seed
@@ -104,13 +103,15 @@ def _plan(run: Run, importance: Mapping[str, Importance], allocation: Mapping[st
             stacklevel=5,
         )
     blocks = blocks_of(model, [job.names[0] for job in jobs])
-    return Plan(blocks, [PlacedJob.of(job, blocks, config.mode) for job in jobs], covered)
+    stacks = stacks_to_factor(run, blocks) if config.mode == "sequential" else []
+    in_turn = {name for stack in stacks for name in stack}
+    return Plan(blocks, stacks, [PlacedJob.of(job, blocks, in_turn) for job in jobs], covered)
 
 
 def _distilled(run: Run, plan: Plan) -> dict[str, Any] | None:
     """Return what distillation gained, or None where it is left out; its factors are the result "distilled"."""
     request = run.request
-    if not (request.config.distill and request.calibrating and is_causal(request.model)):
+    if not (request.config.distill and request.calibrating and predicts_tokens(request.model)):
         return None
 
     def make() -> Result:

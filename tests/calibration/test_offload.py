@@ -1,5 +1,7 @@
 """Onload and offload: blocks that visit a device compute the same, keep less, and come home."""
 
+import copy
+
 import pytest
 import torch
 from support.models.calibrated import same, state_of, tiny, tokens
@@ -93,13 +95,44 @@ def test_a_setting_of_the_cache_comes_back():
     assert model.config.use_cache
 
 
-def test_blocks_are_the_members_of_the_longest_list_that_holds_a_layer():
+def test_blocks_are_the_members_of_every_outermost_list_that_holds_a_layer():
     model = nn.Module()
     model.short = nn.ModuleList([nn.Linear(2, 2)])
     model.blocks = nn.ModuleList(
         nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(2, 2)] * 5)}) for _ in range(2)
     )
+    model.shorter = nn.ModuleList([nn.Linear(2, 2)])
     model.unused = nn.ModuleList([nn.ReLU()] * 9)
-    assert list(blocks_of(model, dense_linears(model))) == ["blocks.0", "blocks.1"]
+    assert list(blocks_of(model, dense_linears(model))) == ["short.0", "blocks.0", "blocks.1", "shorter.0"]
     assert list(blocks_of(model, ["short.0"])) == ["short.0"]
     assert blocks_of(nn.Linear(2, 2), [""]) == {}
+
+
+def test_a_container_among_the_blocks_stays_on_the_device_and_a_shared_block_is_onloaded_once():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleList([nn.ModuleDict({"up": nn.Linear(2, 2)})])
+            self.blocks = nn.ModuleList([nn.Linear(2, 2)] * 3)
+
+        def forward(self, x):
+            x = self.parts[0]["up"](x)
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    model, calls = Model(), []
+    expected = model(torch.ones(1, 2))
+    model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    with offloaded(model, [*model.parts, *model.blocks], "cpu"), torch.no_grad():
+        assert torch.equal(model(torch.ones(1, 2)), expected)
+    assert len(calls) == 3 and all("forward" not in vars(module) for module in model.modules())
+
+
+def test_the_caches_of_all_parts_of_a_model_are_off():
+    model = tiny_llama()
+    inner = model.model
+    inner.config = copy.deepcopy(model.config)
+    with without_kv_cache(model):
+        assert not model.config.use_cache and not inner.config.use_cache
+    assert model.config.use_cache and inner.config.use_cache
