@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,10 @@ from dbf_compile.calibration.model_io import (
     first_tensor,
     is_causal,
     logits_of,
+    predicted_ids,
+    predicts_tokens,
     token_ids,
+    with_decoder_inputs,
 )
 
 
@@ -67,27 +70,29 @@ def compare(dense: nn.Module | None, compressed: nn.Module, batches: Iterable[An
     """
     sums: dict[str, float] = {}
     predictions = positions = 0
-    causal = is_causal(compressed)
+    causal, generates = is_causal(compressed), predicts_tokens(compressed)
     for batch in batches:
+        batch = with_decoder_inputs(compressed, batch)
         output = call_model(compressed, batch)
         reference = None if dense is None else call_model(dense, batch)
-        ids = token_ids(batch)
+        ids = token_ids(batch) if causal else predicted_ids(batch)
         if ids is None or not _predicts(output, ids):
             if reference is not None:
                 _add_error(sums, first_tensor(reference), first_tensor(output))
             continue
         logits = logits_of(output)
-        if causal:
-            predictions += ids.shape[0] * (ids.shape[1] - 1)
-            _add(sums, "compressed", _nats(logits, ids))
+        labels = _labels(batch, ids, causal) if generates else None
+        if labels is not None:
+            predictions += int((labels != -100).sum())
+            _add(sums, "compressed", _nats(logits, labels))
         if reference is not None:
             target = logits_of(reference)
             kl = divergence(target, logits, batch)
             positions += kl.numel()
             _add(sums, "kl", float(kl.sum()))
             _add(sums, "top1_agreement", float(agreement(target, logits, batch).sum()))
-            if causal:
-                _add(sums, "dense", _nats(target, ids))
+            if labels is not None:
+                _add(sums, "dense", _nats(target, labels))
     result: dict[str, Any] = {}
     if "power" in sums:
         result |= {"error": sums["lost"] / sums["power"], "measure": "relative squared error of the output"}
@@ -116,10 +121,17 @@ def _predicts(output: Any, ids: Tensor) -> bool:
     return isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[:2] == ids.shape
 
 
-def _nats(logits: Tensor, ids: Tensor) -> float:
-    """Return the sum of the cross-entropies, in nats, of every token given those before it."""
+def _labels(batch: Any, ids: Tensor, causal: bool) -> Tensor | None:
+    """Return the tokens that are to be predicted, -100 where there is none; None of a decoder whose batch has none."""
+    if causal:
+        return nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    return batch["labels"] if isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor) else None
+
+
+def _nats(logits: Tensor, labels: Tensor) -> float:
+    """Return the sum of the cross-entropies, in nats, of every label given what comes before it."""
     return float(
         nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten().to(logits.device), reduction="sum"
+            logits.flatten(0, 1).float(), labels.flatten().to(logits.device), reduction="sum"
         )
     )
