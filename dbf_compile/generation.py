@@ -12,8 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dbf_compile.calibration.limits import Limits, positions_of
+from dbf_compile.calibration.model_io import (
+    check_reads_tokens,
+    is_encoder_decoder,
+    predicts_tokens,
+    vocabulary_of,
+)
+from dbf_compile.errors import ConversionError, OptionError
 from dbf_compile.linear import DoubleBinaryLinear
 from dbf_compile.machine import chosen_device
+from dbf_compile.progress import over
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,9 @@ def generate(
 ) -> Generation:
     """Generate text with a static cache and compiled decoding: the backend "dbf" for compressed models, else Inductor's.
 
+    An encoder-decoder reads the prompt and writes an answer; decoder-only models continue it. There is one beam, whatever
+    the generation settings of the model say.
+
     Args:
         model: a model of transformers, its folder, or its name on the Hub.
         prompt: the text to continue, or its token ids, int64 [1, T].
@@ -79,39 +91,105 @@ def generate(
 
     Returns:
         The text, and the time and memory it took.
+
+    Raises:
+        OptionError: an option that transformers refuses, or a prompt that is empty or longer than the model.
+        ConversionError: a model that generates no text.
     """
     from dbf_compile.integrations import pretrained
 
+    settings = _settings(options, max_new_tokens)
     if not isinstance(model, nn.Module):
         folder = pretrained.local_folder(model)
         tokenizer = pretrained.tokenizer_of(folder) if tokenizer is None else tokenizer
         model = pretrained.open_any(folder)
+    ids = prompt if isinstance(prompt, Tensor) else tokenizer(prompt, return_tensors="pt")["input_ids"]
+    _check_prompt(model, ids, max_new_tokens)
     runnable: Any = model
     runnable = runnable.to(chosen_device(device)).eval()
-    ids = prompt if isinstance(prompt, Tensor) else tokenizer(prompt, return_tensors="pt")["input_ids"]
     ids = ids.to(chosen_device(device))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    settings = {"do_sample": False, **options, **_compilation(runnable, compiled)}
-    length = {"max_new_tokens": max_new_tokens, "min_new_tokens": min(2, max_new_tokens)}
-    prompt_tokens = ids.shape[1]
-    # The cache gets the length of the real call: programs are compiled for its shape.
-    warmup = {"max_new_tokens": max_new_tokens, "stopping_criteria": [_AfterTwo(prompt_tokens)]}
-    compile_seconds = _timed(runnable, **inputs, **settings, **warmup) if compiled else 0.0
+    settings |= {"input_ids": ids, "attention_mask": torch.ones_like(ids), **_compilation(runnable, compiled)}
     streamer = pretrained.timed_streamer(tokenizer, stream)
-    began = time.perf_counter()
-    with torch.no_grad():
-        tokens = runnable.generate(**inputs, **settings, **length, streamer=streamer)
+    try:
+        # The cache gets the length of the real call: programs are compiled for its shape.
+        compile_seconds = _timed(runnable, **settings, stopping_criteria=[_AfterTwo()]) if compiled else 0.0
+        began = time.perf_counter()
+        with torch.no_grad():
+            tokens = runnable.generate(**settings, streamer=streamer)
+    except (TypeError, ValueError) as error:
+        if not options:
+            raise
+        raise OptionError(
+            f"options {options} of generate ({str(error).splitlines()[0]})",
+            "arguments of generate of transformers that go with one sequence and one beam",
+            "change or leave out what the message names",
+        ) from error
     ended = time.perf_counter()
     first = streamer.times[0] if streamer.times else ended
     return Generation(
-        tokenizer.decode(tokens[0, prompt_tokens:], skip_special_tokens=True),
-        prompt_tokens,
-        tokens.shape[1] - prompt_tokens,
+        tokenizer.decode(tokens[0, streamer.prompt_tokens :], skip_special_tokens=True),
+        ids.shape[1],
+        tokens.shape[1] - streamer.prompt_tokens,
         first - began,
         ended - first,
         compile_seconds,
         weight_bytes(runnable),
     )
+
+
+def _settings(options: dict[str, Any], max_new_tokens: int) -> dict[str, Any]:
+    """Return arguments of ``generate``: greedy, but for what ``options`` say."""
+    temperature, sample = options.get("temperature"), bool(options.get("do_sample"))
+    if max_new_tokens < 1:
+        raise OptionError(f"max_new_tokens={max_new_tokens}", "1 or more", "leave it out for 64")
+    if options.get("num_beams", 1) != 1:
+        raise OptionError(
+            f"num_beams={options['num_beams']}",
+            "one beam: text is passed on token by token",
+            "call generate of the model itself, which dbf_compile loads like any other",
+        )
+    settings = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens, **options}
+    if temperature is None:
+        return settings
+    if not temperature >= 0 or (temperature > 0 and not sample):
+        raise OptionError(
+            f"temperature={temperature}" + ("" if sample else " without drawing"),
+            "a number above 0 where tokens are drawn",
+            "pass --sample (do_sample=True) with it, or leave it out for the likeliest token",
+        )
+    if temperature == 0:  # the limit of drawing: the likeliest token
+        settings |= {"do_sample": False}
+        del settings["temperature"]
+    return settings
+
+
+def _check_prompt(model: nn.Module, ids: Tensor, max_new_tokens: int) -> None:
+    """Refuse a model that generates no text, and a prompt that it cannot go on from."""
+    check_reads_tokens(model)
+    if not predicts_tokens(model):
+        raise ConversionError(
+            f"{type(model).__name__}, which generates no text",
+            "a model with can_generate(), such as one for causal language modeling",
+            "call it directly, or open it as another class",
+        )
+    if ids.dim() != 2 or ids.shape[0] != 1 or not ids.shape[1]:
+        raise OptionError(
+            f"a prompt of token ids of shape {list(ids.shape)}",
+            "one row of one token or more",
+            "generate for one prompt at a time",
+        )
+    Limits.of(model).check({"input_ids": ids}, "the prompt")
+    limit = positions_of(model)
+    # The last token is not read again.
+    length = (
+        max(ids.shape[1], max_new_tokens) if is_encoder_decoder(model) else ids.shape[1] + max_new_tokens - 1
+    )
+    if limit is not None and length > limit:
+        raise OptionError(
+            f"a prompt of {ids.shape[1]} tokens and max_new_tokens={max_new_tokens}",
+            f"the {limit} positions of {type(model).__name__}",
+            "shorten the prompt, or ask for fewer new tokens",
+        )
 
 
 def _timed(model: Any, **arguments: Any) -> float:
@@ -128,6 +206,7 @@ def time_models(
     new_tokens: int,
     rounds: int,
     device: torch.device | str | None = None,
+    progress: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Time models in turns, and return the medians of :meth:`Generation.summary` by name.
 
@@ -137,6 +216,7 @@ def time_models(
         new_tokens: tokens generated after it.
         rounds: repetitions; one round runs every model once, so that all meet the same state of the machine.
         device: where to compute; None for a GPU if there is one.
+        progress: show a bar.
     """
     from dbf_compile.integrations import pretrained
 
@@ -145,10 +225,11 @@ def time_models(
         folder = pretrained.local_folder(name)
         opened[str(name)] = (pretrained.open_any(folder), pretrained.tokenizer_of(folder))
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in opened}
-    for _ in range(rounds):
+    for _ in over(range(rounds), "timing", "round", progress):
         for name, (model, tokenizer) in opened.items():
             generator = torch.Generator().manual_seed(0)
-            prompt = torch.randint(len(tokenizer), (1, prompt_tokens), generator=generator)
+            vocabulary = min(len(tokenizer), vocabulary_of(model) or len(tokenizer))
+            prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=generator)
             generation = generate(
                 model, prompt, tokenizer=tokenizer, max_new_tokens=new_tokens, device=device, eos_token_id=-1
             )
@@ -180,8 +261,9 @@ def _compilation(model: nn.Module, compiled: bool) -> dict[str, Any]:
 class _AfterTwo:
     """Stops after two new tokens: by then prefill and one step of decoding are compiled."""
 
-    def __init__(self, prompt_tokens: int) -> None:
-        self._enough = prompt_tokens + 2
+    def __init__(self) -> None:
+        self._calls = 0
 
     def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        return torch.full((ids.shape[0],), ids.shape[1] >= self._enough, device=ids.device)
+        self._calls += 1
+        return torch.full((ids.shape[0],), self._calls >= 2, device=ids.device)
