@@ -139,7 +139,7 @@ def _differences(
 def _tensor_checksum(tensor: Tensor) -> str:
     # A contiguous tensor of one entry or none may have strides that a view as bytes refuses.
     flat = tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
-    content = memoryview(flat.view(torch.uint8).numpy())
+    content = flat.view(torch.uint8).numpy().data
     return _checksum(_dtype_name(tensor.dtype), list(tensor.shape), content)
 
 

@@ -85,7 +85,9 @@ def _holds_weights(name: str) -> bool:
 def _files_in(folder: Path) -> Iterator[Path]:
     for place, folders, names in os.walk(folder):  # follows no links of folders: they may lead in circles
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
-        yield from (Path(place, name) for name in sorted(names) if not name.startswith("."))
+        yield from (
+            Path(place, name) for name in sorted(names) if not name.startswith(".") and "tfevents" not in name
+        )
 
 
 def _module_folders(source: Path) -> set[str]:

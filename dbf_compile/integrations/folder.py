@@ -111,7 +111,8 @@ def check_saving(model: nn.Module, source: Path | None, tokenizer: Any, place: P
             "a folder of yours",
             "choose another",
         ) from error
-    compressed = CompressedModel(model, {}, {}.__getitem__, 0.0, source, tokenizer)
+    no_factors: dict[str, DoubleBinaryFactors] = {}
+    compressed = CompressedModel(model, {}, no_factors.__getitem__, 0.0, source, tokenizer)
     with folder as path:
         try:
             _write_settings(Path(path), compressed, DBFConfig())

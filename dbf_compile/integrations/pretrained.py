@@ -226,6 +226,14 @@ def _refuse_unsaveable(model: Any) -> None:
             "a dense model",
             "compress the model it was made from",
         )
+    try:
+        model.config.to_json_string()
+    except Exception as error:
+        raise ConversionError(
+            f"{name}, whose configuration cannot be saved ({error})",
+            "values that JSON can hold",
+            "call save_pretrained on the model until it works",
+        ) from error
     strange = [
         key for key, tensor in model.state_dict().items() if not isinstance(tensor, Tensor) or tensor.is_meta
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,13 +13,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from dbf_compile.calibration.batches import token_batches
-from dbf_compile.calibration.model_io import to_device, token_ids
+from dbf_compile.calibration.batches import windows_for
+from dbf_compile.calibration.limits import checked
+from dbf_compile.calibration.model_io import check_reads_tokens, to_device, token_ids
+from dbf_compile.calibration.sources import name_of
 from dbf_compile.errors import ConversionError, OptionError
 from dbf_compile.hashes import batches_hash, model_hash, source_hash
 from dbf_compile.machine import chosen_device
 from dbf_compile.options import CompressOptions
+from dbf_compile.progress import say
 from dbf_compile.run.report import DataFacts, ModelFacts
+from dbf_compile.run.verification import differences
+
+_LENGTH = 512  # tokens of a window, as usual in calibration
 
 
 @dataclass(frozen=True)
@@ -26,25 +33,28 @@ class Source:
     """The model to compress and what belongs to it.
 
     Args:
-        model: dense; its tensors are those of the caller or of the mapped files, not copies.
+        model: dense, as ``from_pretrained`` gives it; its tensors are those of the caller or of the mapped files, not copies.
         folder: where it came from, or None for a model in memory.
         name: for the report.
         content: hash of configuration and weights.
+        original: a view of the caller's model, or None for a folder.
     """
 
     model: nn.Module
     folder: Path | None
     name: str
     content: str
+    original: nn.Module | None = None
 
     @staticmethod
     def of(model: str | Path | nn.Module, trust_remote_code: bool = False) -> Source:
-        """Open a folder or a model of the Hub without reading its weights; of a module, take a view."""
+        """Open a folder or a model of the Hub without reading its weights; of a module, take what a folder would keep."""
         from dbf_compile.integrations import pretrained
 
         if isinstance(model, nn.Module):
-            view = view_of(model).eval().requires_grad_(False)
-            return Source(view, None, type(model).__name__, model_hash(view))
+            model = pretrained.unwrapped(model)
+            twin = pretrained.reopened(model)
+            return Source(twin, None, type(model).__name__, model_hash(twin), view_of(model).eval())
         folder = pretrained.local_folder(model)
         opened = pretrained.open_dense(folder, trust_remote_code)
         return Source(opened, folder, Path(model).name, pretrained.content_hash(folder))
@@ -90,27 +100,31 @@ class Request:
             ConversionError: no model of transformers, or no tokenizer for the data.
         """
         _check(model, output, config, data, batches)
+        say(f"opening {_name_of_model(model)}, and hashing its weights", config.progress)
         source = Source.of(model, config.trust_remote_code)
-        windows = list(batches or [])
+        _check_place(source, output, config, tokenizer)
+        windows = [] if batches is None else list(checked(source.model, batches))
         if data is not None:
+            check_reads_tokens(source.model)
             if tokenizer is None:
                 from dbf_compile.integrations import pretrained
 
                 tokenizer = pretrained.tokenizer_of(source.folder, config.trust_remote_code)
             count = config.windows + config.holdout
-            windows = list(token_batches(data, tokenizer, length=config.length, count=count))
+            windows = windows_for(source.model, data, tokenizer, config, _LENGTH, count)
+            config = replace(config, length=windows[0]["input_ids"].shape[1])
         if config.mode == "auto":
             config = replace(config, mode="sequential" if windows else "independent")
         judged = min(config.holdout, len(windows) // 5)  # where data is short, calibration needs it more
         calibrating, judging = windows[: len(windows) - judged], windows[len(windows) - judged :]
         facts = DataFacts(
-            source=str(data)
-            if isinstance(data, (str, Path))
-            else ("batches" if windows else "random tokens"),
+            source=name_of(data) if data is not None else ("batches" if windows else "random tokens"),
             hash=batches_hash(windows),
             windows=len(calibrating),
             tokens=sum(_token_count(batch) for batch in calibrating),
         )
+        _check_original(source, windows[0] if windows else None)
+        source = replace(source, original=None)
         device = chosen_device(config.device)
         calibrating, judging = (
             [to_device(batch, device) for batch in part] for part in (calibrating, judging)
@@ -149,6 +163,10 @@ class Request:
         return result
 
 
+def _name_of_model(model: str | Path | nn.Module) -> str:
+    return type(model).__name__ if isinstance(model, nn.Module) else str(model)
+
+
 def view_of(model: nn.Module) -> nn.Module:
     """Return a copy of a model that shares all its tensors: layers can be replaced without a trace in the original."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -168,11 +186,41 @@ def _check(model: Any, output: Path, config: CompressOptions, data: Any, batches
             "data or batches",
             "pass data='text.txt', or mode='independent'",
         )
-    if isinstance(model, nn.Module) and not hasattr(model, "config"):
+
+
+def _check_place(source: Source, output: Path, config: CompressOptions, tokenizer: Any) -> None:
+    """Refuse before the work what would fail after it: an output inside its source, and whatever cannot be saved."""
+    from dbf_compile.integrations import folder as model_folder
+
+    if source.folder is not None and output.resolve().is_relative_to(source.folder.resolve()):
+        raise OptionError(
+            f"output {output} inside {source.folder}, the model's own folder",
+            "a path outside",
+            "choose another output",
+        )
+    bits = min([config.bits_per_weight, *config.overrides.values()])
+    weights = sum(parameter.numel() for parameter in source.model.parameters())
+    least = int(2 * weights * bits / 8)  # results and folder are there at once
+    free = shutil.disk_usage(output.parent).free
+    if free < least:
+        raise OptionError(
+            f"output {output}, where {free:,} bytes are free",
+            f"{least:,} bytes at the very least",
+            "make room, or choose another place",
+        )
+    model_folder.check_saving(source.model, source.folder, tokenizer, output.parent)
+
+
+def _check_original(source: Source, batch: Any) -> None:
+    """Refuse a model that does not come back from a folder as it is: its hooks and settings of its own would be lost."""
+    if source.original is None:
+        return
+    lost = differences(source.original, source.model, batch)
+    if lost is not None:
         raise ConversionError(
-            f"a model of type {type(model).__name__}",
-            "a model of transformers, its folder, or its name on the Hub",
-            "use dbf_compile.convert_ for other modules",
+            f"a model of type {source.name} that from_pretrained would load as another ({lost})",
+            "a model that its class, its configuration and its tensors describe",
+            "remove what was added to it, or give it a class and a configuration of its own",
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ def random_batch(model: nn.Module) -> Any:
     generator = torch.Generator().manual_seed(_SEED)
     config: Any = getattr(model, "config", None)
     name = getattr(model, "main_input_name", "input_ids")
-    shapes = {
+    shapes: dict[str, Callable[[], tuple[int, ...]]] = {
         "pixel_values": lambda: (1, config.num_channels, *_pair(config.image_size)),
         "input_values": lambda: (1, 4000),  # a quarter of a second
         "input_features": lambda: (1, config.num_mel_bins, 2 * config.max_source_positions),
@@ -128,4 +128,4 @@ def _is_equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)  # type: ignore[return-value]
+    return (size, size) if isinstance(size, int) else tuple(size)
