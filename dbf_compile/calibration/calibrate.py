@@ -28,10 +28,12 @@ from dbf_compile.calibration.losses import Loss, loss_named
 from dbf_compile.calibration.model_io import attention_mask, call_model, to_device
 from dbf_compile.calibration.moments import Moment
 from dbf_compile.calibration.offload import Recomputation, blocks_of, offloaded, without_kv_cache
+from dbf_compile.candidates.reasons import reasons_against
 from dbf_compile.errors import ConversionError, DBFError
 from dbf_compile.factorizer.importance import Importance, diagonal_of
 from dbf_compile.keywords import CalibrationKeywords
 from dbf_compile.linear import dense_linears
+from dbf_compile.names import check_names, layer_names, plain_name
 from dbf_compile.options import DENSE_BY_DEFAULT, CalibrationConfig
 from dbf_compile.progress import over
 from dbf_compile.records import resolve
@@ -64,7 +66,7 @@ def calibrate(
         named in a warning. The gradient moments of all layers are divided by one number, so that layers can be compared.
 
     Raises:
-        OptionError: an unknown or ill-typed option.
+        OptionError: an unknown or ill-typed option, or a pattern in ``layers`` that matches no layer.
         ConversionError: no batches, a batch of another type or one that the model cannot read, a loss that is no scalar or
             has no gradient.
         WeightError: activations or gradients are NaN or overflow; the message names the layer.
@@ -81,8 +83,7 @@ def calibrate(
             Moment(_is_whole(name, settings.curvature, ("input", "kronecker")), settings.clip),
             Moment(_is_whole(name, settings.curvature, ("kronecker",)), settings.clip),
         )
-        for name in dense_linears(model)
-        if any(fnmatchcase(name, pattern) for pattern in settings.layers)
+        for name in _measured(model, settings.layers)
     }
     _measure(model, batches, meters, criterion, settings.device)
     missed = [name for name, meter in meters.items() if not meter.inputs.positions]
@@ -91,6 +92,17 @@ def calibrate(
             "no batch reached these layers; all their features will count alike: %s", ", ".join(missed)
         )
     return _importances({name: meter for name, meter in meters.items() if meter.inputs.positions})
+
+
+def _measured(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Return the names of the layers to measure: those that can be factored and match a pattern."""
+    check_names("layers", set(patterns) - {"*"}, layer_names(model), type(model).__name__)
+    against = reasons_against(model)
+    return [
+        name
+        for name in dense_linears(model)
+        if name not in against and any(fnmatchcase(plain_name(name), pattern) for pattern in patterns)
+    ]
 
 
 def _measure(
@@ -174,7 +186,8 @@ def _measuring(model: nn.Module, meters: Mapping[str, _Meter], state: _HookState
     modes = {module: module.training for module in model.modules()}
     layers = dense_linears(model)
     handles = [
-        layers[name].register_forward_hook(_forward_hook(meter, state), with_kwargs=True)
+        # Before other hooks: what they make of an output is not the layer's.
+        layers[name].register_forward_hook(_forward_hook(meter, state), prepend=True, with_kwargs=True)
         for name, meter in meters.items()
     ]
     try:

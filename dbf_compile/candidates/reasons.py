@@ -23,6 +23,7 @@ _BY_RULE = (
     "the model's head",
     "an embedding reads it, too",
 )
+_MATRIX = 16  # rows and columns of a matrix that is worth a word
 # Where PEFT's modules keep what they adapt; all else below them is theirs.
 _ADAPTED = ("base_layer", "base_model", "model")
 
@@ -64,6 +65,23 @@ def reasons_to_stay_dense(model: nn.Module) -> dict[str, str]:
         elif module is head:
             reasons[name] = "the model's head"
     return reasons
+
+
+def other_matrices(model: nn.Module) -> dict[str, str]:
+    """Return names of parameters that linear layers would have if they were modules of their own, and where they are."""
+    reasons: dict[str, str] = {}
+    for name, module in model.named_modules():
+        for kind, parameter in module.named_parameters(recurse=False):
+            rows = min(parameter.shape[-2:], default=0)
+            if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and parameter.dim() == 2:
+                reasons[f"{name}.{kind}".lstrip(".")] = f"in {type(module).__name__}"
+            elif parameter.dim() == 3 and len(parameter) > 1 and rows >= _MATRIX and _stores_experts(module):
+                reasons[f"{name}.{kind}".lstrip(".")] = "of experts in one tensor; see linearize_experts_"
+    return reasons
+
+
+def _stores_experts(module: nn.Module) -> bool:
+    return "expert" in type(module).__name__.lower() or hasattr(module, "is_transposed")
 
 
 def _readers(model: nn.Module) -> dict[int, list[nn.Module]]:

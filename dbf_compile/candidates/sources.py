@@ -22,7 +22,13 @@ def parsed(function: FunctionType) -> Tree | None:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
         return None
-    return next((node for node in ast.walk(tree) if isinstance(node, _TREES)), None)
+    nodes = [node for node in ast.walk(tree) if isinstance(node, _TREES)]
+    # Several lambdas may stand in one line.
+    return next((node for node in nodes if _names(node) == parameters(function)), next(iter(nodes), None))
+
+
+def _names(tree: Tree) -> tuple[str, ...]:
+    return tuple(argument.arg for argument in (*tree.args.posonlyargs, *tree.args.args))
 
 
 def statements(function: FunctionType) -> list[ast.AST]:
@@ -75,10 +81,10 @@ def own_function(value: Any, owner: object, is_hook: bool = False) -> tuple[Func
         owner: the object.
         is_hook: it is called with ``owner`` as first argument, after its own ``self``.
     """
-    value = inspect.unwrap(value)
+    value = value if isinstance(value, MethodType) else inspect.unwrap(value)
     if not isinstance(value, (FunctionType, MethodType)):
         value = getattr(value, "__call__", None)  # noqa: B004  the method, not whether there is one
-    function = getattr(value, "__func__", value)
+    function = inspect.unwrap(getattr(value, "__func__", value))
     if not isinstance(function, FunctionType):
         return None
     bound_to = getattr(value, "__self__", None)

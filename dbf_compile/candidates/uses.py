@@ -22,7 +22,9 @@ _DECLINE = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
 def weight_uses(model: nn.Module) -> dict[nn.Module, str]:
     """Return the modules whose ``weight`` is used without a call, and where: "Class.method"."""
     used_in: dict[nn.Module, str] = {}
-    modules = [module for module in model.modules() if type(module) not in _DECLINE]
+    modules = [
+        module for module in model.modules() if type(module) not in _DECLINE and not _is_of_peft(module)
+    ]
     parents = [module for module in modules if module._modules]
     names = _reachable({type(module) for module in parents})
     for module in modules:
@@ -47,7 +49,8 @@ def _uses_in_class(kind: Any, names: frozenset[str]) -> Uses:
 
 def _uses_of_own(module: nn.Module) -> Uses:
     """Return the uses in hooks of a module, and in a ``forward`` that it alone has."""
-    callables = [(vars(module)["forward"], False)] if "forward" in vars(module) else []
+    has_forward = "forward" in vars(module) and module._modules
+    callables = [(vars(module)["forward"], False)] if has_forward else []
     callables += [
         (hook, True) for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     ]
@@ -58,6 +61,11 @@ def _uses_of_own(module: nn.Module) -> Uses:
         if own is not None:
             uses |= read(own[0], kind, frozenset((name, SELF) for name in own[1])).uses
     return uses
+
+
+def _is_of_peft(module: nn.Module) -> bool:
+    """Return whether a module keeps adapters in order; those that compute stand beside a ``base_layer``."""
+    return type(module).__module__.startswith("peft.") and "base_layer" not in module._modules
 
 
 def _reachable(kinds: Iterable[type]) -> frozenset[str]:

@@ -15,7 +15,7 @@ from typing import Self, Unpack
 from torch import Tensor, nn
 
 from dbf_compile import checkpoint
-from dbf_compile.candidates.reasons import listed, reasons_to_stay_dense, tell_left_dense
+from dbf_compile.candidates.reasons import listed, other_matrices, reasons_to_stay_dense, tell_left_dense
 from dbf_compile.compression.budgets import Allocation
 from dbf_compile.compression.cache import CachedStore, FactorCache, importance_hash
 from dbf_compile.compression.jobs import FactorJob, joined, run_jobs
@@ -318,7 +318,8 @@ def why_dense(model: nn.Module, factorizer: LayerFactorizer) -> dict[str, str]:
         name: factorizer.why_dense(name, dense_weight(module)) or own.get(name)
         for name, module in dense_linears(model).items()
     }
-    return {name: reason for name, reason in (own | reasons).items() if reason is not None}
+    others = other_matrices(model)
+    return {name: reason for name, reason in (own | others | reasons).items() if reason is not None}
 
 
 def convert_(
