@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 
 import torch
@@ -21,6 +21,8 @@ from dbf_compile.stand_in import StandIn
 
 # Name of the dense weight. Files of transformers have an empty tensor [N, 0] of this name for a factored layer.
 WEIGHT_PLACEHOLDER = "weight"
+# Called with a model after layers of it were replaced: what other libraries note about models is to stay true.
+on_swap: list[Callable[[nn.Module], object]] = []
 
 
 class DoubleBinaryLinear(StandIn):
@@ -63,8 +65,6 @@ class DoubleBinaryLinear(StandIn):
         """Hold the first stage of ``owner`` in place of one's own."""
         for name in FIRST_STAGE:
             self.register_parameter(name, getattr(owner, name))
-        # What transformers leaves out of a file where the file has it under another name.
-        self._tied_weights_keys = {name: name for name in FIRST_STAGE}
 
     @property
     def mid_features(self) -> int:
@@ -154,6 +154,8 @@ def swap_(model: nn.Module, factors: Mapping[str, DoubleBinaryFactors]) -> nn.Mo
             return factored
         replacements[dense] = factored
     replace_all(model, replacements)
+    for note in on_swap:
+        note(model)
     return model
 
 

@@ -1,7 +1,8 @@
 """save_pretrained of models that have factored layers, however these came into the model.
 
-A model that ``convert_`` changed is saved as a compressed folder is, and ``from_pretrained`` loads it. Importing this file
-wraps ``PreTrainedModel.save_pretrained``: it alone sees the model as it is when it is saved, under the names of its files.
+A model that ``convert_`` changed is saved as a compressed folder is, and ``from_pretrained`` loads it. Its configuration says
+what is factored as soon as layers have been replaced. Importing this file wraps ``PreTrainedModel.save_pretrained``, which
+alone sees a model as it is when it is saved, under the names of its files.
 """
 
 from __future__ import annotations
@@ -10,11 +11,20 @@ from functools import wraps
 from inspect import signature
 from typing import Any
 
+from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from dbf_compile.errors import ConversionError
 from dbf_compile.integrations.renaming import conversions_of_saving, names_in_files
-from dbf_compile.integrations.transformers import DBFConfig, DBFQuantizer, quantize_config_, record_
+from dbf_compile.integrations.transformers import (
+    METHOD,
+    DBFConfig,
+    DBFQuantizer,
+    quantization_method,
+    quantize_config_,
+    record_,
+)
+from dbf_compile.linear import on_swap
 
 _save_pretrained = PreTrainedModel.save_pretrained
 
@@ -23,6 +33,8 @@ _save_pretrained = PreTrainedModel.save_pretrained
 def _save(self: Any, *args: Any, **kwargs: Any) -> Any:
     config = record_(self)
     if config is None:
+        if isinstance(getattr(self, "hf_quantizer", None), DBFQuantizer):  # it was loaded, and is dense again
+            self.hf_quantizer.remove_quantization_config(self)
         return _save_pretrained(self, *args, **kwargs)
     _refuse_adapters(self, config)
     arguments = signature(_save_pretrained).bind(self, *args, **kwargs).arguments
@@ -65,4 +77,15 @@ def _in_files(model: Any, config: DBFConfig) -> DBFConfig:
     return DBFConfig(**{**config.to_dict(), "layers": table})
 
 
+def _note(model: nn.Module) -> None:
+    """Keep the configurations of models of transformers true, of which layers were replaced."""
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module not in inside:
+            inside.update(module.modules())
+            if quantization_method(module.config) in (None, METHOD):  # saving refuses others
+                record_(module)
+
+
 PreTrainedModel.save_pretrained = _save
+on_swap.append(_note)

@@ -158,7 +158,11 @@ class DBFQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return what is saved: shared first stages once, and an empty weight for each factored layer."""
-        state = dict(model.state_dict() if self.state is None else self.state)
+        state = {
+            # Linearized experts may be transposed views.
+            name: tensor.contiguous() if isinstance(tensor, Tensor) else tensor
+            for name, tensor in (model.state_dict() if self.state is None else self.state).items()
+        }
         for name, entry in self.quantization_config.layers.items():
             if entry["shares_first_stage_with"] is not None:
                 for tensor in FIRST_STAGE:
@@ -208,24 +212,25 @@ def record_(model: Any) -> DBFConfig | None:
         ConversionError: the model is quantized by another method, too.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, DoubleBinaryLinear)}
-    known = getattr(model.config, "quantization_config", None)
-    method = known.get("quant_method") if isinstance(known, dict) else getattr(known, "quant_method", None)
+    method = quantization_method(model.config)
     if not layers and not any(isinstance(module, Experts) for module in model.modules()):
         if method == METHOD:
             quantize_config_(model.config, None)
         return None
-    if known is not None and method != METHOD:
+    if method not in (None, METHOD):
         raise ConversionError(
             f"factored layers in a model that is quantized by {method}",
             "one method of quantization",
             "convert a dense model",
         )
-    ties = {key: owner for key, owner in model.all_tied_weights_keys.items() if _layer_of(key) not in layers}
+    known_ties = getattr(model, "all_tied_weights_keys", None) or {}
+    replaced = {f"{name}.{tensor}" for name in layers for tensor in (*FIRST_STAGE, WEIGHT_PLACEHOLDER)}
+    ties = {key: owner for key, owner in known_ties.items() if key not in replaced}
     table: dict[str, dict[str, Any]] = {}
     owners: dict[int, str] = {}
     for name, layer in layers.items():
         if layer.signs_in.device.type == "meta":  # offloaded: tensors that are tied are no longer the same
-            owner = _layer_of(model.all_tied_weights_keys.get(f"{name}.signs_in", f"{name}.signs_in"))
+            owner = _layer_of(known_ties.get(f"{name}.signs_in", f"{name}.signs_in"))
         else:
             owner = owners.setdefault(id(layer.signs_in), name)
         table[name] = _entry(layer, None if owner == name else owner)
@@ -236,6 +241,12 @@ def record_(model: Any) -> DBFConfig | None:
     config = DBFConfig(table, bits_per_weight=_bits(layers, table), fused_experts=fused)
     quantize_config_(model.config, config)
     return config
+
+
+def quantization_method(config: Any) -> str | None:
+    """Return how the model of a configuration is quantized, or None if it is not."""
+    known = getattr(config, "quantization_config", None)
+    return known.get("quant_method") if isinstance(known, dict) else getattr(known, "quant_method", None)
 
 
 def quantize_config_(config: Any, quantization: DBFConfig | None) -> None:
