@@ -135,9 +135,10 @@ def _ready(model: Model, settings: EvaluationConfig) -> Iterator[nn.Module]:
         yield pretrained.open_any(folder, settings.trust_remote_code).to(device)
         return
     modes = {module: module.training for module in model.modules()}
-    is_spread = len(getattr(model, "hf_device_map", ())) > 1  # its hooks move what flows through it
+    # Hooks of accelerate move what flows through a model, and load what lies on the CPU or on the disk.
+    has_hooks = any(hasattr(module, "_hf_hook") for module in modes)
     try:
-        with offloaded(model, [], None if is_spread else device):
+        with offloaded(model, [], None if has_hooks else device):
             yield model.eval()
     finally:
         for module, training in modes.items():

@@ -91,6 +91,29 @@ def test_eval_states_the_context_length(made, dense):
     assert isinstance(run("eval", made).exception, OptionError)
 
 
+def test_data_is_named_as_in_python(made, dense, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"body": line}) + "\n" for line in ["add the signs " * 9] * 4))
+    settings = ("--length", 32, "--windows", 99)
+    one = facts("eval", made, "--data", rows, "--column", "body", *settings)
+    two = facts("eval", made, "--data", rows, "--data", rows, "--column", "body", *settings)
+    assert 0 < one["windows"] < two["windows"]
+    error = run("eval", made, "--data", rows, *settings).exception
+    assert "'body'" in str(error) and "pass column=" in str(error)
+    assert "data without splits" in str(run("eval", made, "--data", rows, "--split", "test").exception)
+
+
+def test_results_are_on_stdout_and_progress_on_stderr(made, dense):
+    arguments = ("eval", made, "--data", text_of(dense), "--length", 32, "--windows", 3, "--json")
+    done = run(*arguments)
+    assert json.loads(done.stdout)["windows"] == 3 and "evaluating" in done.stderr
+    silent = run(*arguments, "--no-progress")
+    assert json.loads(silent.stdout)["windows"] == 3 and not silent.stderr
+    for command in ("inspect", "doctor"):
+        arguments = (command, made) if command == "inspect" else (command,)
+        assert run(*arguments).stderr and not run(*arguments, "--no-progress").stderr
+
+
 @pytest.mark.slow
 def test_generate_streams_text_and_figures(made, dense):
     done = run("generate", made, "add the", "-n", 4, "--no-compiled")

@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 from support.models.pretrained import WORDS, text_of, tiny_folder
+from support.models.tiny import tiny_llama
 
 from dbf_compile.errors import ConversionError, OptionError
 from dbf_compile.evaluation import evaluate, evaluate_folder
+from dbf_compile.options import EvaluationConfig
 
 transformers = pytest.importorskip("transformers")
 
@@ -36,12 +38,80 @@ def test_a_model_is_judged_as_its_folder_is_and_data_may_be_texts(tmp_path):
         evaluate(model, text_of(folder), **options)
 
 
+def test_the_callers_model_is_left_as_it_was(tmp_path):
+    folder = tiny_folder(tmp_path / "model")
+    model, tokenizer = pretrained.open_any(folder), pretrained.tokenizer_of(folder)
+    model.model.layers[0].train()
+    modes = [module.training for module in model.modules()]
+    tensors = {name: (tensor.device, tensor.data_ptr()) for name, tensor in model.state_dict().items()}
+    evaluate(model, ["some text " * 20], tokenizer=tokenizer, length=16, windows=2, progress=False)
+    assert [module.training for module in model.modules()] == modes
+    assert {
+        name: (tensor.device, tensor.data_ptr()) for name, tensor in model.state_dict().items()
+    } == tensors
+    with pytest.raises(ConversionError):
+        evaluate(model, [3], tokenizer=tokenizer, progress=False)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_a_model_with_hooks_of_accelerate_is_judged_where_it_lies(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    folder = tiny_folder(tmp_path / "model")
+    tokenizer = pretrained.tokenizer_of(folder)
+    options = {"tokenizer": tokenizer, "length": 16, "windows": 2, "progress": False}
+    expected = evaluate(folder, text_of(folder), **options)
+    model = accelerate.disk_offload(pretrained.open_any(folder), str(tmp_path / "weights"), "cpu")
+    assert evaluate(model, text_of(folder), **options) == expected
+
+
+def test_a_length_is_the_users_or_what_the_model_has(tmp_path):
+    folder = tiny_folder(tmp_path / "model")  # 128 positions
+    assert evaluate(folder, text_of(folder), windows=1, progress=False)["context_length"] == 128
+    with pytest.raises(OptionError, match="length=129 for a model of 128 positions"):
+        evaluate(folder, text_of(folder), length=129, progress=False)
+
+
+def test_models_that_cannot_read_the_windows_are_refused(tmp_path):
+    folder = tiny_folder(tmp_path / "model")
+    options = {"length": 16, "windows": 2, "progress": False}
+    with pytest.raises(ConversionError, match="token id of 256; allowed: 0 to 255"):
+        evaluate(folder, [{"input_ids": [256] * 20}], **options)
+    short = tiny_llama()
+    short.resize_token_embeddings(40)
+    with pytest.raises(ConversionError, match="allowed: 0 to 39"):
+        evaluate(folder, text_of(folder), dense=short, **options)
+
+
 def test_tasks_without_their_package_say_what_to_install(tmp_path, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(OptionError, match=r"lm-eval.*dbf-compile\[eval\]"):
         evaluate_folder(tiny_folder(tmp_path / "model"), tasks=["piqa"])
+
+
+def test_lm_eval_is_told_how_many_positions_there_are(monkeypatch, capsys):
+    """A stand-in for lm-eval: what it is asked, and what becomes of its assertions."""
+    import sys
+    from types import SimpleNamespace
+
+    from dbf_compile.integrations.lm_eval import run_tasks
+
+    asked = {}
+
+    def simple_evaluate(model, tasks, limit, **_):
+        asked.update(model, tasks=tasks, limit=limit)
+        print("a bar", file=sys.stderr)
+        assert model["max_length"] > 100, "more tokens than positions"
+        return {"results": {"a": {"acc,none": 0.5, "alias": "a"}}}
+
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=simple_evaluate))
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", SimpleNamespace(HFLM=dict))
+    settings = EvaluationConfig(tasks=("a",), limit=0.1, progress=False)
+    assert run_tasks(None, None, None, settings, 128) == {"a/acc": 0.5}
+    assert asked["max_length"] == 128 and asked["limit"] == 0.1 and not capsys.readouterr().err
+    with pytest.raises(OptionError, match=r"more tokens than positions.*fit 64 positions"):
+        run_tasks(None, None, None, settings, 64)
 
 
 CHOICES = [" signs", " scale", " twice"]  # of equal length, or the shortest is always the likeliest
@@ -95,6 +165,8 @@ def test_a_task_of_lm_eval_gives_what_its_definition_says(tmp_path, monkeypatch)
     assert 0 < sum(right) < len(right)  # else the figure would say little
     first = evaluate_folder(folder, tasks=["local_choices"], include_path=tmp_path / "tasks", limit=1)
     assert first["local_choices/acc"] == right[0]
+    share = evaluate_folder(folder, tasks=["local_choices"], include_path=tmp_path / "tasks", limit=0.5)
+    assert share["local_choices/acc"] == pytest.approx(sum(right[:6]) / 6)
 
 
 @pytest.mark.slow

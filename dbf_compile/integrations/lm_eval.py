@@ -72,10 +72,11 @@ def run_tasks(
                 limit=settings.limit,
             )["results"]
     except AssertionError as error:
+        reason = str(error).partition("\n")[0] or "an assertion of lm-eval"
         raise OptionError(
-            f"tasks={list(settings.tasks)}, of which one does not go with the model ({error or 'an assertion of lm-eval'})",
+            f"tasks={list(settings.tasks)}, of which one does not go with the model ({reason})",
             f"tasks whose texts fit {positions} positions",
-            "choose others, or read the trace above",
+            "choose others, or a model of more positions",
         ) from error
     return {
         f"{task}/{metric.split(',')[0]}": value
