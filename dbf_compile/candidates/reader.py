@@ -36,7 +36,7 @@ OUTSIDE = (object, nn.Module)  # classes that are not read
 
 _LONGEST_PATH, _DEEPEST_CALL = 6, 4
 _VIEWS = SAME | {"T", "mT"}
-_HARMLESS = {
+_HARMLESS = BUILDS | {
     "isinstance",
     "hasattr",
     "type",
@@ -45,21 +45,9 @@ _HARMLESS = {
     "is_floating_point",
     "is_complex",
     "numel",
-} | BUILDS
-_ITERATES = {
-    "list",
-    "tuple",
-    "set",
-    "dict",
-    "iter",
-    "next",
-    "zip",
-    "enumerate",
-    "reversed",
-    "sorted",
-    "filter",
-    "map",
 }
+_PASS_ON = "list tuple set dict iter next zip enumerate reversed sorted filter map chain"
+_ITERATES = set(_PASS_ON.split())
 _WALKS = dict.fromkeys(("values", "items", "children", "named_children"), CHILD)
 _WALKS |= dict.fromkeys(("modules", "named_modules"), BELOW)
 _PARAMETERS = ("parameters", "named_parameters")

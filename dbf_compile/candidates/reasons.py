@@ -21,7 +21,7 @@ _BY_RULE = (
     "too small to gain",
     "an adapter",
     "the model's head",
-    "an embedding reads it, too",
+    "that an embedding reads, too",
 )
 _MATRIX = 16  # rows and columns of a matrix that is worth a word
 # Where PEFT's modules keep what they adapt; all else below them is theirs.
@@ -59,7 +59,7 @@ def reasons_to_stay_dense(model: nn.Module) -> dict[str, str]:
             continue
         others = [other for other in readers[id(module._parameters["weight"])] if other is not module]
         if any(isinstance(other, nn.Embedding) for other in others):
-            reasons[name] = "an embedding reads, too"
+            reasons[name] = "that an embedding reads, too"
         elif others:
             reasons[name] = "tied to another layer"
         elif module is head:

@@ -17,19 +17,21 @@ from dbf_compile.candidates.sources import mentions, methods, own_function, para
 
 # They read weights on a fast path, and leave it where a weight has a __torch_function__, as that of a stand-in.
 _DECLINE = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
+_WRAPPERS = ("torch.nn.parallel.", "torch.distributed.", "torch._dynamo.")
 
 
 def weight_uses(model: nn.Module) -> dict[nn.Module, str]:
     """Return the modules whose ``weight`` is used without a call, and where: "Class.method"."""
     used_in: dict[nn.Module, str] = {}
-    modules = [
-        module for module in model.modules() if type(module) not in _DECLINE and not _is_of_peft(module)
-    ]
+    modules = [m for m in model.modules() if type(m) not in _DECLINE and not _only_wraps(m)]
     parents = [module for module in modules if module._modules]
-    names = _reachable({type(module) for module in parents})
+    names = _reachable({type(module) for module in parents if not _is_of_peft(module)})
     for module in modules:
         kind: Any = type(module)
-        uses = {**(_uses_in_class(kind, names) if module._modules else {}), **_uses_of_own(module)}
+        called = (
+            frozenset({"forward"}) if _is_of_peft(module) else names
+        )  # its other methods care for adapters
+        uses = {**(_uses_in_class(kind, called) if module._modules else {}), **_uses_of_own(module)}
         for (path, tests), where in uses.items():
             if all(_may_be(module, test) for test in tests):
                 for used in _resolve(module, path):
@@ -63,9 +65,14 @@ def _uses_of_own(module: nn.Module) -> Uses:
     return uses
 
 
+def _only_wraps(module: nn.Module) -> bool:
+    """Return whether a module calls a model, and keeps its parameters in order; PEFT's compute beside a ``base_layer``."""
+    where = type(module).__module__
+    return where.startswith(_WRAPPERS) or (_is_of_peft(module) and "base_layer" not in module._modules)
+
+
 def _is_of_peft(module: nn.Module) -> bool:
-    """Return whether a module keeps adapters in order; those that compute stand beside a ``base_layer``."""
-    return type(module).__module__.startswith("peft.") and "base_layer" not in module._modules
+    return type(module).__module__.startswith("peft.")
 
 
 def _reachable(kinds: Iterable[type]) -> frozenset[str]:

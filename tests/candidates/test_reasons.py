@@ -34,7 +34,7 @@ class Tied(nn.Module):
 
 def test_tied_layers_and_the_head_stay_dense_unasked() -> None:
     assert reasons_to_stay_dense(Tied()) == {
-        "decoder": "an embedding reads, too",
+        "decoder": "that an embedding reads, too",
         "one": "tied to another layer",
         "two": "tied to another layer",
         "head": "the model's head",
