@@ -18,6 +18,7 @@ from dbf_compile.compression.layers import factorizer_config
 from dbf_compile.factorizer.factorize import FactorizerConfig
 from dbf_compile.factors import DoubleBinaryFactors, stored_bits
 from dbf_compile.linear import swap_
+from dbf_compile.progress import bar, over
 from dbf_compile.run.request import Request, view_of
 from dbf_compile.run.work import Work
 
@@ -98,8 +99,7 @@ class Run:
 
     def bar(self, description: str, total: int, unit: str) -> tqdm[Any]:
         """Return a progress bar."""
-        hidden = not self.request.config.progress
-        return tqdm(total=total, unit=unit, unit_scale=True, desc=description, disable=hidden)
+        return bar(description, total, unit, self.request.config.progress)
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
@@ -122,7 +122,8 @@ class Run:
     def judge(self, student: nn.Module, blocks: Iterable[str]) -> dict[str, Any]:
         """Compare the compressed model with the dense one on the batches kept back."""
         with self.offloaded(student, blocks):
-            return compare(self.request.model, student, self.request.judging)
+            batches = over(self.request.judging, "judging", "batch", self.request.config.progress)
+            return compare(self.request.model, student, batches)
 
     @contextmanager
     def offloaded(self, student: nn.Module, blocks: Iterable[str]) -> Iterator[None]:

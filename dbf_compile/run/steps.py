@@ -29,6 +29,7 @@ from dbf_compile.compression.distillation import distill
 from dbf_compile.compression.layers import LayerFactorizer
 from dbf_compile.factorizer.importance import Importance
 from dbf_compile.files import write_text
+from dbf_compile.progress import over
 from dbf_compile.run.context import PlacedJob, Plan, Run
 from dbf_compile.run.folder import write_folder
 from dbf_compile.run.independent import factor_independent
@@ -71,10 +72,16 @@ def _statistics(run: Run) -> dict[str, Importance]:
         if batches is None and not (reads_tokens(model) and vocabulary_of(model)):
             return save_importance({}, path)  # it reads no tokens, and no batches were given
         importance = calibrate(
-            model, batches, curvature=config.curvature, device=request.device, seed=config.seed
+            model,
+            batches,
+            curvature=config.curvature,
+            device=request.device,
+            seed=config.seed,
+            progress=config.progress,
         )
         if config.temper is not None:
-            importance = {name: item.tempered(config.temper) for name, item in importance.items()}
+            items = over(importance.items(), "tempering", "layer", config.progress, delay=1.0)
+            importance = {name: item.tempered(config.temper) for name, item in items}
         save_importance(importance, path)
 
     return load_importance(run.work.once("importance.safetensors", make))
