@@ -29,7 +29,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dbf_compile.errors import CheckpointError, ConversionError
 from dbf_compile.factors import FIRST_STAGE, TENSOR_NAMES, DoubleBinaryFactors
-from dbf_compile.integrations.content import check_content
+from dbf_compile.integrations.content import check_content, check_index
 from dbf_compile.integrations.experts import Experts, is_fused, linearize_experts_
 from dbf_compile.integrations.loading import (
     DAMAGED,
@@ -135,6 +135,11 @@ class DBFQuantizer(HfQuantizer):
         """Return a copy of a map by names: layers that share their first stage are put on one side of it."""
         return dict(device_map) if isinstance(device_map, dict) else device_map
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Look at the index of the weight files; nothing is known before of where the model comes from."""
+        check_index(getattr(config, "name_or_path", ""))
+        return config
+
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         check_content(kwargs.get("checkpoint_files") or ())
         config = self.quantization_config
@@ -229,10 +234,11 @@ def record_(model: Any) -> DBFConfig | None:
     table: dict[str, dict[str, Any]] = {}
     owners: dict[int, str] = {}
     for name, layer in layers.items():
-        if layer.signs_in.device.type == "meta":  # offloaded: tensors that are tied are no longer the same
-            owner = _layer_of(known_ties.get(f"{name}.signs_in", f"{name}.signs_in"))
-        else:
+        owner = _layer_of(known_ties.get(f"{name}.signs_in", ""))
+        if owner not in layers or not _has_same_stage(layer, layers[owner]):
             owner = owners.setdefault(id(layer.signs_in), name)
+        elif owner in table:
+            owner = table[owner]["shares_first_stage_with"] or owner
         table[name] = _entry(layer, None if owner == name else owner)
         if owner != name:
             ties |= {f"{name}.{tensor}": f"{owner}.{tensor}" for tensor in FIRST_STAGE}
@@ -261,6 +267,14 @@ def quantize_config_(config: Any, quantization: DBFConfig | None) -> None:
     for part in vars(config).values():
         if isinstance(part, PreTrainedConfig):
             quantize_config_(part, quantization)
+
+
+def _has_same_stage(layer: DoubleBinaryLinear, owner: DoubleBinaryLinear) -> bool:
+    """Return whether two layers that shared their first stage still do. Who offloads tensors gives back others, equal ones."""
+    if layer.signs_in.device != owner.signs_in.device:
+        return False
+    stages = [(getattr(layer, tensor), getattr(owner, tensor)) for tensor in FIRST_STAGE]
+    return all(one is other or one.is_meta or torch.equal(one, other) for one, other in stages)
 
 
 def _layer_of(key: str) -> str:
