@@ -19,6 +19,8 @@ interleaved at every call.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -217,6 +219,9 @@ def double_binary_linear(
     Raises:
         KernelInputError: ``x`` is not floating point, sizes do not match, or tensors are on several devices.
     """
+    if x.is_nested:
+        factors = (signs_in, signs_out, scale_in, scale_mid, scale_out)
+        return _map_nested(x, lambda x: double_binary_linear(x, *factors, bias, dtype, interleaved, fast))
     # A GPU kernel scales each sum once, before it writes it; the CPU kernel scales activations as it builds its LUTs.
     after, before = (scale_mid, None) if x.device.type == "cuda" else (None, scale_mid)
     h = torch.ops.dbf.sign_matmul(x, signs_in, scale_in, after, interleaved=interleaved, fast=fast)
@@ -224,6 +229,14 @@ def double_binary_linear(
         h, signs_out, before, scale_out, bias, dtype, interleaved, fast
     )
     return result
+
+
+def _map_nested(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply a function of the last dimension to a nested tensor."""
+    if x.layout != torch.jagged:
+        return torch.nested.as_nested_tensor([function(part) for part in x.unbind()])
+    x = x.contiguous()
+    return torch.nested.nested_tensor_from_jagged(function(x.values()), x.offsets())
 
 
 # Its derivatives are those of its two products.

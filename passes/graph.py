@@ -93,11 +93,11 @@ def example_value(node: Node) -> Any:
 
 
 def is_tensor(node: object, dims: int | None = None) -> bool:
-    """Return whether ``node`` is a node whose value is a tensor, of ``dims`` dimensions if given."""
+    """Return whether ``node`` is a node whose value is a tensor, of ``dims`` dimensions if given; nested ones have none."""
     if not isinstance(node, Node):
         return False
     value = node.meta.get("example_value", node.meta.get("val"))
-    return isinstance(value, Tensor) and (dims is None or value.dim() == dims)
+    return isinstance(value, Tensor) and not value.is_nested and (dims is None or value.dim() == dims)
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -107,7 +107,8 @@ def on_gpu(x: Tensor) -> bool:
 
 def is_linear(node: Node) -> bool:
     """Return whether ``node`` is ``linear(x, weight, bias)`` in the canonical form of ``find_linears``."""
-    return node.op == "call_function" and node.target is torch.nn.functional.linear and len(node.args) == 3
+    is_call = node.op == "call_function" and node.target is torch.nn.functional.linear
+    return is_call and len(node.args) == 3 and is_tensor(node)
 
 
 def weights_of(node: object, source: WeightSource) -> tuple[Weight, ...] | None:
@@ -155,7 +156,7 @@ def transposed_operand(node: Node) -> Node | None:
     """Return x where ``node`` is the transpose of the matrix x in any spelling, else None."""
     if node.kwargs or not node.args or not is_tensor(node.args[0], 2):
         return None
-    name, rest = _called_name(node), node.args[1:]
+    name, rest = called_name(node), node.args[1:]
     if name == "getattr":
         name, rest = str(rest[0]), ()
     dims = rest[0] if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else rest
@@ -171,7 +172,7 @@ def transposed_operand(node: Node) -> Node | None:
     return operand if swaps and isinstance(operand, Node) else None
 
 
-def _called_name(node: Node) -> str:
+def called_name(node: Node) -> str:
     """Return the name of the function or method that ``node`` calls; of an aten overload, that of the operator."""
     if isinstance(node.target, str):
         return node.target
@@ -214,7 +215,7 @@ def writes_in_place(node: Node) -> bool:
     """Return whether ``node`` calls a function or method that, by its name or a flag, writes to one of its arguments."""
     if node.op not in ("call_function", "call_method"):
         return False
-    name = _called_name(node)
+    name = called_name(node)
     # Norms update running statistics, which the schema of no Python function tells.
     return _is_in_place(name) or name in ("batch_norm", "instance_norm") or _is_told_to_write(node)
 

@@ -4,6 +4,9 @@
 
 The stacked weight is factored as one, so that the layers share their first stage: one product with ``signs_in`` instead
 of several. A taller matrix also loses less at equal bits.
+
+The parts of y are not contiguous, as the results of the layers were: views of them become reshapes, and who sees strides
+gets a copy.
 """
 
 from __future__ import annotations
@@ -16,11 +19,15 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from dbf_compile.passes.graph import (
+    OpOverload,
+    OpOverloadPacket,
     WeightSource,
+    called_name,
     emit,
     example_value,
     is_cat,
     is_linear,
+    is_pure,
     mutated_storages,
     only_linears_read,
     replace,
@@ -46,12 +53,17 @@ def merge_shared_inputs(graph: Graph, source: WeightSource) -> int:
         key = should_merge_shared_inputs(node, source, written)
         if key is not None:
             groups.setdefault((node.args[0], key), []).append(node)
-    merged = 0
-    for siblings in groups.values():
-        if len(siblings) > 1 and can_merge_shared_inputs(siblings, order, source):
-            _merge(siblings, source)
-            merged += 1
-    return merged
+    groups_to_merge = [
+        siblings
+        for siblings in groups.values()
+        if len(siblings) > 1 and can_merge_shared_inputs(siblings, order, source)
+    ]
+    views: dict[Hashable, list[Node]] = {}
+    for node in order if groups_to_merge else ():
+        views.setdefault(storage_of(node), []).append(node)
+    for siblings in groups_to_merge:
+        _merge(siblings, source, views)
+    return len(groups_to_merge)
 
 
 def can_merge_shared_inputs(siblings: Sequence[Node], order: dict[Node, int], source: WeightSource) -> bool:
@@ -83,7 +95,7 @@ def should_merge_shared_inputs(node: Node, source: WeightSource, written: set[Ha
     return None if key is None else (key, example_value(node).dtype)
 
 
-def _merge(siblings: Sequence[Node], source: WeightSource) -> None:
+def _merge(siblings: Sequence[Node], source: WeightSource, views: dict[Hashable, list[Node]]) -> None:
     weights = [weight for node in siblings for weight in weights_of(node.args[1], source) or ()]
     stored, transposed = [weight.node for weight in weights], [weight.transposed for weight in weights]
     rows = [int(example_value(node).shape[-1]) for node in siblings]
@@ -91,8 +103,38 @@ def _merge(siblings: Sequence[Node], source: WeightSource) -> None:
     stacked = emit(first, _stacked_linear, first.args[0], stored, transposed, biases)
     start = 0
     for node, count in zip(siblings, rows, strict=True):
-        replace(node, emit(node, torch.narrow, stacked, -1, start, count))
+        part = emit(node, torch.narrow, stacked, -1, start, count)
         start += count
+        if any(_sees_strides(user) for view in views[storage_of(node)] for user in view.users):
+            part = emit(node, Tensor.contiguous, part)
+        else:
+            _let_views_copy(views[storage_of(node)])
+        replace(node, part)
+
+
+def _sees_strides(user: Node) -> bool:
+    """Return whether a node that reads a tensor may do something else for other strides of it, or writes to it."""
+    if user.op == "output" or not is_pure(user):
+        return True
+    if isinstance(user.target, (OpOverload, OpOverloadPacket)):
+        library, _, operator = str(user.target).partition(".")
+        return library not in ("aten", "prims", "dbf") or operator.partition(".")[0] in _SEE_STRIDES
+    return called_name(user) in _SEE_STRIDES or (called_name(user) == "view" and _is_bitcast(user))
+
+
+_SEE_STRIDES = ("as_strided", "view_as_complex", "view_as", "data_ptr")
+
+
+def _is_bitcast(view: Node) -> bool:
+    return isinstance(view.args[1] if len(view.args) > 1 else view.kwargs.get("dtype"), torch.dtype)
+
+
+def _let_views_copy(views: Sequence[Node]) -> None:
+    for view in views:
+        if view.target == "view":
+            view.target = "reshape"
+        elif view.target is torch.ops.aten.view.default:
+            view.target = torch.ops.aten.reshape.default
 
 
 def _stacked_linear(

@@ -128,6 +128,7 @@ def sign_matmul_group(x: Any, signs: Sequence[Any], in_scale: Any = None, fast: 
 def _cpu_kernel_takes(x: Any, result: torch.dtype, vectors: Sequence[Any]) -> bool:
     return (
         x.get_device().type == "cpu"
+        and 0 not in x.get_size()
         and all(
             dtype in cpu_kernel.DTYPES for dtype in (x.get_dtype(), result, *(v.get_dtype() for v in vectors))
         )

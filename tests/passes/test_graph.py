@@ -289,3 +289,40 @@ def test_exported_graphs_keep_their_values_under_val():
     value = x.meta.pop("example_value")
     x.meta["val"] = value
     assert example_value(x) is value and is_tensor(x, 2)
+
+
+def test_nodes_within_torch_func_have_the_memory_of_what_they_wrap_and_are_rewritten():
+    hand = HandGraph()
+    x, w = hand.input(torch.randn(4, 3, 5)), hand.constant(torch.randn(7, 5))
+    values = []
+
+    def inner(value):
+        values.extend([value, value.view(-1), F.linear(value, example_value(w))])
+        return values[-1]
+
+    torch.func.vmap(torch.func.vmap(inner))(example_value(x))
+    one, view, product = (hand.graph.call_function(torch.relu, (x,)) for _ in values)
+    for node, value in zip((one, view, product), values, strict=True):
+        node.meta["example_value"] = value
+    assert storage_of(one) == storage_of(view) == storage_of(x) != storage_of(product)
+    node = emit(product, lambda x, w: F.linear(x, w).relu(), one, w)
+    assert example_value(node).shape == (7,)
+    replace(product, node)
+    assert example_value(node) is values[-1]
+
+
+def test_a_replaced_node_leaves_its_memory_to_the_new_one():
+    hand, x, w = weight_graph()
+    y = hand.call(F.linear, x, w, None)
+    view = hand.call("view", y, -1)
+    hand.output(view)
+    node = emit(y, F.linear, x, w, None)
+    replace(y, node)
+    assert storage_of(node) == storage_of(view)
+
+
+def test_nested_tensors_have_no_dimensions():
+    hand, x, w = weight_graph()
+    node = hand.call(F.linear, x, w, None)
+    node.meta["example_value"] = torch.nested.nested_tensor([torch.randn(3, 7)], layout=torch.jagged)
+    assert not is_tensor(node) and not is_linear(node)

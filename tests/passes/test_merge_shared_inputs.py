@@ -166,3 +166,43 @@ def test_batch_stays_symbolic_and_metadata_is_right():
         assert isinstance(rows, torch.SymInt) and cols == columns
         assert part.meta["stack_trace"] == origin.name
     assert not hand._fake_mode.shape_env.guards
+
+
+def rows_of(y):
+    """Views of a result, and what may be done to it only in the memory that a layer's result has."""
+    return {
+        "one axis": lambda hand: hand.call("view", y, -1),
+        "one axis by an operator": lambda hand: hand.call(torch.ops.aten.view.default, y, [-1]),
+        "a view of a view": lambda hand: hand.call("view", hand.call("view", y, 2, 3, 2, 2), 12, 2),
+        "a reshape": lambda hand: hand.call("reshape", y, -1),
+        "other numbers": lambda hand: hand.call("view", hand.call("view", y, torch.int64), -1),
+        "other strides": lambda hand: hand.call("as_strided", y, (3,), (4,)),
+        "complex numbers": lambda hand: hand.call(torch.view_as_complex, hand.call("view", y, 2, 3, 2, 2)),
+        "a write through a view": lambda hand: hand.call("add_", hand.call("view", y, -1), 1),
+        "itself": lambda hand: y,
+    }
+
+
+@pytest.mark.parametrize("what", rows_of(None))
+@pytest.mark.parametrize("rows", [[4, 3], [4, 4]])
+def test_views_of_a_part_are_those_of_a_result(what, rows):
+    def graph():
+        hand, _, (y, z) = siblings(rows, [True, False], (6, 5))
+        read = rows_of(y)[what](hand)
+        hand.output(hand.call("clone", read) if what != "itself" else read, hand.call(torch.neg, y), z)
+        return hand
+
+    hand = graph()
+    assert merge_shared_inputs(hand.graph, hand) == 1
+    for after, expected in zip(hand.run(), graph().run(), strict=True):
+        assert after.shape == expected.shape
+        after, expected = (value.view(torch.float64) for value in (after, expected))
+        assert_close(after, expected, rtol=1e-12)
+    assert hand.run()[2].stride() == graph().run()[2].stride()  # a result of the graph
+
+
+def test_what_only_computes_reads_a_part_in_place():
+    hand, _, (y, z) = siblings([4, 3], [True, False], (6, 5))
+    hand.output(hand.call(torch.neg, hand.call("view", y, 6, 2, 2)), hand.call(torch.relu, z))
+    merge_shared_inputs(hand.graph, hand)
+    assert targets(hand.graph)[-6:] == ["linear", "narrow", "narrow", "reshape", "neg", "relu"]

@@ -4,6 +4,7 @@ from support.graphs import HandGraph
 from support.strategies import random_factors
 
 from dbf_compile.errors import GraphInvariantError
+from dbf_compile.passes.graph import example_value
 from dbf_compile.passes.verify import verify
 
 
@@ -22,6 +23,24 @@ def test_a_legal_graph_passes_unchanged(dynamic):
     before = str(hand.graph)
     assert verify(hand.graph, hand) == 0
     assert str(hand.graph) == before
+
+
+@pytest.mark.parametrize("of", ["x", "signs"])
+def test_a_symbolic_number_of_features_is_a_known_one(of):
+    hand, x, signs, y = product_graph(dynamic=(0, 1) if of == "x" else ())
+    if of == "signs":
+        signs = hand.input(random_factors(37, 24, 4).signs_in, dynamic=(0,))
+        y = hand.call(torch.ops.dbf.sign_matmul, x, signs)
+    hand.output(y)
+    verify(hand.graph, hand)
+    rows, columns = example_value(y).shape[-1], example_value(x).shape[-1]
+    assert (int(rows), int(columns)) == (24, 37)
+    assert is_known(rows) and is_known(columns)
+
+
+def is_known(size):
+    """Return whether a size is a number, or a symbol that stands for one."""
+    return isinstance(size, int) or not size.node.expr.free_symbols
 
 
 def test_a_read_before_the_write_is_refused():
