@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save
@@ -52,11 +52,12 @@ def sort_header(path: Path) -> None:
         file.write(text.encode().ljust(length))
 
 
-def changed_tensors(path: str | os.PathLike[str]) -> list[str] | None:
+def changed_tensors(path: str | os.PathLike[str], part: bool = False) -> list[str] | None:
     """Return what of a safetensors file is not as it was written: names of tensors, and "its header".
 
     Args:
         path: a file that safetensors can open.
+        part: whether it may lack tensors, which then lie in another file that has the same header.
 
     Returns:
         Names, sorted; none if all is as it was written; None where the file has no checksums.
@@ -69,6 +70,8 @@ def changed_tensors(path: str | os.PathLike[str]) -> list[str] | None:
             return None
         start = file.tell()
         size = os.fstat(file.fileno()).st_size
+        if part:
+            table = {name: value for name, value in table.items() if name in header or name == _HEADER}
         if size == start:  # nothing can be mapped, and only empty tensors lie there
             return _differences(table, strings, header, memoryview(b""))
         with (
@@ -79,17 +82,32 @@ def changed_tensors(path: str | os.PathLike[str]) -> list[str] | None:
             return _differences(table, strings, header, data)
 
 
-def stored_checksums(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, str] | None]:
-    """Return the string metadata of a safetensors file without its checksums, and those by name, or None."""
+class Stored(NamedTuple):
+    """What the header of a safetensors file says.
+
+    Args:
+        strings: metadata, without the checksums.
+        table: checksums by name of tensor, empty where there are none.
+        names: of the tensors in the file.
+    """
+
+    strings: dict[str, str]
+    table: dict[str, str]
+    names: set[str]
+
+
+def stored_checksums(path: str | os.PathLike[str]) -> Stored:
+    """Return what the header of a safetensors file says, without reading a tensor."""
     with Path(path).open("rb") as file:
-        strings = _read_header(file).get("__metadata__") or {}
-    table = _table(strings)
-    return {key: value for key, value in strings.items() if key != KEY}, table
+        header = _read_header(file)
+    strings = header.pop("__metadata__", None) or {}
+    table = {name: value for name, value in (_table(strings) or {}).items() if name != _HEADER}
+    return Stored({key: value for key, value in strings.items() if key != KEY}, table, {*header})
 
 
-def content_hash(tables: Iterable[Mapping[str, str]]) -> str:
+def content_hash(files: Iterable[Stored]) -> str:
     """Return a hash of the tensors in several files, by their checksums; it does not depend on which file holds a tensor."""
-    entries = sorted((name, value) for table in tables for name, value in table.items() if name != _HEADER)
+    entries = sorted((name, file.table.get(name)) for file in files for name in file.names)
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 

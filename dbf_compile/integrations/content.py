@@ -24,6 +24,7 @@ from dbf_compile import checksums
 from dbf_compile.errors import CheckpointError
 
 CONFIG, QUANTIZATION, HASH = "config.json", "quantization_config", "content_hash"
+_INDEX = "model.safetensors.index.json"
 _FIELDS = "config"  # in the header of a weight file
 _UNIMPORTANT = ("transformers_version", "_name_or_path", "architectures", "auto_map")
 _DO = "copy the folder again, or compress the model again"
@@ -37,7 +38,7 @@ def content_header(config: Mapping[str, Any]) -> dict[str, str]:
 
 def content_hash(files: Iterable[Path]) -> str:
     """Return the hash of all tensors in weight files that have checksums."""
-    return checksums.content_hash(checksums.stored_checksums(path)[1] or {} for path in files)
+    return checksums.content_hash(map(checksums.stored_checksums, files))
 
 
 def check_content(files: Sequence[str | os.PathLike[str]]) -> bool:
@@ -70,7 +71,7 @@ def check_content(files: Sequence[str | os.PathLike[str]]) -> bool:
         return False
     if content_hash(paths) != stored:
         raise CheckpointError(
-            f"{paths[0].parent}: weight files that are not all those that {CONFIG} belongs to",
+            f"{paths[0].parent}: weight files that are not all those that {CONFIG} belongs to{_missing(paths)}",
             f"the files of one compression ({checksums.listed([path.name for path in paths])} were read)",
             _DO,
         )
@@ -78,12 +79,31 @@ def check_content(files: Sequence[str | os.PathLike[str]]) -> bool:
     return True
 
 
+def check_index(folder: str | os.PathLike[str]) -> None:
+    """Refuse a folder whose index of weight files cannot be read.
+
+    Raises:
+        CheckpointError: transformers would say that some JSON is damaged, and not which.
+    """
+    path = Path(folder) / _INDEX
+    if not path.is_file():
+        return
+    try:
+        places = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+        if any(type(name) is not str for name in places):
+            raise ValueError("weight_map with other values than names of files")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: {type(error).__name__}: {error}", "the index that was written", _DO
+        ) from error
+
+
 def _is_as_written(path: Path) -> bool:
     """Return whether a weight file has checksums, after comparing them."""
     try:
         with safe_open(path, framework="pt"):
             pass
-        changed = checksums.changed_tensors(path)
+        changed = checksums.changed_tensors(path, part=True)
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}", "a whole safetensors file", _DO) from error
     if changed:
@@ -93,6 +113,13 @@ def _is_as_written(path: Path) -> bool:
             f"{_DO}; to keep a change of your own, save the tensors without the metadata {checksums.KEY!r}",
         )
     return changed is not None
+
+
+def _missing(paths: Sequence[Path]) -> str:
+    """Return in words which tensors are in a table of checksums, and in no file."""
+    files = [checksums.stored_checksums(path) for path in paths]
+    missing = {name for file in files for name in file.table}.difference(*(file.names for file in files))
+    return f" (missing: {checksums.listed(sorted(missing))})" if missing else ""
 
 
 def _config_beside(path: Path) -> dict[str, Any]:
@@ -105,7 +132,7 @@ def _config_beside(path: Path) -> dict[str, Any]:
 
 def _check_config(weights: Path, config: Mapping[str, Any]) -> None:
     """Compare config.json with what a weight file says of it."""
-    stored = checksums.stored_checksums(weights)[0].get(_FIELDS)
+    stored = checksums.stored_checksums(weights).strings.get(_FIELDS)
     if stored is None:
         return
     fields = json.loads(stored)

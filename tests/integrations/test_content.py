@@ -85,7 +85,7 @@ DAMAGE: dict[str, Any] = {
         ],
         f"{DOWN}.scale_out, {DOWN}.signs_out, ",
     ),
-    "a name": (lambda t: t.update(x=t.pop("model.norm.weight")), "model.norm.weight, x"),
+    "a name": (lambda t: t.update(x=t.pop("model.norm.weight")), "changed since it was written: x;"),
 }
 
 
@@ -154,6 +154,13 @@ def test_a_shard_that_the_index_forgot_is_missed(shards: Path) -> None:
         load(shards)
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": null}}'])
+def test_an_index_that_cannot_be_read_is_named(text: str, shards: Path) -> None:
+    (shards / INDEX).write_text(text)
+    with pytest.raises(CheckpointError, match=f"{shards / INDEX}: "):
+        load(shards)
+
+
 def test_swapped_shards_are_the_same_model(shards: Path, folders: Path) -> None:
     one, other = sorted(shards.glob("*.safetensors"))[:2]
     content = one.read_bytes()
@@ -189,3 +196,22 @@ def test_a_folder_without_checksums_is_loaded_in_silence(whole: Path) -> None:
     rewrite(whole, lambda tensors: None, keep=False)
     edit_config(whole, lambda config: config["quantization_config"].pop("content_hash"))
     assert load(whole) is not None and not inspect(whole)["verified"]
+
+
+def test_a_folder_that_was_cut_into_other_files_is_the_same(whole: Path, folders: Path) -> None:
+    """With the whole header in each, as programs do that know nothing of it."""
+    with safe_open(whole / WEIGHTS, framework="pt") as file:
+        header, names = file.metadata(), sorted(file.keys())
+    tensors = load_file(whole / WEIGHTS)
+    (whole / WEIGHTS).unlink()
+    places: dict[str, str] = {}
+    for number in range(3):
+        part = names[number::3]
+        places |= dict.fromkeys(part, f"model-{number}.safetensors")
+        save_file({name: tensors[name] for name in part}, whole / f"model-{number}.safetensors", header)
+    (whole / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    assert inspect(whole)["verified"]
+    assert torch.equal(load(whole).lm_head.weight, load(folders / "whole0").lm_head.weight)
+    save_file({name: tensors[name] for name in names[0::3][:-1]}, whole / "model-0.safetensors", header)
+    with pytest.raises(CheckpointError, match=f"missing: {names[0::3][-1]}"):
+        load(whole)
