@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def inspect(model: str | Path, trust_remote_code: bool = False) -> dict[str, Any
     Raises:
         CheckpointError: not compressed, or damaged.
     """
-    from dbf_compile.integrations import content, pretrained
+    from dbf_compile.integrations import content, pretrained, renaming
 
     folder = pretrained.local_folder(model)
     dense, factored, table = pretrained.empty_compressed(folder, trust_remote_code)
@@ -47,7 +47,7 @@ def inspect(model: str | Path, trust_remote_code: bool = False) -> dict[str, Any
     verified = content.check_content(files)
     report = read_report(folder)
     covered = coverage(dense, set(table), _settings(report))
-    size = _check_files(files, factored)
+    size = _check_files(files, factored, renaming.in_model(factored))
     errors = {} if report is None else {row.name: row.error for row in report.layers}
     groups: dict[str, list[str]] = {}
     for name, module in factored.named_modules():  # configurations are sorted by name when they are saved
@@ -104,15 +104,22 @@ def _settings(report: Report | None) -> CompressionConfig:
         return CompressionConfig()
 
 
-def _check_files(files: Sequence[Path], model: nn.Module) -> int:
-    """Return the bytes of the weight files after comparing names and shapes with what the model needs."""
+def _check_files(files: Sequence[Path], model: nn.Module, rename: Callable[[str], str]) -> int:
+    """Return the bytes of the weight files after comparing names and shapes with what the model needs.
+
+    Args:
+        files: of a compressed folder.
+        model: on the meta device.
+        rename: gives the name of a tensor in the model for that in a file.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     size = 0
     for path in files:
         size += path.stat().st_size
         try:
             with safe_open(path, framework="pt") as file:
-                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+                for key in file.keys():  # noqa: SIM118, it is no dictionary
+                    shapes[rename(key)] = tuple(file.get_slice(key).get_shape())
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: {error}", "a whole safetensors file", _DAMAGED) from error
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})

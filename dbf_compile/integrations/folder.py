@@ -30,7 +30,8 @@ from dbf_compile.files import write_text
 from dbf_compile.integrations.companions import CODE, copy_companions
 from dbf_compile.integrations.content import CONFIG, HASH, QUANTIZATION, content_hash, content_header
 from dbf_compile.integrations.loading import Layers
-from dbf_compile.integrations.transformers import DBFConfig
+from dbf_compile.integrations.renaming import in_files, table_in_files
+from dbf_compile.integrations.transformers import DBFConfig, quantize_config_
 from dbf_compile.linear import WEIGHT_PLACEHOLDER, dense_weight
 from dbf_compile.signs import interleave
 
@@ -72,7 +73,8 @@ def write_model(folder: Path, compressed: CompressedModel, max_shard_size: int) 
     Returns:
         The bytes of the weight files.
     """
-    quantization = DBFConfig(compressed.layers, bits_per_weight=compressed.bits_per_weight)
+    table = table_in_files(compressed.model, compressed.layers)
+    quantization = DBFConfig(table, bits_per_weight=compressed.bits_per_weight)
     config = _write_settings(folder, compressed, quantization)
     header = {"format": "pt", **content_header(config)}
     shards = list(_shards(_pieces(compressed), max_shard_size))
@@ -139,6 +141,7 @@ def _write_settings(folder: Path, compressed: CompressedModel, quantization: DBF
                 custom_object_save(config, folder, config=config)
     if not (folder / _GENERATION).exists() and model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
+    quantize_config_(config, quantization)
     content = _config_content(model, config, quantization)
     _write_json(folder / CONFIG, content)
     if _is_of_transformers(model):
@@ -172,15 +175,16 @@ def _is_of_transformers(model: nn.Module) -> bool:
 
 def _pieces(compressed: CompressedModel) -> Iterator[Piece]:
     model, layers = compressed.model, compressed.layers
-    tensors = model.state_dict()
+    tensors, rename = model.state_dict(), in_files(model)
     ties = getattr(model, "all_tied_weights_keys", None) or {}
     for name, tensor in tensors.items():
         layer, _, kind = name.rpartition(".")
         if layer in layers and kind == WEIGHT_PLACEHOLDER:
-            yield from _layer_pieces(compressed, layer, tensor.dtype)
+            for part, size, make in _layer_pieces(compressed, layer, tensor.dtype):
+                yield rename(part), size, make
         elif not (name in ties and ties[name] in tensors and _is_same(tensor, tensors[ties[name]])):
             # A tensor that from_pretrained does not tie again is stored under all its names.
-            yield name, tensor.numel() * tensor.element_size(), _copy_of(tensor)
+            yield rename(name), tensor.numel() * tensor.element_size(), _copy_of(tensor)
 
 
 def _layer_pieces(compressed: CompressedModel, layer: str, dtype: torch.dtype) -> Iterator[Piece]:

@@ -125,6 +125,9 @@ def reopened(model: nn.Module) -> nn.Module:
     )
     _refuse_others(f"a model of type {kind.__name__}", info, ConversionError)
     _refuse_casts(model, twin)
+    # How transformers names tensors in files: as where the model came from, and not as in memory.
+    vars(twin).pop("_weight_conversions", None)
+    vars(twin).update({key: value for key, value in vars(model).items() if key == "_weight_conversions"})
     return _settled(twin)
 
 

@@ -41,7 +41,7 @@ def layers_in(
         CheckpointError: a name is no layer of the model that was compressed.
     """
     dense, stored_rows = dense_linears(model), _stored_rows(files)
-    rename = _renaming(model, (name + _TENSOR for name in dense))
+    rename = in_model(model, (name + _TENSOR for name in dense))
     targets: dict[str, str] = {}
     for name in layers:
         target = rename(name + _TENSOR).removesuffix(_TENSOR)
@@ -63,17 +63,50 @@ def layers_in(
 
 def experts_in(model: Any, names: Collection[str]) -> set[str]:
     """Return the names that fused experts of a folder have in a model."""
-    rename = _renaming(model, (name + _WEIGHT for name, module in model.named_modules() if is_fused(module)))
+    rename = in_model(model, (name + _WEIGHT for name, module in model.named_modules() if is_fused(module)))
     return {rename(name + _WEIGHT).removesuffix(_WEIGHT) for name in names}
 
 
-def names_in_files(model: Any, names: Sequence[str]) -> dict[str, str]:
-    """Return the names that the layers of a model have in files that ``save_pretrained`` writes."""
-    reverse = [one.reverse_transform() for one in conversions_of_saving(model)[::-1]]
-    renamings, converters = _kinds(reverse)
+def in_model(model: Any, further: Iterable[str] = ()) -> Callable[[str], str]:
+    """Return what gives the name of a tensor in a model for its name in a file, as the loader of transformers does it.
+
+    Args:
+        model: of transformers.
+        further: names of tensors that it will have, besides those that it has.
+    """
+    renamings, converters = _kinds(get_model_conversion_mapping(model))
+    names = dict.fromkeys([*model.state_dict(), *further], True)
+
+    def rename(name: str) -> str:
+        renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, names)
+        if renamed not in names and name in names:
+            renamed, _ = rename_source_key(name, [], [], model.base_model_prefix, names)
+        return str(renamed)
+
+    return rename
+
+
+def in_files(model: Any) -> Callable[[str], str]:
+    """Return what gives the name of a tensor of a model in files, as ``save_pretrained`` does it.
+
+    A tensor that transformers would not only rename keeps its name: its loader takes it under that, too.
+    """
+    renamings, converters = _kinds([one.reverse_transform() for one in conversions_of_saving(model)[::-1]])
+
+    def rename(name: str) -> str:
+        renamed, converter = rename_source_key(name, renamings, converters, reverse=True)
+        return name if converter is not None else str(renamed)
+
+    return rename
+
+
+def table_in_files(model: Any, layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return a table of factored layers under the names that they have in files."""
+    rename = in_files(model)
+    names = {name: rename(name + _TENSOR).removesuffix(_TENSOR) for name in layers}
     return {
-        name: rename_source_key(name + _TENSOR, renamings, converters, reverse=True)[0].removesuffix(_TENSOR)
-        for name in names
+        names[name]: {**entry, "shares_first_stage_with": names.get(_owner(entry))}
+        for name, entry in layers.items()
     }
 
 
@@ -106,25 +139,6 @@ def _was_compressed(model: nn.Module) -> bool:
 def _kinds(transforms: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     return renamings, [one for one in transforms if isinstance(one, WeightConverter)]
-
-
-def _renaming(model: Any, further: Iterable[str]) -> Callable[[str], str]:
-    """Return what gives the name of a tensor in the model for its name in a file, as the loader does it.
-
-    Args:
-        model: of transformers.
-        further: names of tensors that it will have, besides those that it has.
-    """
-    renamings, converters = _kinds(get_model_conversion_mapping(model))
-    names = dict.fromkeys([*model.state_dict(), *further], True)
-
-    def rename(name: str) -> str:
-        renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, names)
-        if renamed not in names and name in names:
-            renamed, _ = rename_source_key(name, [], [], model.base_model_prefix, names)
-        return str(renamed)
-
-    return rename
 
 
 def _stored_rows(files: Sequence[str]) -> dict[str, int]:

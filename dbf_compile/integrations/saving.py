@@ -15,7 +15,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from dbf_compile.errors import ConversionError
-from dbf_compile.integrations.renaming import conversions_of_saving, names_in_files
+from dbf_compile.integrations.renaming import conversions_of_saving, table_in_files
 from dbf_compile.integrations.transformers import (
     METHOD,
     DBFConfig,
@@ -46,7 +46,8 @@ def _save(self: Any, *args: Any, **kwargs: Any) -> Any:
     }
     self.hf_quantizer, self._weight_conversions = quantizer, conversions_of_saving(self)
     if arguments.get("save_original_format", True):
-        quantize_config_(self.config, _in_files(self, config))
+        table = table_in_files(self, config.layers)
+        quantize_config_(self.config, DBFConfig(**{**config.to_dict(), "layers": table}))
     try:
         return _save_pretrained(self, *args, **kwargs)
     finally:
@@ -65,16 +66,6 @@ def _refuse_adapters(model: Any, config: DBFConfig) -> None:
             "a model without them",
             "save the adapters by the model that PEFT returned; call its unload() for the model as it was",
         )
-
-
-def _in_files(model: Any, config: DBFConfig) -> DBFConfig:
-    """Return a configuration with the names that layers have in files."""
-    names = names_in_files(model, list(config.layers))
-    table = {
-        names[name]: {**entry, "shares_first_stage_with": names.get(entry["shares_first_stage_with"])}
-        for name, entry in config.layers.items()
-    }
-    return DBFConfig(**{**config.to_dict(), "layers": table})
 
 
 def _note(model: nn.Module) -> None:

@@ -1,10 +1,12 @@
 """Hugging Face: what a compressed folder holds, and the quantizer that loads it.
 
     config.json               "quantization_config": {"quant_method": "dbf", "dbf_format_version": 2,
-                              "layers": {name: {"mid_features": R, "shares_first_stage_with": name or null}}}
+                              "layers": {name: {"mid_features": R, "shares_first_stage_with": name or null,
+                              "scale_dtype": if it is not "float16"}}, "fused_experts": [name]}, again in the
+                              configuration of every part of the model
     model*.safetensors        "<layer>.<tensor>" for the five tensors of a factored layer as it holds them, signs
                               interleaved (a shared first stage is stored once, as tied weights are), everything
-                              else under its name in the dense model
+                              else under the name that ``save_pretrained`` gives it
     dbf_report.json           where it came from, and what every layer lost
     *_dbf.py                  for ``trust_remote_code=True``: they import dbf_compile, which registers the quantizer
 
@@ -12,7 +14,7 @@ A factored layer also stores an empty tensor "<layer>.weight". Where this packag
 no "dbf", says so in a warning, and would go on with random weights: at the shape of that tensor it stops instead.
 
 ``import dbf_compile`` registers the quantizer. Only the part of its interface is used that is the same in
-transformers 5.16 to 5.23.
+transformers 5.16 to 5.23. ``save_pretrained`` of a model writes the same folder but for report and code.
 """
 
 from __future__ import annotations
