@@ -94,3 +94,99 @@ def test_unknown_keywords_and_nothing_to_convert_are_refused(block: Block) -> No
     for call in (dbf_compile.convert_, dbf_compile.allocate):
         with pytest.raises(ConversionError, match="without a linear layer to factor"):
             call(nn.Sequential(nn.Linear(4, 4)), **FAST)  # type: ignore[operator]
+
+
+class Reads(Block):
+    """A block that reads the weight of one of its layers without a call."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(x) @ self.up_proj.weight
+
+
+def test_layers_that_stay_dense_say_why_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = Reads().eval().requires_grad_(False)
+    model.gate_proj.to("meta")
+    converted = dbf_compile.convert_(copy.deepcopy(model), skip=["v_proj"], **FAST)
+    assert not isinstance(converted.up_proj, DoubleBinaryLinear)
+    (message,) = caplog.messages
+    title, _, reasons = message.partition("; left dense: ")
+    assert title == "3 of 8 linear layers of Reads are factored"
+    assert sorted(reasons.split("; ")) == [
+        "1 on the meta device (gate_proj)",
+        "1 skipped by name (v_proj)",
+        "1 that an embedding reads, too (tied)",
+        "1 too small to gain at 3 bits per weight (tiny)",
+        "1 whose weight is used without a call in Reads.forward (up_proj)",
+    ]
+    caplog.clear()
+    with pytest.raises(
+        ConversionError, match="without a linear layer to factor: 8 on the meta device"
+    ):
+        dbf_compile.factorize_model(Block().to("meta"), **FAST)
+    with pytest.raises(ConversionError, match="factors for 'up_proj', a layer whose weight is used"):
+        factors = dbf_compile.factorize_model(Block().requires_grad_(False), **FAST)
+        dbf_compile.convert_(model, factors)
+
+
+def test_nothing_is_said_where_all_went_as_asked(block: Block, caplog: pytest.LogCaptureFixture) -> None:
+    dbf_compile.convert_(block, **FAST)
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"skip": ["up"]}, r"skip: 'up' matches no layer of Block; allowed: .*'up_proj'"),
+        ({"overrides": {"*.dwon": 2.0}}, r"overrides: '\*.dwon' matches no layer"),
+        ({"importance": {"q_prj": dbf_compile.Importance()}}, r"importance: 'q_prj' matches .*'q_proj'"),
+        ({"allocation": {"q_proj + k_prj": 9}}, r"allocation: 'k_prj' matches .*'k_proj'"),
+    ],
+)
+def test_names_that_match_nothing_are_refused_with_the_nearest(
+    block: Block, options: dict[str, Any], message: str
+) -> None:
+    for function in (dbf_compile.convert_, dbf_compile.factorize_model):
+        with pytest.raises(OptionError, match=message):
+            function(block, **FAST, **options)  # type: ignore[operator]
+    assert dbf_compile.convert_(block, **FAST, skip=["*lm_head", "tied"]) is block
+
+
+class Wrapper(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+WRAPPERS = {
+    "module": Wrapper,
+    "DataParallel": nn.DataParallel,
+    "compile": lambda block: torch.compile(block, backend="eager"),
+    "PEFT's names": lambda block: nn.ModuleDict({"base_model": nn.ModuleDict({"model": block})}),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_names_reach_layers_through_wrappers(block: Block, wrap: Any) -> None:
+    generator = torch.Generator().manual_seed(1)
+    moments = {name: torch.rand(64, generator=generator) for name in ("q_proj", "k_proj", "up_proj")}
+    importance = {name: dbf_compile.Importance(moment) for name, moment in moments.items()}
+    options: dict[str, Any] = FAST | {"skip": ["v_proj"], "overrides": {"down_proj": 4.0}}
+    plain = dbf_compile.convert_(copy.deepcopy(block), importance=importance, **options)
+    inside = copy.deepcopy(block)
+    dbf_compile.convert_(wrap(inside), importance=importance, **options)
+    assert same(plain, inside)
+    factors = dbf_compile.factorize_model(wrap(copy.deepcopy(block)), importance=importance, **options)
+    assert same(plain, dbf_compile.convert_(copy.deepcopy(block), factors))
+    inside = copy.deepcopy(block)
+    dbf_compile.convert_(wrap(inside), dbf_compile.factorize_model(block, importance=importance, **options))
+    assert same(plain, inside)
+
+
+def test_hooks_go_on_working(block: Block) -> None:
+    block.q_proj.register_forward_hook(lambda module, args, y: -y)
+    block.q_proj.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    x = torch.ones(3, 64)
+    expected = block.q_proj(x)
+    dbf_compile.convert_(block, **FAST | {"bits_per_weight": 12.0})
+    assert isinstance(block.q_proj, DoubleBinaryLinear)
+    assert float((block.q_proj(x) - expected).norm() / expected.norm()) < 0.2
