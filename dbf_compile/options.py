@@ -18,7 +18,10 @@ from dbf_compile.errors import OptionError
 from dbf_compile.records import Record, accept_aliases, option
 
 # Heads and embeddings are a large part of small models and lose most; users expect them untouched.
-DENSE_BY_DEFAULT = ("*lm_head", "*embed_out", "*predictions.decoder", "*output_projection", "*proj_out")
+_HEADS = ("*lm_head", "*embed_out", "*predictions.decoder", "*output_projection", "*proj_out")
+# Routers of mixtures are small, and an error in one sends tokens to other experts.
+_ROUTERS = ("*router", "*router.*", "*mlp.gate", "*moe.gate", "*.gate.wg", "*shared_expert_gate")
+DENSE_BY_DEFAULT = _HEADS + _ROUTERS
 MIN_BITS, MAX_BITS = 0.05, 16.0
 ACCURACIES = ("exact", "fast")
 MODES, BUDGETS = ("auto", "independent", "sequential"), ("equal", "allocated")

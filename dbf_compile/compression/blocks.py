@@ -205,7 +205,7 @@ def compress_block(
 
 
 def _turns(task: BlockTask, positions: Mapping[str, int]) -> dict[str, list[FactorJob]]:
-    """Return which jobs are done together, by name: each alone, but for members of a list that positions are divided among.
+    """Return which jobs are done together, by name: each alone, but for members of a list that some positions pass by.
 
     Args:
         task: the block.
@@ -216,8 +216,9 @@ def _turns(task: BlockTask, positions: Mapping[str, int]) -> dict[str, list[Fact
         family = joined([f"{task.name}.{_NUMBER.sub('*', task.path(name))}" for name in job.names])
         families.setdefault(family, []).append(job)
     turns: dict[str, list[FactorJob]] = {}
+    most = max(positions.values(), default=0)
     for family, jobs in families.items():
-        if len({positions[job.name] for job in jobs}) > 1:
+        if len(jobs) > 1 and any(positions[job.name] < most for job in jobs):
             turns |= {family: jobs}
         else:
             turns |= {job.name: [job] for job in jobs}

@@ -10,11 +10,18 @@ from torch import nn
 from dbf_compile.calibration.model_io import (
     attention_mask,
     call_model,
+    check_reads_tokens,
     first_tensor,
     is_causal,
+    is_encoder_decoder,
     logits_of,
+    predicted_ids,
+    predicts_tokens,
+    reads_tokens,
     to_device,
     token_ids,
+    vocabulary_of,
+    with_decoder_inputs,
 )
 from dbf_compile.errors import ConversionError
 
@@ -81,3 +88,105 @@ def test_only_decoders_are_causal():
     pytest.importorskip("transformers")
     assert is_causal(tiny("causal"))
     assert not is_causal(tiny("masked")) and not is_causal(tiny("encoder")) and not is_causal(Sum())
+
+
+class Seq2Seq(nn.Module):
+    config = SimpleNamespace(is_encoder_decoder=True, decoder_start_token_id=7, vocab_size=9)
+
+    def __init__(self, generates=True):
+        super().__init__()
+        self.can_generate = lambda: generates
+
+    def forward(self, input_ids, attention_mask=None, decoder_input_ids=None, labels=None):
+        return {"decoder_input_ids": decoder_input_ids, "labels": labels}
+
+
+def test_a_decoder_is_to_repeat_what_the_encoder_reads_but_padding():
+    mask = torch.tensor([[1, 1, 0]])
+    for batch in (IDS, {"input_ids": IDS}):
+        assert torch.equal(with_decoder_inputs(Seq2Seq(), batch)["labels"], IDS)
+        assert torch.equal(call_model(Seq2Seq(), batch)["labels"], IDS)
+        shifted = with_decoder_inputs(Seq2Seq(generates=False), batch)
+        assert shifted["decoder_input_ids"].tolist() == [[7, 1, 2]] and "labels" not in shifted
+    padded = with_decoder_inputs(Seq2Seq(), {"input_ids": IDS, "attention_mask": mask})
+    assert padded["labels"].tolist() == [[1, 2, -100]] and padded["attention_mask"] is mask
+    assert IDS.tolist() == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"input_ids": IDS, "labels": IDS},
+        {"input_ids": IDS, "decoder_input_ids": IDS},
+        {"input_ids": IDS, "decoder_inputs_embeds": X},
+        {"input_features": X},
+        [IDS, None, IDS],
+        X,
+    ],
+    ids=str,
+)
+def test_batches_that_say_what_the_decoder_reads_stay_as_they_are(batch):
+    assert with_decoder_inputs(Seq2Seq(), batch) is batch
+
+
+def test_models_without_an_encoder_get_their_batches_as_they_are():
+    batch = {"first": IDS}
+    assert with_decoder_inputs(Sum(), batch) is batch
+
+
+def test_predictions_are_those_of_the_decoder():
+    other = IDS + 1
+    assert predicted_ids({"input_ids": IDS, "decoder_input_ids": other}) is other
+    assert predicted_ids({"input_ids": IDS, "labels": other}) is other
+    assert predicted_ids({"input_ids": IDS, "labels": torch.tensor([1])}) is IDS
+    assert predicted_ids(IDS) is IDS and predicted_ids({"pixel_values": X}) is None
+
+
+class Towers(nn.Module):
+    def forward(self, input_ids, pixel_values=None):
+        if pixel_values is None:
+            raise ValueError("You have to specify pixel_values")
+        return pixel_values
+
+
+class TextTower(Towers):
+    def get_text_features(self, input_ids):
+        return input_ids + 1
+
+
+class Speech(nn.Module):
+    def forward(self, input_features, decoder_input_ids=None):
+        return input_features
+
+
+def test_text_alone_runs_a_tower_of_text_or_is_refused_with_what_is_missing():
+    assert torch.equal(call_model(TextTower(), {"input_ids": IDS}), IDS + 1)
+    assert torch.equal(call_model(TextTower(), IDS), IDS + 1)
+    assert call_model(TextTower(), {"input_ids": IDS, "pixel_values": X}) is X
+    with pytest.raises(ConversionError, match=r"tokens alone for Towers.*pixel_values too.*batches="):
+        call_model(Towers(), {"input_ids": IDS})
+    with pytest.raises(ConversionError, match=r"tokens alone for Speech.*input_features"):
+        call_model(Speech(), {"input_ids": IDS})
+
+
+def test_errors_of_a_model_that_reads_text_alone_are_its_own():
+    with pytest.raises(TypeError):
+        call_model(Sum(), {"third": IDS})
+    with pytest.raises(TypeError):
+        call_model(Towers(), {"input_ids": IDS, "pixel_values": X, "third": X})
+
+
+def test_models_of_speech_read_no_tokens():
+    assert not reads_tokens(Speech()) and reads_tokens(Towers()) and reads_tokens(Sum())
+    with pytest.raises(ConversionError, match=r"text for Speech.*input_features"):
+        check_reads_tokens(Speech())
+    check_reads_tokens(Sum())
+
+
+def test_kinds_of_models():
+    assert is_encoder_decoder(Seq2Seq()) and predicts_tokens(Seq2Seq()) and not is_causal(Seq2Seq())
+    assert not is_encoder_decoder(Sum()) and not predicts_tokens(Sum())
+    assert vocabulary_of(Seq2Seq()) == 9 and vocabulary_of(Sum()) is None
+    wrapper = nn.Module()
+    wrapper.config = SimpleNamespace(get_text_config=lambda **_: SimpleNamespace(vocab_size=11))
+    assert vocabulary_of(wrapper) == 11

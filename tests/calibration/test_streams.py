@@ -5,7 +5,7 @@ import torch
 from support.models.tiny import tiny_bert, tiny_gpt2, tiny_llama
 
 from dbf_compile.calibration.offload import blocks_of
-from dbf_compile.calibration.streams import record
+from dbf_compile.calibration.streams import record, stacks_of
 from dbf_compile.errors import ConversionError
 from dbf_compile.linear import dense_linears
 
@@ -87,3 +87,74 @@ def test_padding_does_not_count():
     values = torch.randn(1, 9, 64)
     assert torch.equal(streams.counted(0, values), values[0, :6])
     assert torch.equal(streams.counted(1, values), values[0])
+
+
+class Stacks(torch.nn.Module):
+    """Lists of blocks that are called in many ways; ``order`` is a program of names of blocks, + adds one in between."""
+
+    def __init__(self, order):
+        super().__init__()
+        for name in "abc":
+            self.register_module(name, torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3)))
+        self.shared = torch.nn.ModuleList([torch.nn.Linear(4, 4)] * 3)
+        self.order = order
+
+    def forward(self, x):
+        for step in self.order.split():
+            x = x + 1 if step == "+" else self.get_submodule(step)(x)
+        return x
+
+    @property
+    def blocks(self):
+        return {
+            f"{name}.{n}": block
+            for name in ("a", "b", "c", "shared")
+            for n, block in enumerate(getattr(self, name))
+        }
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        ("a.0 a.1 a.2", ["a0 a1 a2"]),
+        ("b.0 b.1 b.2 + a.0 a.1 a.2", ["b0 b1 b2", "a0 a1 a2"]),  # an encoder, then a decoder
+        ("a.0 a.1 a.2 b.0 b.1 b.2", ["a0 a1 a2", "b0 b1 b2"]),
+        ("a.0 a.2", ["a0 a2"]),  # a block is left out
+        ("b.1", ["b1"]),
+        ("a.0 + a.1 a.2 b.0", ["b0"]),  # something is added between two blocks
+        ("a.0 b.0 a.1 b.1 a.2 b.2", []),  # lists take turns
+        ("a.1 a.0 b.0 b.1", ["b0 b1"]),  # backwards
+        ("a.0 a.1 a.0 a.1 b.0 b.1", ["b0 b1"]),  # twice
+        ("shared.0 shared.1 shared.2 b.0 b.1", ["b0 b1"]),
+        ("+", []),
+    ],
+)
+def test_a_stack_is_a_row_of_blocks_each_of_which_reads_what_the_one_before_returns(order, expected):
+    model = Stacks(order)
+    stacks = stacks_of(model, model.blocks, [torch.randn(2, 4)])
+    assert [" ".join(name.replace(".", "") for name in stack) for stack in stacks] == expected
+    for stack in stacks:
+        streams = record(model, [model.get_submodule(name) for name in stack], [torch.randn(2, 4)])
+        assert len(streams.calls[0]) == len(stack)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_a_stack_is_one_of_every_kind_of_batch():
+    class Picture(Stacks):
+        def forward(self, x, picture=None):
+            self.order = "a.0 a.1" if picture is None else "b.0 b.1 + a.0 a.1"
+            return super().forward(x)
+
+    model, x = Picture(""), torch.randn(2, 4)
+    text, both = {"x": x}, {"x": x, "picture": x}
+    assert stacks_of(model, model.blocks, [both, both]) == [["b.0", "b.1"], ["a.0", "a.1"]]
+    assert stacks_of(model, model.blocks, [both, text]) == [["a.0", "a.1"]]
+    assert stacks_of(model, model.blocks, []) == []
+
+
+@pytest.mark.parametrize("order", ["a.0 + a.1", "a.1 a.0", "a.0", "a.0 a.0 a.1"])
+@torch.no_grad()
+def test_blocks_that_do_not_read_each_other_are_refused(order):
+    model = Stacks(order)
+    with pytest.raises(ConversionError, match="independent"):
+        record(model, list(model.a)[:2], [torch.randn(2, 4)])

@@ -12,10 +12,11 @@ from dbf_compile.calibration.streams import record
 from dbf_compile.compression.blocks import BlockRecipe, BlockTask, compress_block, factored_copy
 from dbf_compile.compression.layers import LayerFactorizer
 from dbf_compile.factorizer.factorize import FactorizerConfig
+from dbf_compile.integrations.experts import linearize_experts_
 from dbf_compile.linear import DoubleBinaryLinear
 from dbf_compile.options import CompressionConfig
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 NAME = "model.layers.0"
 
 
@@ -121,3 +122,36 @@ def test_what_stands_at_padding_changes_nothing(setting):
         if kind.startswith("signs")
     )
     assert second.stages[-1]["after"] == pytest.approx(first.stages[-1]["after"], rel=1e-3)
+
+
+@pytest.mark.parametrize("experts", [2, 5])
+def test_experts_take_one_turn_however_many_they_are(experts):
+    model = random_mixture(experts).requires_grad_(False)
+    linearize_experts_(model)
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randint(1, 256, (1, 7), generator=generator) for _ in range(4)]
+    importance = calibrate(model, batches)
+    config = CompressionConfig(bits_per_weight=4.0, progress=False)
+    jobs = [job for job in LayerFactorizer(config, importance).jobs(model) if job.names[0].startswith(NAME)]
+    block = model.model.layers[0]
+    with torch.no_grad():
+        streams = record(model, list(model.model.layers), batches)
+        targets = streams.outputs(block, 0, streams.hidden)
+    compressing, _, _ = compressed((block, jobs, streams, streams.hidden, targets), 1, 1)
+    assert set(compressing.factors) == {name for job in jobs for name in job.names}
+    assert set(compressing.errors) == {job.name for job in jobs} == set(compressing.seconds)
+    turns = [
+        stage["what"].removeprefix(f"{NAME}.") for stage in compressing.stages if stage["stage"] == "factor"
+    ]
+    assert turns[-2:] == ["mlp.experts.gate_up_proj.*", "mlp.experts.down_proj.*"]
+    assert len(turns) == 4  # q, k and v; o; ups; downs
+    assert compressing.stages[-1]["after"] < 1
+
+
+def random_mixture(experts):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    kinds = {"num_key_value_heads": 2, "num_local_experts": experts, "num_experts_per_tok": 1}
+    return transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(vocab_size=256, **sizes, **kinds)
+    ).eval()

@@ -194,3 +194,38 @@ def test_equal_seeds_train_alike_and_no_epochs_do_nothing():
     assert torch.equal(first.signs_in, factors.signs_in)  # only scales were trained
     assert torch.equal(trained(0).scale_out, trained(0).scale_out)
     assert not torch.equal(trained(0).scale_out, first.scale_out)
+
+
+@pytest.mark.parametrize("kind", ["not called", "called with no rows", "only with padding"])
+def test_a_step_changes_what_its_sample_reaches(kind):
+    experts = [torch.nn.Linear(4, 4) for _ in range(3)]
+    before = [expert.weight.detach().clone() for expert in experts]
+    x, changes = randn(6, 2, 4), []
+
+    def loss(sample):
+        output = torch.zeros(2, 4)
+        for index, expert in enumerate(experts[:2]):  # nothing reaches the third
+            rows = (
+                x[sample] if index == sample % 2 else x[sample][: 0 if kind == "called with no rows" else 2]
+            )
+            if index == sample % 2 or kind != "not called":
+                share = float(index == sample % 2)  # of padding, the loss counts nothing
+                output = output + torch.nn.functional.pad(expert(rows), (0, 0, 0, 2 - len(rows))) * share
+        return output.square().mean()
+
+    def step():
+        now = [expert.weight.detach().clone() for expert in experts]
+        changes.append([not torch.equal(*pair) for pair in zip(now, last, strict=True)])
+        last[:] = now
+
+    last = before[:]
+    train([([expert.weight for expert in experts], 0.1)], loss, 6, 2, torch.Generator().manual_seed(0), step)
+    assert all(first != second and not third for first, second, third in changes[:-1])
+    assert not torch.equal(before[0], experts[0].weight) and torch.equal(before[2], experts[2].weight)
+
+
+def test_samples_that_reach_nothing_change_nothing():
+    weight, steps = torch.nn.Parameter(randn(3, 3)), []
+    before = weight.detach().clone()
+    train([([weight], 0.1)], lambda _: torch.ones(()), 4, 2, torch.Generator(), lambda: steps.append(1))
+    assert torch.equal(weight, before) and len(steps) == 8 and not weight.requires_grad
