@@ -43,6 +43,8 @@ for _library, _integration in (
 ):
     when_imported(_library, partial(import_module, f"dbf_compile.integrations.{_integration}"))
 
+when_imported("torch._dynamo.backends.registry", partial(import_module, "dbf_compile.compiler.registration"))
+
 __all__ = [
     "Allocation",
     "AllocationConfig",

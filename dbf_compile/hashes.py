@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
@@ -12,18 +13,39 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _SOURCES = (".py", ".cpp", ".h")
 
 
 def tensor_hash(tensor: Tensor) -> bytes:
-    """Return the SHA-256 of a tensor's dtype, shape and content, whatever its device and strides."""
-    content = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{content.dtype} {tuple(content.shape)}".encode())
-    # A contiguous tensor of one entry or none may have strides that a view as bytes refuses.
-    flat = content.as_strided((content.numel(),), (1,))
-    digest.update(flat.view(torch.uint8).numpy().data)
+    """Return the SHA-256 of a tensor's dtype, shape and content, whatever its device and strides.
+
+    Nothing about the tensor changes. A NumPy array of it, for one, would forbid its storage to be resized from then on.
+
+    Args:
+        tensor: of any dtype and layout; of a subclass made of others, such as DTensor, these are hashed.
+    """
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    for part in _dense_parts(tensor.detach()):
+        content = part.cpu().resolve_conj().resolve_neg().contiguous()
+        size = content.numel() * content.element_size()
+        if size:
+            digest.update((ctypes.c_char * size).from_address(content.data_ptr()))
     return digest.digest()
+
+
+def _dense_parts(tensor: Any) -> list[Tensor]:
+    """Return strided tensors of bytes that hold the content."""
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        return [part for name in names for part in _dense_parts(getattr(tensor, name).detach())]
+    if tensor.is_quantized:
+        return [tensor.int_repr(), tensor.dequantize()]
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor.coalesce()
+        return [tensor.indices(), tensor.values()]
+    return [tensor if tensor.layout == torch.strided else tensor.to_dense()]
 
 
 def batches_hash(batches: Iterable[Any]) -> str:

@@ -1,12 +1,14 @@
 """Hashes: they change with the content and with nothing else."""
 
 import sys
+import weakref
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from dbf_compile.hashes import batches_hash, model_hash, source_hash, tensor_hash
 
@@ -31,6 +33,64 @@ def test_a_tensor_hash_depends_on_dtype_shape_and_every_bit():
         torch.tensor([0.0, 0.0, 0.0, 1e-45]),
     ]
     assert len({tensor_hash(tensor) for tensor in tensors}) == len(tensors)
+
+
+DTYPES = [
+    *(torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.bool),
+    *(torch.int8, torch.uint8, torch.int64, torch.float8_e4m3fn, torch.float8_e5m2),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("view", ["whole", "transposed", "strided", "expanded", "one", "none"])
+def test_a_hash_leaves_no_trace(dtype, view):
+    tensor = torch.arange(24).reshape(4, 6).to(dtype)
+    changed = {
+        "whole": lambda x: x,
+        "transposed": lambda x: x.T,
+        "strided": lambda x: x[::2, 1::3],
+        "expanded": lambda x: x[0].expand(5, 6),
+        "one": lambda x: x[1, 2],
+        "none": lambda x: x[:0],
+    }[view](tensor)
+    version, attributes, storage = tensor._version, set(vars(changed)), tensor.untyped_storage()
+    assert tensor_hash(changed) == tensor_hash(changed.clone(memory_format=torch.contiguous_format))
+    assert (tensor._version, set(vars(changed)), weakref.getweakrefs(changed)) == (version, attributes, [])
+    assert storage.resizable()
+
+
+@pytest.mark.parametrize(
+    ("tensor", "plain"),
+    [
+        (torch.tensor([1 + 2j, 3j]).conj(), torch.tensor([1 - 2j, complex(0, -3)])),
+        (torch.tensor([1 + 2j, 3j]).conj().imag, torch.tensor([-2.0, -3.0])),
+        (nn.Parameter(torch.ones(3)), torch.ones(3)),
+        (torch.ones(3).requires_grad_() * 1, torch.ones(3)),
+    ],
+    ids=["conjugate", "negative", "parameter", "result"],
+)
+def test_a_hash_is_of_values(tensor, plain):
+    assert tensor_hash(tensor) == tensor_hash(plain)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda x: x.to_sparse(),
+        lambda x: x.to_sparse_csr(),
+        lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+        lambda x: TwoTensor(x, x + 1),
+    ],
+    ids=["coo", "csr", "quantized", "subclass"],
+)
+def test_tensors_of_every_layout_have_hashes(kind):
+    one, other = torch.eye(3), torch.eye(3) + torch.eye(3)
+    assert tensor_hash(kind(one)) == tensor_hash(kind(one.clone())) != tensor_hash(kind(other))
+
+
+@torch.inference_mode()
+def test_tensors_of_inference_mode_have_hashes():
+    assert tensor_hash(torch.ones(3)) == tensor_hash(torch.ones(3))
 
 
 def test_a_batches_hash_sees_names_order_and_values_but_not_the_order_of_names():

@@ -6,6 +6,7 @@ Private names of torch stand here and in ``inductor.py`` and ``ir.py`` beside it
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -26,6 +27,9 @@ def copy_graph(gm: GraphModule) -> GraphModule:
     for old, new in copied.items():
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
+        new.meta.pop(
+            "grapharg", None
+        )  # refers to the weight, which nobody could swap then; Dynamo removes its own
     if hasattr(gm, "_param_name_to_source"):
         sources: Any = gm._param_name_to_source
         object.__setattr__(copy, "_param_name_to_source", dict(sources))
@@ -81,3 +85,11 @@ def _fake_like(tensor: Tensor, mode: Any) -> Tensor:
     # As mode.from_tensor for a plain tensor of fixed sizes, but five times faster.
     with mode:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+
+
+def register_unless_listed(name: str, backend: Callable[..., Any]) -> None:
+    """Register a backend of ``torch.compile``, unless torch has listed the entry points: it may be loading this one."""
+    from torch._dynamo.backends import registry
+
+    if name not in registry._BACKENDS:
+        registry.register_backend(backend, name=name)
