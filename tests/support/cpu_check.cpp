@@ -1,8 +1,15 @@
 // The CPU kernels without torch: against sums in double precision, and against each other bit for bit.
 // Prints a line for each kernel and exits with 1 where one is wrong. Built for other processors and with sanitizers.
+//
+//   check                  a table of shapes
+//   check <seed> <seconds> random shapes for so long
 
+#include <chrono>
 #include <cstdio>
+#include <cstdlib>
+#include <map>
 #include <random>
+#include <string>
 #include <tuple>
 
 #include "cpu_product.h"
@@ -38,13 +45,17 @@ Problem make(const Case& c) {
   return problem;
 }
 
-std::vector<float> run(const dbf::Kernel& kernel, const Case& c, const Problem& problem) {
+// Threads take parts of a loop: here one after the other, in parts of `part`.
+std::vector<float> run(const dbf::Kernel& kernel, const Case& c, const Problem& problem, int64_t part = INT64_MAX) {
   std::vector<float> y(c.tokens * c.rows, NAN);
   const dbf::Signs signs(problem.words.data(), c.rows, c.columns, c.interleaved);
-  const auto serial = [](int64_t count, int64_t, const auto& body) { body(0, count); };
+  const auto in_parts = [part](int64_t count, int64_t, const auto& body) {
+    for (int64_t begin = 0; begin < count; begin += std::min(part, count - begin))
+      body(begin, begin + std::min(part, count - begin));
+  };
   dbf::TokenBlock block;
   dbf::multiply_block(
-      kernel, signs, c.bits, c.tokens, block, serial,
+      kernel, signs, c.bits, c.tokens, block, in_parts,
       [&](int64_t t, float* values) { std::copy_n(problem.x.data() + t * c.columns, c.columns, values); },
       [&](int64_t t, int64_t row, int64_t count, const float* sums) {
         std::copy_n(sums, count, y.data() + t * c.rows + row);
@@ -93,9 +104,55 @@ bool halves_agree(const dbf::Kernel& kernel) {
   return back == expected;
 }
 
+bool agrees(const dbf::Kernel& kernel, const Case& c, const Problem& problem, int64_t part = INT64_MAX) {
+  const std::vector<float> y = run(kernel, c, problem, part), same = run(dbf::kPortable, c, problem);
+  if (right(c, problem, y) && std::memcmp(y.data(), same.data(), y.size() * 4) == 0) return true;
+  std::printf("  wrong: %lld x %lld, %lld tokens, interleaved %d, %d bits, parts of %lld\n",
+              static_cast<long long>(c.rows), static_cast<long long>(c.columns), static_cast<long long>(c.tokens),
+              c.interleaved, c.bits, static_cast<long long>(part));
+  return false;
+}
+
+// Small sizes are as likely as large ones; a product has at most 2^21 terms.
+Case random_case(std::mt19937& random) {
+  const auto size = [&random](int bits) {
+    return 1 + static_cast<int64_t>(std::exp2(std::uniform_real_distribution<double>(0.0, bits)(random)));
+  };
+  Case c{size(10), size(13), size(6), random() % 2 == 0, random() % 2 == 0 ? 24 : 16, 0.0f};
+  c.spread = static_cast<float>(random() % 3) * 2.0f;
+  while (c.rows * c.columns * c.tokens > 1 << 21) {
+    int64_t& largest = c.tokens > 8 ? c.tokens : c.rows > c.columns ? c.rows : c.columns;
+    largest = (largest + 1) / 2;
+  }
+  return c;
+}
+
+int check_random(unsigned seed, double seconds) {
+  std::mt19937 random(seed);
+  std::map<std::string, std::pair<int64_t, int64_t>> counts;  // wrong, all
+  bool good = true;
+  const auto start = std::chrono::steady_clock::now();
+  while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds) {
+    const Case c = random_case(random);
+    const Problem problem = make(c);
+    const int64_t part = 1 + random() % 9;
+    for (const dbf::Kernel* kernel : dbf::usable_kernels()) {
+      auto& [wrong, all] = counts[kernel->name];
+      wrong += !agrees(*kernel, c, problem, part);
+      ++all;
+      good &= wrong == 0;
+    }
+  }
+  for (const auto& [name, count] : counts)
+    std::printf("%s: %lld of %lld random shapes wrong\n", name.c_str(), static_cast<long long>(count.first),
+                static_cast<long long>(count.second));
+  return good ? 0 : 1;
+}
+
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
+  if (count == 3) return check_random(std::strtoul(arguments[1], nullptr, 10), std::strtod(arguments[2], nullptr));
   std::vector<Case> cases;
   for (const bool interleaved : {false, true})
     for (const int bits : {24, 16})
@@ -106,15 +163,7 @@ int main() {
   bool good = true;
   for (const dbf::Kernel* kernel : dbf::usable_kernels()) {
     int64_t wrong = halves_agree(*kernel) ? 0 : 1;
-    for (const Case& c : cases) {
-      const Problem problem = make(c);
-      const std::vector<float> y = run(*kernel, c, problem), same = run(dbf::kPortable, c, problem);
-      if (!right(c, problem, y) || std::memcmp(y.data(), same.data(), y.size() * 4) != 0) {
-        ++wrong;
-        std::printf("  wrong: %lld x %lld, %lld tokens, interleaved %d, %d bits\n", static_cast<long long>(c.rows),
-                    static_cast<long long>(c.columns), static_cast<long long>(c.tokens), c.interleaved, c.bits);
-      }
-    }
+    for (const Case& c : cases) wrong += !agrees(*kernel, c, make(c));
     std::printf("%s: %lld of %zu cases wrong\n", kernel->name, static_cast<long long>(wrong), cases.size());
     good &= wrong == 0;
   }
