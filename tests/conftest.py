@@ -14,6 +14,10 @@ if _IS_CONTROLLER:
     os.environ["DBF_TEST_FOLDER"] = tempfile.mkdtemp(prefix="dbf_compile_tests_")
 _FOLDER = Path(os.environ["DBF_TEST_FOLDER"])
 
+# Hundreds of processes import the same modules. Where caches of bytecode are stale and must not be written, each of them
+# compiles 800 modules again, for three seconds.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # Set before torch reads them, here and in every process that a test starts.
 # Idle threads sleep. By default they spin for a while, which takes the core from another worker of the tests.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -25,6 +29,19 @@ def pytest_collection_modifyitems(items):
     """Put the files with the most slow tests first: the last ones to run are short, and all workers end together."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Leave slow tests out of the coverage: it costs a sixth of what compiles, and the quick ones must cover the code."""
+    coverage = getattr(item.config.pluginmanager.getplugin("_cov"), "cov_controller", None)
+    if coverage is None or not item.get_closest_marker("slow"):
+        return (yield)
+    coverage.pause()
+    try:
+        return (yield)
+    finally:
+        coverage.resume()
 
 
 def pytest_sessionfinish(session):

@@ -6,6 +6,7 @@ process ends; so this file is a program, which :func:`generate_all` starts.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -24,12 +25,13 @@ from unittest import mock
 import pytest
 import torch
 from support.cuda import sass
-from support.cuda.models import CACHED_TOKENS, Block, Deep, Overwritten, Plain, Siblings, llama
+from support.cuda.models import CACHED_TOKENS, Block, Deep, Overwritten, Plain, Siblings, llama, llama_blocks
 from support.cuda.pretended import pretend_cuda
 from support.models.architectures import batches, random_factored_model, settings_of
 from support.strategies import random_factors
 from torch.nn import Parameter
 
+from dbf_compile.factors import TENSOR_NAMES
 from dbf_compile.linear import DoubleBinaryLinear
 
 
@@ -161,8 +163,8 @@ def _architectures() -> dict[str, Program]:
 
 
 def _generate_architecture(name: str, M: int) -> Program:
-    """Compile a model for M tokens, or for a picture or sound."""
-    model = random_factored_model(name)
+    """Compile a model of one block for M tokens, or for a picture or sound."""
+    model = random_factored_model(name, blocks=1)
     with _on_pretended_device(model, torch.bfloat16):
         batch = {
             key: torch.empty(
@@ -186,7 +188,7 @@ def _generate_llama(backend: str, M: int, settings: dict[str, Any] | None = None
     """Compile a Llama for M tokens and a static cache."""
     from transformers import StaticCache
 
-    model = llama(factored=backend == "dbf")
+    model = llama(factored=backend == "dbf", blocks=llama_blocks(M))
     inductor = {**(settings or {}), **NO_FOLDING}
     options = {"inductor": inductor} if backend == "dbf" else inductor
     step = torch.compile(model, backend=backend, options=options, fullgraph=True, dynamic=False)
@@ -221,7 +223,7 @@ def _generate(
 
 @contextmanager
 def _on_pretended_device(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Move a model to the pretended device, its parameters to ``dtype``, and enter fake mode."""
+    """Move a model to the pretended device, its parameters but factors to ``dtype``, and enter fake mode."""
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -240,7 +242,7 @@ def _on_pretended_device(model: torch.nn.Module, dtype: torch.dtype) -> Iterator
             for name, tensor in [*module.named_buffers(recurse=False)]:
                 setattr(module, name, on_device(tensor, tensor.dtype))
             for name, tensor in [*module.named_parameters(recurse=False)]:
-                setattr(module, name, on_device(tensor, dtype))
+                setattr(module, name, on_device(tensor, tensor.dtype if name in TENSOR_NAMES else dtype))
         yield
 
 
@@ -277,6 +279,9 @@ def _program(compiled: Any, x: torch.Tensor) -> Program:
         copied=copied,
         obstacle=obstacle,
     )
+
+
+_KERNEL = "triton_tem_kernel"
 
 
 class _CapturedError(Exception):
@@ -323,10 +328,15 @@ def _obstacle(graph: Any, static: Sequence[int]) -> str:
 
 
 def _cubin(name: str, source: str) -> bytes:
-    """Return the machine code of a kernel, compiled as its program would."""
+    """Return the machine code of a kernel, compiled as its program would; kernels that differ in name alone share it."""
+    return _compiled_cubin(source.replace(name, _KERNEL))
+
+
+@functools.cache
+def _compiled_cubin(source: str) -> bytes:
     from torch._inductor.codecache import PyCodeCache
 
-    kernel = getattr(PyCodeCache.load(source), name)
+    kernel = getattr(PyCodeCache.load(source), _KERNEL)
     with torch._inductor.config.patch(use_static_cuda_launcher=False):  # it would drop the machine code
         kernel.precompile(warm_cache_only=True)
     compiled = kernel.compile_results[0].kernel

@@ -36,12 +36,13 @@ from support.cuda.codegen import (
     Program,
     run_program,
 )
-from support.cuda.models import CACHED_TOKENS, Deep, Overwritten, Plain, Siblings, llama
+from support.cuda.models import CACHED_TOKENS, Deep, Overwritten, Plain, Siblings, llama, llama_blocks
 from support.cuda.triton_interpreter import compute_bfloat16_as_devices_do, reduce_whole_slices
 from support.models.architectures import batches, random_factored_model, settings_of
 from support.strategies import random_factors
 from torch._inductor.runtime.triton_heuristics import GridExpr
 
+from dbf_compile.factors import TENSOR_NAMES
 from dbf_compile.linear import DoubleBinaryLinear
 from dbf_compile.signs import deinterleave, unpack_signs
 
@@ -103,7 +104,7 @@ def _worst(case: Case, program: Program, folder: Path) -> float:
     layer = DoubleBinaryLinear(factors)
     x = torch.randn(case.M, case.K, generator=generator).to(dtype)
     bias = torch.randn(case.N, generator=generator).to(dtype)
-    inputs = [x, *layer.buffers(), bias]
+    inputs = [x, *_tensors(layer), bias]
     (y,) = _load(program, folder)(None, [case.M, *inputs] if case.dynamic else inputs)
     assert (y.shape, y.dtype) == ((case.M, case.N), dtype)
 
@@ -126,7 +127,7 @@ def _worst_of_siblings(M: int, program: Program, folder: Path) -> float:
     model = Siblings()
     x = torch.randn(M, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
     first, *others = model.layers
-    inputs = [x, *first.buffers()]
+    inputs = [x, *_tensors(first)]
     for layer in others:
         inputs += [layer.signs_out, layer.scale_out]
     shapes = [eval(shape) for shape in re.findall(r"assert_size_stride\(arg\d+_1, (\(.*?\)), ", program.call)]
@@ -144,7 +145,7 @@ def _worst_of_deep(M: int, program: Program, folder: Path) -> float:
     model = Deep(True)
     x = torch.randn(M, 2100, generator=torch.Generator().manual_seed(0)).bfloat16()
     first, second = model.first.factors, model.second.factors
-    inputs = [x, *model.first.buffers(), *model.second.buffers()]
+    inputs = [x, *_tensors(model.first), *_tensors(model.second)]
     results = _load(program, folder)(None, list(inputs))
     z = torch.relu(x.double() @ first.dense(torch.float64).T)
     truths = (z @ second.dense(torch.float64).T, z)
@@ -188,7 +189,7 @@ def _worst_of_overwritten(program: Program, folder: Path) -> float:
 def _worst_of_llama(M: int, program: Program, folder: Path) -> float:
     """Compare the logits and the cache with those of the eager model."""
     tokens = torch.randint(0, 320, (1, 4 + M), generator=torch.Generator().manual_seed(0))
-    model = llama(factored=True).bfloat16()
+    model = llama(factored=True, blocks=llama_blocks(M)).bfloat16()
     exact, eager = _read(copy.deepcopy(model).float(), tokens), _read(model, tokens)
     recorder = _Recorder()
     _read(model, tokens, recorder)
@@ -199,7 +200,7 @@ def _worst_of_llama(M: int, program: Program, folder: Path) -> float:
 
 def _worst_of_architecture(name: str, M: int, program: Program, folder: Path) -> float:
     """Compare logits with those of the eager model."""
-    model = random_factored_model(name).bfloat16()
+    model = random_factored_model(name, blocks=1).bfloat16()
     exact_model = copy.deepcopy(model).float()
     batch = next(batches(name, M))
     narrow = {key: value.bfloat16() if value.is_floating_point() else value for key, value in batch.items()}
@@ -250,6 +251,11 @@ def _read(model: Any, tokens: torch.Tensor, backend: Any = None) -> list[torch.T
         model(tokens[:, :4], past_key_values=cache, position_ids=positions[:, :4])
         logits = step(tokens[:, 4:], past_key_values=cache, position_ids=positions[:, 4:]).logits
     return [logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))]
+
+
+def _tensors(layer: DoubleBinaryLinear) -> list[torch.Tensor]:
+    """Return the factors of a layer in the order in which its ``forward`` reads them."""
+    return [getattr(layer, name).detach() for name in TENSOR_NAMES]
 
 
 def factors_of_ones(factors: Any) -> torch.Tensor:

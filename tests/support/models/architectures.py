@@ -11,11 +11,13 @@ from support.strategies import random_factors_like
 from dbf_compile.linear import DoubleBinaryLinear, dense_linears, dense_weight, replace_everywhere
 
 V = 256
+BLOCKS = 2
+COUNTS_OF_BLOCKS = ("num_hidden_layers", "n_layer", "encoder_layers", "decoder_layers")
 TEXT = {
     "vocab_size": V,
     "hidden_size": 64,
     "intermediate_size": 128,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": BLOCKS,
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
     "pad_token_id": 0,
@@ -26,8 +28,8 @@ SLIDING = {**GROUPED, "head_dim": 16, "sliding_window": 8}
 SPEECH = {
     "vocab_size": V,
     "d_model": 64,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
+    "encoder_layers": BLOCKS,
+    "decoder_layers": BLOCKS,
     "encoder_attention_heads": 4,
     "decoder_attention_heads": 4,
     "encoder_ffn_dim": 128,
@@ -45,7 +47,7 @@ SPEECH = {
 IMAGES = {
     "hidden_size": 64,
     "intermediate_size": 128,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": BLOCKS,
     "num_attention_heads": 4,
     "image_size": 32,
     "patch_size": 8,
@@ -62,7 +64,7 @@ KINDS = {
     "gpt2": (
         "GPT2LMHeadModel",
         "GPT2Config",
-        {"vocab_size": V, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64},
+        {"vocab_size": V, "n_embd": 64, "n_layer": BLOCKS, "n_head": 4, "n_positions": 64},
         8,
         "block",
     ),
@@ -103,22 +105,23 @@ KINDS = {
 SHARPER = 4.0
 
 
-def random_model(name: str) -> torch.nn.Module:
-    """Return a dense model, random but always the same."""
+def random_model(name: str, blocks: int = BLOCKS) -> torch.nn.Module:
+    """Return a dense model, random but always the same, with so many blocks (of each kind)."""
     import transformers
 
     kind, config, sizes, *_ = KINDS[name]
+    sizes = {**sizes, **{key: blocks for key in sizes if key in COUNTS_OF_BLOCKS}}
     torch.manual_seed(0)
     return getattr(transformers, kind)(getattr(transformers, config)(**sizes)).eval()
 
 
 @torch.no_grad()
-def random_factored_model(name: str) -> torch.nn.Module:
-    """Return a model whose layers have random factors, all but the head.
+def random_factored_model(name: str, blocks: int = BLOCKS) -> torch.nn.Module:
+    """Return a model of so many blocks whose layers have random factors, all but the head.
 
     Middle dimensions are odd, or wider than one program of the GPU's kernel sums.
     """
-    model = random_model(name)
+    model = random_model(name, blocks)
     layers = dense_linears(model)
     head = model.get_output_embeddings()
     layers = {key: layer for key, layer in layers.items() if layer is not head}
