@@ -26,7 +26,6 @@ WHOLE_HOUSE = "test_house.py"
 # Modules without a test file of their own, and the file under tests/ that checks them: through what calls them.
 TESTED_ELSEWHERE = {
     "dbf_compile/doctor": "test_cli.py",
-    "dbf_compile/generation": "test_cli.py",
     "dbf_compile/inspection": "test_cli.py",
     "dbf_compile/keywords": "test_options.py",
     "dbf_compile/records": "test_options.py",
