@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,6 +39,7 @@ Data = Annotated[
         "May be repeated."
     ),
 ]
+Trust = Annotated[bool, typer.Option(help="Run code that comes with the model.")]
 Progress = Annotated[bool, typer.Option(help="Say on stderr what goes on.")]
 _INTERRUPTED = 130
 
@@ -146,6 +148,7 @@ class GenerateOptions(Record):
         temperature: Temperature of drawing.
         compiled: Compile decoding.
         device: Where to compute, such as cuda or cpu; None for a GPU if there is one.
+        trust_remote_code: Run code that comes with the model.
         progress: Say on stderr what goes on.
     """
 
@@ -153,6 +156,7 @@ class GenerateOptions(Record):
     temperature: float = 1.0
     compiled: bool = True
     device: str | None = None
+    trust_remote_code: bool = False
     progress: bool = True
 
 
@@ -176,16 +180,16 @@ def generate(
         sampling["temperature"] = options.temperature
     results = {}
     for name in (model, *([dense] if dense else [])):
-        say(f"opening {name}, and compiling its decoding", options.progress)
-        if not as_json:
-            print(f"--- {name}\n{prompt}", end="", flush=True)
+        head = iter([f"--- {name}\n{prompt}"])  # printed with the first text, below what is said on stderr
         generation = run(
             name,
             prompt,
             max_new_tokens=max_new_tokens,
-            stream=None if as_json else lambda text: print(text, end="", flush=True),
+            stream=None if as_json else partial(_print_piece, head),
             compiled=options.compiled,
             device=options.device,
+            trust_remote_code=options.trust_remote_code,
+            progress=options.progress,
             **sampling,
         )
         results[name] = {"text": generation.text, **generation.summary()}
@@ -206,12 +210,14 @@ class BenchOptions(Record):
         prompt_tokens: Tokens of the prompt.
         rounds: How often; medians are printed.
         device: Where to compute, such as cuda or cpu; None for a GPU if there is one.
+        trust_remote_code: Run code that comes with the model.
         progress: Show on stderr what goes on.
     """
 
     prompt_tokens: int = option(128, low=1)
     rounds: int = option(5, low=1)
     device: str | None = None
+    trust_remote_code: bool = False
     progress: bool = True
 
 
@@ -228,9 +234,14 @@ def bench(
     from dbf_compile.generation import time_models
 
     names = [model, *([dense] if dense else [])]
-    say(f"opening {', '.join(names)}", options.progress)
     results = time_models(
-        names, options.prompt_tokens, max_new_tokens, options.rounds, options.device, options.progress
+        names,
+        options.prompt_tokens,
+        max_new_tokens,
+        options.rounds,
+        options.device,
+        options.progress,
+        options.trust_remote_code,
     )
 
     def table() -> str:
@@ -249,18 +260,23 @@ def bench(
 
 
 @app.command(epilog="Example:\n\n    dbf-compile inspect qwen-2bit")
-def inspect(model: Folder, progress: Progress = True, as_json: AsJson = False) -> None:
-    """Show what of a model is compressed: coverage, bits, and the error of every layer; checks the files as well."""
+def inspect(
+    model: Folder, trust_remote_code: Trust = False, progress: Progress = True, as_json: AsJson = False
+) -> None:
+    """Show what of a model is compressed: coverage, bits, and the error of every layer; compares the files with what was written."""
     from dbf_compile.inspection import inspect as run
 
     say(f"looking into {model}", progress)
-    facts = run(model)
+    facts = run(model, trust_remote_code)
 
     def text() -> str:
         operations = facts["operations"]
         head = [
             f"{facts['model']}: {facts['factored']:.3f} bits per weight in {facts['share']:.1%} of the weights, "
             f"{facts['file']:.3f} in the whole file",
+            "all files are as they were written"
+            if facts["verified"]
+            else "a file was saved again since, so files were not compared with what was written",
             f"a token in the factored layers: {operations['additions']:,} additions, "
             f"{operations['multiplications']:,} multiplications "
             f"(dense: {operations['dense_multiplications']:,} of each)",
@@ -292,6 +308,11 @@ def doctor(progress: Progress = True, as_json: AsJson = False) -> None:
     )
     if any(item.state == "missing" and item.needed for item in findings):
         raise typer.Exit(1)
+
+
+def _print_piece(head: Iterator[str], text: str) -> None:
+    """Print a piece of text, the first one below its head."""
+    print(next(head, "") + text, end="", flush=True)
 
 
 def _source(data: list[str] | None) -> str | list[Path] | None:

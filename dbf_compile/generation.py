@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from dbf_compile.calibration.model_io import (
 from dbf_compile.errors import ConversionError, OptionError
 from dbf_compile.linear import DoubleBinaryLinear
 from dbf_compile.machine import chosen_device
-from dbf_compile.progress import over
+from dbf_compile.progress import over, say
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def generate(
         stream: called with every piece of text as it is generated.
         compiled: False to run eagerly.
         device: where to compute; None for a GPU if there is one.
-        **options: further arguments of ``model.generate``, such as ``do_sample`` and ``temperature``.
+        **options: further arguments of ``model.generate``, such as ``do_sample`` and ``temperature``; with
+            ``trust_remote_code=True`` code that comes with the model is run; with ``progress=False`` nothing is said on stderr.
 
     Returns:
         The text, and the time and memory it took.
@@ -98,32 +100,19 @@ def generate(
     """
     from dbf_compile.integrations import pretrained
 
+    trust, shown = bool(options.pop("trust_remote_code", False)), bool(options.pop("progress", True))
     settings = _settings(options, max_new_tokens)
-    if not isinstance(model, nn.Module):
-        folder = pretrained.local_folder(model)
-        tokenizer = pretrained.tokenizer_of(folder) if tokenizer is None else tokenizer
-        model = pretrained.open_any(folder)
+    runnable, tokenizer = _opened(model, tokenizer, trust, shown)
     ids = prompt if isinstance(prompt, Tensor) else tokenizer(prompt, return_tensors="pt")["input_ids"]
-    _check_prompt(model, ids, max_new_tokens)
-    runnable: Any = model
-    runnable = runnable.to(chosen_device(device)).eval()
-    ids = ids.to(chosen_device(device))
+    _check_prompt(runnable, ids, max_new_tokens)
+    runnable, ids = runnable.to(chosen_device(device)).eval(), ids.to(chosen_device(device))
     settings |= {"input_ids": ids, "attention_mask": torch.ones_like(ids), **_compilation(runnable, compiled)}
     streamer = pretrained.timed_streamer(tokenizer, stream)
-    try:
-        # The cache gets the length of the real call: programs are compiled for its shape.
-        compile_seconds = _timed(runnable, **settings, stopping_criteria=[_AfterTwo()]) if compiled else 0.0
+    with _in_our_words(options):
+        compile_seconds = _warmed_up(runnable, settings, shown) if compiled else 0.0
         began = time.perf_counter()
         with torch.no_grad():
             tokens = runnable.generate(**settings, streamer=streamer)
-    except (TypeError, ValueError) as error:
-        if not options:
-            raise
-        raise OptionError(
-            f"options {options} of generate ({str(error).splitlines()[0]})",
-            "arguments of generate of transformers that go with one sequence and one beam",
-            "change or leave out what the message names",
-        ) from error
     ended = time.perf_counter()
     first = streamer.times[0] if streamer.times else ended
     return Generation(
@@ -135,6 +124,35 @@ def generate(
         compile_seconds,
         weight_bytes(runnable),
     )
+
+
+def _opened(model: nn.Module | str | Path, tokenizer: Any, trust: bool, shown: bool) -> tuple[Any, Any]:
+    """Return a model and its tokenizer, opened where they are named."""
+    if isinstance(model, nn.Module):
+        return model, tokenizer
+    say(f"opening {model}", shown)
+    from dbf_compile.integrations import pretrained
+    from dbf_compile.integrations.bars import bars_of_transformers
+
+    with bars_of_transformers(shown):
+        folder = pretrained.local_folder(model)
+        tokenizer = pretrained.tokenizer_of(folder, trust) if tokenizer is None else tokenizer
+        return pretrained.open_any(folder, trust), tokenizer
+
+
+@contextmanager
+def _in_our_words(options: dict[str, Any]) -> Iterator[None]:
+    """Say of options of the caller's that transformers refuses them."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if not options:
+            raise
+        raise OptionError(
+            f"options {options} of generate ({str(error).splitlines()[0]})",
+            "arguments of generate of transformers that go with one sequence and one beam",
+            "change or leave out what the message names",
+        ) from error
 
 
 def _settings(options: dict[str, Any], max_new_tokens: int) -> dict[str, Any]:
@@ -192,11 +210,12 @@ def _check_prompt(model: nn.Module, ids: Tensor, max_new_tokens: int) -> None:
         )
 
 
-def _timed(model: Any, **arguments: Any) -> float:
-    """Return the seconds that ``model.generate`` takes."""
+def _warmed_up(model: Any, settings: dict[str, Any], shown: bool) -> float:
+    """Return the seconds that two tokens take. The cache gets the length of the real call: programs are compiled for its shape."""
+    say("compiling", shown)
     began = time.perf_counter()
     with torch.no_grad():
-        model.generate(**arguments)
+        model.generate(**settings, stopping_criteria=[_AfterTwo()])
     return time.perf_counter() - began
 
 
@@ -207,6 +226,7 @@ def time_models(
     rounds: int,
     device: torch.device | str | None = None,
     progress: bool = False,
+    trust_remote_code: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Time models in turns, and return the medians of :meth:`Generation.summary` by name.
 
@@ -216,23 +236,18 @@ def time_models(
         new_tokens: tokens generated after it.
         rounds: repetitions; one round runs every model once, so that all meet the same state of the machine.
         device: where to compute; None for a GPU if there is one.
-        progress: show a bar.
+        progress: say on stderr what goes on.
+        trust_remote_code: run code that comes with the models.
     """
-    from dbf_compile.integrations import pretrained
-
-    opened = {}
-    for name in models:
-        folder = pretrained.local_folder(name)
-        opened[str(name)] = (pretrained.open_any(folder), pretrained.tokenizer_of(folder))
+    opened = {str(name): _opened(name, None, trust_remote_code, progress) for name in models}
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in opened}
     for _ in over(range(rounds), "timing", "round", progress):
         for name, (model, tokenizer) in opened.items():
             generator = torch.Generator().manual_seed(0)
             vocabulary = min(len(tokenizer), vocabulary_of(model) or len(tokenizer))
             prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=generator)
-            generation = generate(
-                model, prompt, tokenizer=tokenizer, max_new_tokens=new_tokens, device=device, eos_token_id=-1
-            )
+            options: dict[str, Any] = {"device": device, "eos_token_id": -1, "progress": False}
+            generation = generate(model, prompt, tokenizer=tokenizer, max_new_tokens=new_tokens, **options)
             figures[name].append(generation.summary())
     return {
         name: {key: statistics.median(row[key] for row in rows) for key in rows[0]}

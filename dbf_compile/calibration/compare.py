@@ -20,6 +20,7 @@ from dbf_compile.calibration.model_io import (
     token_ids,
     with_decoder_inputs,
 )
+from dbf_compile.errors import ConversionError
 
 
 def divergence(dense: Tensor, compressed: Tensor, batch: Any) -> Tensor:
@@ -67,6 +68,9 @@ def compare(dense: nn.Module | None, compressed: nn.Module, batches: Iterable[An
         model. "kl": mean KL(dense ‖ compressed) in nats, of models that predict tokens. "top1_agreement": share of
         positions where both predict the same token, 0 to 1. "error": relative squared error of the output, of other
         models. "measure": what was measured, and of how many predictions.
+
+    Raises:
+        ConversionError: the models predict tokens of different vocabularies.
     """
     sums: dict[str, float] = {}
     predictions = positions = 0
@@ -87,6 +91,7 @@ def compare(dense: nn.Module | None, compressed: nn.Module, batches: Iterable[An
             _add(sums, "compressed", _nats(logits, labels))
         if reference is not None:
             target = logits_of(reference)
+            _check_vocabularies(target, logits)
             kl = divergence(target, logits, batch)
             positions += kl.numel()
             _add(sums, "kl", float(kl.sum()))
@@ -104,6 +109,15 @@ def compare(dense: nn.Module | None, compressed: nn.Module, batches: Iterable[An
         result["perplexity"] = math.exp(min(result["compressed"], 690.0))
         result["measure"] = f"nats a token, {predictions} predictions"
     return result
+
+
+def _check_vocabularies(target: Tensor, logits: Tensor) -> None:
+    if target.shape != logits.shape:
+        raise ConversionError(
+            f"a dense model with logits of {target.shape[-1]} tokens for one of {logits.shape[-1]}",
+            "the model that was compressed",
+            "name the dense model that this one was made from",
+        )
 
 
 def _add_error(sums: dict[str, float], target: Tensor | None, output: Tensor | None) -> None:
@@ -124,6 +138,9 @@ def _predicts(output: Any, ids: Tensor) -> bool:
 def _labels(batch: Any, ids: Tensor, causal: bool) -> Tensor | None:
     """Return the tokens that are to be predicted, -100 where there is none; None of a decoder whose batch has none."""
     if causal:
+        mask = attention_mask(batch)
+        if mask is not None and mask.shape == ids.shape:
+            ids = ids.masked_fill(~mask.to(ids.device), -100)
         return nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
     return batch["labels"] if isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor) else None
 

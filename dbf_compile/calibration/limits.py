@@ -34,6 +34,7 @@ _TABLES = (
     "wpe",
 )
 _IGNORED = -100  # label of a position that has none
+_NO_TEXT = ("image", "video", "audio", "speech")
 
 
 def positions_of(model: nn.Module) -> int | None:
@@ -97,20 +98,30 @@ class Limits:
         positions: how many tokens the model reads at once, or None.
         vocabulary: how many ids it has, or None.
         causal: whether labels are the ids of a text.
+        placeholders: ids outside of the vocabulary that stand for a picture or a sound.
         known: False for a model without a configuration, whose batches may be anything.
     """
 
     positions: int | None
     vocabulary: int | None
     causal: bool
+    placeholders: frozenset[int] = frozenset()
     known: bool = True
 
     @staticmethod
     def of(model: nn.Module) -> Limits:
         """Return the limits of a model."""
-        if getattr(model, "config", None) is None:
-            return Limits(None, None, False, False)
-        return Limits(positions_of(model), embedded_ids(model), is_causal(model))
+        config: Any = getattr(model, "config", None)
+        if config is None:
+            return Limits(None, None, False, known=False)
+        placeholders = {
+            value
+            for name, value in vars(config).items()
+            if name.startswith(_NO_TEXT)
+            and name.endswith(("_token_id", "_token_index"))
+            and isinstance(value, int)
+        }
+        return Limits(positions_of(model), embedded_ids(model), is_causal(model), frozenset(placeholders))
 
     def each(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yield batches after checking each."""
@@ -178,10 +189,11 @@ class Limits:
 
     def _check_range(self, ids: Tensor, what: str, advice: str) -> None:
         assert self.vocabulary is not None
-        low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
-        if low < 0 or high >= self.vocabulary:
+        outside = ids[(ids < 0) | (ids >= self.vocabulary)].unique().tolist()
+        unknown = [one for one in outside if one not in self.placeholders]
+        if unknown:
             raise ConversionError(
-                f"{what} of {low if low < 0 else high}",
+                f"{what} of {unknown[0]}",
                 f"0 to {self.vocabulary - 1}, the model's vocabulary",
                 advice,
             )

@@ -17,15 +17,12 @@ at its last blank line, else at its last line break, else at its last space.
 
 from __future__ import annotations
 
-import bz2
 import csv
-import gzip
 import io
 import json
 import logging
-import lzma
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from importlib import import_module
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
@@ -73,7 +70,7 @@ def read_file(path: Path, column: str | None, split: str | None) -> Iterator[Any
         raise ConversionError(
             f"{path}, which Python's csv cannot read ({error})", "rows of short fields", "write it as .jsonl"
         ) from error
-    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+    except Exception as error:  # every format has errors of its own
         raise unreadable(path, str(error) or type(error).__name__) from error
 
 
@@ -121,14 +118,9 @@ def _decompressed(raw: BinaryIO) -> io.BufferedReader:
     """Return a file whose compression, known by its first bytes, is undone while it is read."""
     file = cast(io.BufferedReader, raw)
     head = file.peek(6)[:6]
-    openers: dict[bytes, Callable[[Any], Any]] = {
-        b"\x1f\x8b": gzip.open,
-        b"BZh": bz2.open,
-        b"\xfd7zXZ": lzma.open,
-    }
-    for magic, opener in openers.items():
+    for magic, module in {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ": "lzma"}.items():
         if head.startswith(magic):
-            return io.BufferedReader(opener(file))
+            return io.BufferedReader(import_module(module).open(file))  # not every Python has all of them
     if head.startswith(b"\x28\xb5\x2f\xfd"):
         from dbf_compile.integrations import datasets
 

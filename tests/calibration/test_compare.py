@@ -10,6 +10,7 @@ from support.models.tiny import tiny_bert, tiny_llama
 from torch import nn
 
 from dbf_compile.calibration.compare import agreement, compare, divergence
+from dbf_compile.errors import ConversionError
 
 
 def test_divergence_is_that_of_distributions_and_leaves_padding_out():
@@ -90,3 +91,21 @@ def test_encoders_are_compared_by_their_output_and_nothing_is_made_up():
     assert set(found) == {"error", "measure"} and 0 < found["error"] < 0.1
     assert compare(None, dense, windows()) == {}
     assert compare(dense, dense, []) == {}
+
+
+def test_padding_is_no_prediction():
+    model = tiny_llama()
+    (batch,) = windows(count=1)
+    mask = torch.ones_like(batch["input_ids"])
+    mask[1, 7:] = 0
+    padded = {**batch, "attention_mask": mask}
+    labels = batch["input_ids"].masked_fill(mask == 0, -100)
+    found = compare(model, model, [padded])
+    assert found["compressed"] == pytest.approx(float(model(**padded, labels=labels).loss), rel=1e-5)
+    assert "17 predictions" in found["measure"]
+
+
+def test_models_of_different_vocabularies_are_not_compared():
+    other = tiny_llama(vocab_size=300)
+    with pytest.raises(ConversionError, match="logits of 300 tokens for one of 256"):
+        compare(other, tiny_llama(), windows(count=1))

@@ -116,7 +116,7 @@ UNREADABLE: dict[str, tuple[Any, str]] = {
     "lists": ({"input_ids": [[1, 2]]}, "type list.*torch.tensor"),
     "mask": ({"input_ids": IDS, "attention_mask": torch.ones(1, 4)}, r"attention_mask of shape \(1, 4\)"),
     "label shape": ({"input_ids": IDS, "labels": IDS[:, 1:]}, r"labels of shape \(1, 2\)"),
-    "label": ({"input_ids": IDS, "labels": IDS + 300}, "a label of 303"),
+    "label": ({"input_ids": IDS, "labels": IDS + 300}, "a label of 301"),
     "negative label": ({"input_ids": IDS, "labels": IDS - 3}, "a label of -2.*by -100"),
 }
 
@@ -154,6 +154,14 @@ def test_what_a_model_can_read_passes(batch: Any) -> None:
 def test_labels_of_a_classifier_are_its_own() -> None:
     limits = Limits(positions=None, vocabulary=10, causal=False)
     limits.check({"input_ids": IDS, "labels": torch.tensor([700])}, "batch 0")
+
+
+def test_ids_that_stand_for_a_picture_may_lie_outside_of_the_vocabulary() -> None:
+    model = tiny_llama()
+    model.config.image_token_id = 300  # type: ignore[union-attr]
+    checked(model, [torch.tensor([[1, 300]])])
+    with pytest.raises(ConversionError, match="token id of 301"):
+        checked(model, [torch.tensor([[300, 301]])])
 
 
 def test_a_single_batch_is_no_list_of_batches() -> None:
