@@ -45,10 +45,14 @@ def reasons_against(model: nn.Module) -> dict[str, str]:
     return reasons
 
 
-def reasons_to_stay_dense(model: nn.Module) -> dict[str, str]:
+def reasons_to_stay_dense(model: nn.Module, head_too: bool = False) -> dict[str, str]:
     """Return, for each linear layer of a model that is not factored unasked, the reason; by its first name.
 
-    Besides those that cannot be factored these are the head, and layers whose weight would have to be kept for another one.
+    Besides those that cannot be factored these are layers whose weight would have to be kept for another one, and the head.
+
+    Args:
+        model: any module.
+        head_too: factor a head that shares its weight with no embedding.
     """
     readers = _readers(model)
     get_head = getattr(model, "get_output_embeddings", None)
@@ -62,7 +66,7 @@ def reasons_to_stay_dense(model: nn.Module) -> dict[str, str]:
             reasons[name] = "that an embedding reads, too"
         elif others:
             reasons[name] = "tied to another layer"
-        elif module is head:
+        elif module is head and not head_too:
             reasons[name] = "the model's head"
     return reasons
 

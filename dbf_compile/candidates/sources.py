@@ -8,23 +8,28 @@ import textwrap
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from functools import lru_cache
-from types import FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 Tree = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 _TREES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 
 
-@lru_cache(maxsize=2**13)
 def parsed(function: FunctionType) -> Tree | None:
     """Return the syntax tree of a function, or None where there is no source."""
+    return _tree(function.__code__)
+
+
+@lru_cache(maxsize=2**13)  # by code: hooks of many layers are closures of one
+def _tree(code: CodeType) -> Tree | None:
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
     except (OSError, TypeError, SyntaxError):
         return None
     nodes = [node for node in ast.walk(tree) if isinstance(node, _TREES)]
     # Several lambdas may stand in one line.
-    return next((node for node in nodes if _names(node) == parameters(function)), next(iter(nodes), None))
+    names = code.co_varnames[: code.co_argcount]
+    return next((node for node in nodes if _names(node) == names), next(iter(nodes), None))
 
 
 def _names(tree: Tree) -> tuple[str, ...]:

@@ -313,7 +313,7 @@ def stacks_of(model: nn.Module, factorizer: LayerFactorizer) -> list[tuple[list[
 
 def why_dense(model: nn.Module, factorizer: LayerFactorizer) -> dict[str, str]:
     """Return, for each linear layer of a model that stays dense, the reason: that of the options, or one of its own."""
-    own = reasons_to_stay_dense(model)
+    own = reasons_to_stay_dense(model, head_too=not factorizer.config.skip)
     reasons = {
         name: factorizer.why_dense(name, dense_weight(module)) or own.get(name)
         for name, module in dense_linears(model).items()
