@@ -1,5 +1,8 @@
 """An action runs when a module is imported, and does not import it."""
 
+import importlib.machinery
+import importlib.resources
+import importlib.util
 import subprocess
 import sys
 
@@ -28,6 +31,24 @@ def test_the_action_comes_once_right_after_the_module(tmp_path, monkeypatch):
     import late_module  # noqa: F401, F811
 
     assert seen == [7]
+
+
+def test_a_module_that_is_looked_for_first_is_not_missed(tmp_path, monkeypatch):
+    (tmp_path / "sought").mkdir()
+    (tmp_path / "sought" / "__init__.py").write_text("value = 7\n")
+    (tmp_path / "sought" / "notes.txt").write_text("of the package")
+    monkeypatch.syspath_prepend(tmp_path)
+    seen = []
+    before = list(sys.meta_path)
+    for number in range(2):
+        when_imported("sought", lambda number=number: seen.append(number))
+    assert importlib.util.find_spec("sought") is not None and seen == []
+    import sought
+
+    assert seen == [0, 1] and sys.meta_path == before
+    # The package is as if nobody had waited for it.
+    assert type(sought.__spec__.loader) is type(sought.__loader__) is importlib.machinery.SourceFileLoader
+    assert importlib.resources.files("sought").joinpath("notes.txt").read_text() == "of the package"
 
 
 def run(code):
