@@ -14,7 +14,9 @@ import platformdirs
 def cache_folder() -> Path:
     """Return ``$DBF_CACHE_DIR``, else the user's cache folder for dbf_compile; it may not exist yet."""
     override = os.environ.get("DBF_CACHE_DIR")
-    return Path(override) if override else Path(platformdirs.user_cache_dir("dbf_compile"))
+    folder = Path(override or platformdirs.user_cache_dir("dbf_compile"))
+    # A user without a home has "~/.cache", which is no place below the current folder: nothing can be kept.
+    return folder if override or folder.is_absolute() else Path(os.devnull) / "dbf_compile"
 
 
 @contextmanager
@@ -45,8 +47,13 @@ def write_text(path: Path, text: str) -> None:
 
 def new_folder_mode() -> int:
     """Return the mode that the user's umask gives a new folder; temporary ones are private."""
-    mask = os.umask(0)
-    os.umask(mask)
+    try:
+        # Setting the umask to read it would open the files that other threads make meanwhile.
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        mask = next(int(line.split()[1], 8) for line in lines if line.startswith("Umask:"))
+    except (OSError, StopIteration):
+        mask = os.umask(0)
+        os.umask(mask)
     return 0o777 & ~mask
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _SOURCES = (".py", ".cpp", ".h")
 
@@ -37,7 +36,7 @@ def tensor_hash(tensor: Tensor) -> bytes:
 
 def _dense_parts(tensor: Any) -> list[Tensor]:
     """Return strided tensors of bytes that hold the content."""
-    if is_traceable_wrapper_subclass(tensor):
+    if hasattr(tensor, "__tensor_flatten__"):  # torch's protocol of subclasses that are made of other tensors
         names, _ = tensor.__tensor_flatten__()
         return [part for name in names for part in _dense_parts(getattr(tensor, name).detach())]
     if tensor.is_quantized:

@@ -1,19 +1,23 @@
 """Builds the C++ kernels once per machine and caches the libraries.
 
 * Nothing is built at import or at installation: the wheel is pure Python.
-* The name of a library is a fingerprint of sources, compiler command, torch version and architecture. So a changed source
-  is built again, and a shared home folder may hold the libraries of several machines.
+* The name of a library is a fingerprint of sources, flags, torch version and architecture, then of the compiler, then of
+  the library itself. So a changed source is built again, a shared home folder may hold the libraries of several machines, a
+  damaged library is not loaded, and one that was built before needs no compiler.
 * A library is renamed into place: two processes may build at once, and a killed one leaves no broken file.
 """
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -23,6 +27,8 @@ from dbf_compile.files import cache_folder
 
 # -ffp-contract=off: fused multiply-adds would give other bits. No -march: kernels choose an instruction set at run time.
 FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi")
+
+TIMEOUT_SECONDS = 300  # a build takes half a minute; eight times that on a busy machine
 
 
 def compiler() -> str | None:
@@ -39,44 +45,113 @@ def build(source: Path) -> Path:
         source: registers operators through torch's stable ABI; it may include headers of its folder.
 
     Returns:
-        The library, in the ``native`` folder of the cache.
+        The library: in the ``native`` folder of the cache or, where that cannot be written, in a temporary folder of this
+        process. One that another compiler has built serves where there is none, or where it fails.
 
     Raises:
         BuildError: no compiler, no writable folder, or the compiler failed; the message has its output.
     """
-    command = _command()
-    digest = hashlib.sha256()
     sources = [source, *sorted(source.parent.glob("*.h"))]
-    settings = " ".join([*command, torch.__version__, platform.machine()]).encode()
-    for part in (*(file.name.encode() + b"\0" + file.read_bytes() for file in sources), settings):
-        digest.update(hashlib.sha256(part).digest())
-    library = cache_folder() / "native" / f"{source.stem}-{digest.hexdigest()[:32]}.so"
+    platform_name = " ".join([*FLAGS, _target_version(), torch.__version__, platform.machine()])
+    stem = f"{source.stem}-{_digest(platform_name.encode(), *(_signed(file) for file in sources))}"
+    folder = cache_folder() / "native"
     try:
-        if not library.exists():
-            _compile(command, source, library)
+        command = _command()
+        of_compiler = f"{stem}-{_digest(command[0].encode())}"
+        return _cached(folder, of_compiler) or _compile(command, source, folder, of_compiler)
+    except BuildError:
+        if (library := _cached(folder, stem)) is None:
+            raise
+        return library
+
+
+def _signed(file: Path) -> bytes:
+    return file.name.encode() + b"\0" + file.read_bytes()
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()[:24]
+
+
+def _cached(folder: Path, stem: str) -> Path | None:
+    """Return a library whose content is that of its name: loading half of one would end the process."""
+    try:
+        for library in sorted(folder.glob(f"{stem}-*.so")):
+            if library.stem.endswith("-" + _digest(library.read_bytes())):
+                return library
+    except OSError:  # a folder or a file of somebody else
+        pass
+    return None
+
+
+def _compile(command: list[str], source: Path, folder: Path, stem: str) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        build_folder = tempfile.mkdtemp(dir=folder)
+    except OSError:
+        folder = Path(_temporary_folder())
+        build_folder = tempfile.mkdtemp(dir=folder)
+    try:
+        partial = Path(build_folder) / f"{source.stem}.so"
+        _run(
+            [*command, str(source), "-o", str(partial), *_link_flags()],
+            source.name,
+            Path(build_folder) / "log",
+        )
+        content = partial.read_bytes()
+        library = folder / f"{stem}-{_digest(content)}.so"
+        if not library.exists() or library.read_bytes() != content:  # else another process may have loaded it
+            partial.replace(library)
+        return library
     except OSError as error:
         raise BuildError(
-            f"building {library} failed ({error})",
-            "a writable folder and a compiler that runs",
+            f"building {source.name} in {folder} failed ({error})",
+            "a writable folder with space and a compiler that runs",
             "choose others with the environment variables DBF_CACHE_DIR and CXX",
         ) from error
-    return library
+    finally:
+        shutil.rmtree(build_folder, ignore_errors=True)
 
 
-def _compile(command: list[str], source: Path, library: Path) -> None:
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        partial = Path(folder) / library.name
-        done = subprocess.run(
-            [*command, str(source), "-o", str(partial), *_link_flags()], capture_output=True, text=True
+def _temporary_folder() -> str:
+    try:
+        folder = tempfile.mkdtemp(prefix="dbf_compile-")
+    except OSError as error:
+        raise BuildError(
+            f"no folder for the C++ kernels: neither {cache_folder()} nor a temporary one can be written ({error})",
+            "a writable folder",
+            "choose one with the environment variables DBF_CACHE_DIR and TMPDIR",
+        ) from error
+    warnings.warn(
+        f"{cache_folder()} cannot be written: every process builds its C++ kernels; choose a folder with DBF_CACHE_DIR",
+        stacklevel=2,
+    )
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _run(command: list[str], name: str, log: Path) -> None:
+    """Run the compiler, with its output in a file: a pipe would be held open by what it leaves running."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        try:
+            status: int | str = process.wait(TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired:
+            status = f"no end after {TIMEOUT_SECONDS} s"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    if status != 0:
+        text = log.read_text(errors="replace").strip()[-4000:]
+        raise BuildError(
+            f"the C++ compiler failed on {name}:\n{text or status}",
+            "a compiler with C++20, such as g++ >= 11 or clang++ >= 14",
+            "choose another compiler with the environment variable CXX",
         )
-        if done.returncode != 0:
-            raise BuildError(
-                f"the C++ compiler failed on {source.name}:\n{done.stderr.strip()[-4000:]}",
-                "a compiler with C++20, such as g++ >= 11 or clang++ >= 14",
-                "choose another compiler with the environment variable CXX",
-            )
-        partial.replace(library)
 
 
 def _command() -> list[str]:

@@ -36,23 +36,30 @@ class FactorCache:
 
     def __init__(self, folder: str | Path | None = None) -> None:
         self.folder = Path(folder) if folder is not None else cache_folder() / "factors"
+        self._warned = False
 
     def get(self, key: str) -> DoubleBinaryFactors | None:
-        """Return the factors under ``key``, or None; a damaged file counts as absent."""
+        """Return the factors under ``key``, or None; a file that is damaged or not readable counts as absent."""
         path = self._path(key)
-        if not path.exists():
-            return None
         try:
-            return checkpoint.load(path)[_LAYER]
-        except (CheckpointError, KeyError) as error:
-            _log.warning("ignoring a damaged file of the factor cache: %s", error)
+            return checkpoint.load(path)[_LAYER] if path.exists() else None
+        except (CheckpointError, KeyError, OSError) as error:
+            self._warn(f"ignoring a damaged file of the factor cache: {error}")
             return None
 
     def put(self, key: str, factors: DoubleBinaryFactors) -> None:
-        """Keep ``factors`` under ``key``; the file appears whole or not at all."""
+        """Keep ``factors`` under ``key``; the file appears whole or, with one warning, not at all."""
         path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.save({_LAYER: factors.to("cpu")}, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            checkpoint.save({_LAYER: factors.to("cpu")}, path)
+        except (CheckpointError, OSError) as error:
+            self._warn(f"factors are not kept in the cache, other processes will make them again: {error}")
+
+    def _warn(self, message: str) -> None:
+        if not self._warned:  # of many layers, the first
+            self._warned = True
+            _log.warning("%s; choose another folder with cache_dir or DBF_CACHE_DIR", message)
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"

@@ -270,11 +270,33 @@ def _threads(workers: int, torch_threads: int | None) -> Iterator[ThreadPoolExec
         with ThreadPoolExecutor(workers) as executor:
             yield executor
         return
-    before = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(
-            workers, initializer=torch.set_num_threads, initargs=(torch_threads,)
-        ) as executor:
-            yield executor
-    finally:
-        torch.set_num_threads(before)
+    with (
+        _thread_count.kept(),
+        ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(torch_threads,)) as executor,
+    ):
+        yield executor
+
+
+class _ThreadCount:
+    """The number of torch's threads, which is one for the process: the last of several pools to end restores it."""
+
+    def __init__(self) -> None:
+        self._lock, self._users, self._before = threading.Lock(), 0, 0
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Restore the number at the end."""
+        with self._lock:
+            if self._users == 0:
+                self._before = torch.get_num_threads()
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0:
+                    torch.set_num_threads(self._before)
+
+
+_thread_count = _ThreadCount()

@@ -160,3 +160,40 @@ def test_a_batch_is_factored_whole_and_stores_what_is_missing(tmp_path, monkeypa
     assert all(
         torch.equal(again.get(one).signs_in, old.signs_in) for one, old in zip(jobs, expected, strict=True)
     )
+
+
+@pytest.mark.parametrize("folder", ["occupied", "/proc/nothing", "/dev/full/nothing"])
+def test_factors_that_cannot_be_kept_are_returned_with_one_warning(tmp_path, caplog, folder):
+    (tmp_path / "occupied").write_text("a file where a folder should be")
+    expected = factored([job("a"), job("b", rows=12)], FactorCache(tmp_path / "works"))
+    caplog.clear()
+    results = factored([job("a"), job("b", rows=12)], FactorCache(tmp_path / folder))
+    assert all(
+        torch.equal(one.signs_out, other.signs_out) for one, other in zip(results, expected, strict=True)
+    )
+    assert len(caplog.records) == 1 and "not kept in the cache" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", None], ids=["empty", "garbage", "folder"])
+def test_a_file_of_the_cache_that_cannot_be_read_counts_as_absent(tmp_path, caplog, content):
+    cache = FactorCache(tmp_path)
+    (expected,) = factored([job("a")], cache)
+    (path,) = tmp_path.rglob("*.safetensors")
+    path.unlink()
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    (again,) = factored([job("a")], FactorCache(tmp_path))
+    assert torch.equal(again.signs_out, expected.signs_out)
+    assert len(caplog.records) == 1
+
+
+def test_the_number_of_threads_is_restored_by_the_last_of_several_pools():
+    before = torch.get_num_threads()
+    with jobs_module._threads(1, 1) as first:
+        first.submit(int).result()
+        with jobs_module._threads(1, 1) as second:
+            second.submit(int).result()
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before

@@ -146,14 +146,49 @@ def test_only_the_end_of_a_long_output_is_shown(
     assert len(str(caught.value)) < 5000
 
 
+UNWRITABLE = ["occupied", "/proc/nothing", "/dev/full/nothing", "/dev/null"]
+
+
 @pytest.mark.usefixtures("pretender")
-def test_a_cache_that_cannot_be_written_is_an_error_of_the_build(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("folder", UNWRITABLE)
+def test_where_the_cache_cannot_be_written_a_process_builds_for_itself(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
 ) -> None:
     (tmp_path / "occupied").write_text("a file where a folder should be")
-    monkeypatch.setenv("DBF_CACHE_DIR", str(tmp_path / "occupied"))
-    with pytest.raises(BuildError, match=r"occupied.*DBF_CACHE_DIR"):
+    monkeypatch.setenv("DBF_CACHE_DIR", str(tmp_path / folder))
+    with pytest.warns(UserWarning, match=r"cannot be written: every process builds its C\+\+ kernels"):
+        library = build(source)
+    assert library.read_text() == source.read_text()
+    monkeypatch.setattr(cpp_build.tempfile, "tempdir", "/proc/nothing")
+    with pytest.raises(BuildError, match=r"neither .* nor a temporary one can be written.*DBF_CACHE_DIR"):
         build(source)
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "sleep 100", "kill -9 $$", "/dev/null"])
+def test_a_library_that_was_built_needs_no_compiler(
+    source: Path, tmp_path: Path, pretender: Path, monkeypatch: pytest.MonkeyPatch, compiler: str
+) -> None:
+    library = build(source)
+    broken = tmp_path / "broken"
+    monkeypatch.setenv(
+        "CXX", compiler if "/" in compiler or "-such" in compiler else str(script(broken, compiler))
+    )
+    monkeypatch.setattr(cpp_build, "TIMEOUT_SECONDS", 0.5)
+    assert build(source) == library
+    source.write_text('extern "C" int answer() { return 43; }\n')
+    with pytest.raises(BuildError):
+        build(source)
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("damage", [b"", b"garbage", None])
+def test_a_damaged_library_is_built_again(source: Path, pretender: Path, damage: bytes | None) -> None:
+    library = build(source)
+    content = library.read_bytes()
+    library.write_bytes(content[:9] if damage is None else damage)
+    assert build(source).read_bytes() == content
+    assert pretender.read_text().count("called") == 2
 
 
 def test_many_builds_at_once_agree(cache: Path, source: Path, pretender: Path) -> None:

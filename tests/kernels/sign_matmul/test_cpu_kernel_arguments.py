@@ -119,12 +119,15 @@ def test_scales_that_do_not_fit_are_refused(vectors: dict[str, Tensor], message:
 def fresh() -> Iterator[None]:
     """Forget whether the kernel is available, before the test and after it."""
     cpu_kernel.available.cache_clear()
+    cpu_kernel._load.cache_clear()
     yield
     cpu_kernel.available.cache_clear()
+    cpu_kernel._load.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh")
-def test_without_a_compiler_there_is_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_there_is_one_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DBF_CACHE_DIR", str(tmp_path))  # without a library that was built before
     monkeypatch.setattr(cpp_build, "compiler", lambda: None)
     with pytest.warns(UserWarning, match=r"slow reference kernel: no C\+\+ compiler") as caught:
         assert not cpu_kernel.available()
