@@ -33,6 +33,7 @@ from dbf_compile.integrations.loading import Layers
 from dbf_compile.integrations.renaming import in_files, table_in_files
 from dbf_compile.integrations.transformers import DBFConfig, quantize_config_
 from dbf_compile.linear import WEIGHT_PLACEHOLDER, dense_weight
+from dbf_compile.progress import over
 from dbf_compile.signs import interleave
 
 _WEIGHTS = "model.safetensors"
@@ -62,13 +63,16 @@ class CompressedModel:
     tokenizer: Any = None
 
 
-def write_model(folder: Path, compressed: CompressedModel, max_shard_size: int) -> int:
+def write_model(
+    folder: Path, compressed: CompressedModel, max_shard_size: int, progress: bool = False
+) -> int:
     """Write a compressed model as a folder that ``from_pretrained`` loads; at most one shard is in memory at a time.
 
     Args:
         folder: where to, an empty folder.
         compressed: the dense model and its factors.
         max_shard_size: bytes of a file; a tensor that is larger gets a file of its own.
+        progress: show a bar.
 
     Returns:
         The bytes of the weight files.
@@ -79,7 +83,7 @@ def write_model(folder: Path, compressed: CompressedModel, max_shard_size: int) 
     header = {"format": "pt", **content_header(config)}
     shards = list(_shards(_pieces(compressed), max_shard_size))
     places: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
+    for number, shard in enumerate(over(shards, "writing", "file", progress), 1):
         name = _WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_tensors({key: make() for key, _, make in shard}, header, folder / name)
         places.update(dict.fromkeys((key for key, _, _ in shard), name))

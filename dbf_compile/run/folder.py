@@ -52,7 +52,6 @@ def write_folder(run: Run, plan: Plan, distilled: Mapping[str, Any] | None) -> N
     folder = Path(tempfile.mkdtemp(dir=request.output.parent, prefix=f".{request.output.name}."))
     try:
         folder.chmod(new_folder_mode())
-        say(f"writing {request.output}", request.config.progress)
         compressed = model_folder.CompressedModel(
             model=request.model,
             layers=_layer_table(plan),
@@ -61,7 +60,8 @@ def write_folder(run: Run, plan: Plan, distilled: Mapping[str, Any] | None) -> N
             source=request.source.folder,
             tokenizer=request.tokenizer,
         )
-        size = model_folder.write_model(folder, compressed, request.config.max_shard_size)
+        options = request.config
+        size = model_folder.write_model(folder, compressed, options.max_shard_size, options.progress)
         report = Report(
             model=request.model_facts,
             data=request.data,
