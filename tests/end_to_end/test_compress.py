@@ -245,7 +245,7 @@ peaks, ready = [0, 0], threading.Event()
 def watch():
     while not ready.is_set():
         peaks[:] = map(max, peaks, now("RssAnon", "VmData"))
-        time.sleep(0.002)
+        time.sleep(0.01)
 
 model, output, options, limit = json.loads(sys.argv[1])
 torch.randn(64, 64) @ torch.randn(64, 64)
@@ -268,14 +268,14 @@ RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_memory_depends_on_the_largest_block_and_not_on_the_model(tmp_path):
-    """A model of four times as many blocks needs little more memory, and less than its weights take.
+    """A model of five times as many blocks needs little more memory, and less than its weights take.
 
     The limit is RLIMIT_DATA, which counts writable mappings of files. So the weights count once, as a file, and a copy of
     them would not fit.
     """
 
     private, limit = {}, None
-    for layers in (4, 16):
+    for layers in (2, 10):
         model = tiny_llama(layers, hidden_size=384, intermediate_size=768, num_key_value_heads=4)
         dense = tiny_folder(tmp_path / f"dense{layers}", model=model)
         block = sum(p.numel() * 4 for p in model.model.layers[0].parameters())
@@ -292,9 +292,9 @@ def test_memory_depends_on_the_largest_block_and_not_on_the_model(tmp_path):
         )
         assert done.returncode == 0, done.stderr[-3000:]
         private[layers], data = json.loads(done.stdout.splitlines()[-1])
-        limit = data + 12 * block + 12 * block // 4  # of the larger model: its file and a quarter of it
-    # No weight of the 12 additional blocks may stay in memory.
-    assert private[16] - private[4] < 12 * block / 4 < total / 4
+        limit = data + 8 * block + 8 * block // 4  # of the larger model: its file and a quarter of it
+    # No weight of the 8 additional blocks may stay in memory.
+    assert private[10] - private[2] < 8 * block / 4 < total / 4
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,8 @@ def test_memory_depends_on_the_largest_block_and_not_on_the_model(tmp_path):
         ({"tune": -1}, OptionError, "tune=-1"),
         ({"budget": "some"}, OptionError, "budget='some'"),
         ({"temper": 2.0}, OptionError, "temper=2.0"),
-        ({"length": 10**6}, ConversionError, "source of"),
+        ({"length": 10**6}, OptionError, "length=1000000"),
+        ({"data": ["few words"]}, ConversionError, "source of"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_written(dense, tmp_path, options, error, message):
