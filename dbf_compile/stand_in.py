@@ -78,11 +78,10 @@ class FactoredWeight(Tensor):
         kwargs = kwargs or {}
         if func in _SAME or (func in _FREEZE and not any((*args[1:], *kwargs.values()))):
             return args[0]
-        with torch._C.DisableTorchFunctionSubclass():
-            if func in _ASKS:
-                return func(*args, **kwargs)
-            if func in _BUILDS or (func in _LIKE_ANOTHER and not isinstance(args[0], FactoredWeight)):
-                return func(*map(_without_values, args), **{k: _without_values(v) for k, v in kwargs.items()})
+        if func in _ASKS:
+            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        if func in _BUILDS or (func in _LIKE_ANOTHER and not isinstance(args[0], FactoredWeight)):
+            return func(*map(_without_values, args), **{k: _without_values(v) for k, v in kwargs.items()})
         raise _used(func)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
