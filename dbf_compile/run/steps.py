@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from dbf_compile.calibration.calibrate import calibrate
-from dbf_compile.calibration.model_io import predicts_tokens, reads_tokens, vocabulary_of
+from dbf_compile.calibration.model_io import check_reads_tokens, predicts_tokens
 from dbf_compile.calibration.offload import blocks_of
 from dbf_compile.calibration.statistics import load_importance, save_importance
 from dbf_compile.compression.coverage import coverage
 from dbf_compile.compression.curves import allocate
 from dbf_compile.compression.distillation import distill
 from dbf_compile.compression.layers import LayerFactorizer
+from dbf_compile.errors import ConversionError
 from dbf_compile.factorizer.importance import Importance
 from dbf_compile.files import write_text
 from dbf_compile.progress import over
@@ -69,16 +70,22 @@ def _statistics(run: Run) -> dict[str, Importance]:
 
     def make(path: Path) -> None:
         batches = request.calibrating or None
-        if batches is None and not (reads_tokens(model) and vocabulary_of(model)):
-            return save_importance({}, path)  # it reads no tokens, and no batches were given
-        importance = calibrate(
-            model,
-            batches,
-            curvature=config.curvature,
-            device=request.device,
-            seed=config.seed,
-            progress=config.progress,
-        )
+        try:
+            if batches is None:
+                check_reads_tokens(model)
+            importance = calibrate(
+                model,
+                batches,
+                curvature=config.curvature,
+                device=request.device,
+                seed=config.seed,
+                progress=config.progress,
+            )
+        except ConversionError as error:
+            if batches is not None:
+                raise
+            warnings.warn(f"nothing is calibrated, and all features count alike: {error}", stacklevel=6)
+            importance = {}
         if config.temper is not None:
             items = over(importance.items(), "tempering", "layer", config.progress, delay=1.0)
             importance = {name: item.tempered(config.temper) for name, item in items}
