@@ -5,6 +5,7 @@ Shared first stages are tied parameters: transformers is told in ``all_tied_weig
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -73,6 +74,9 @@ def insert_layers_(model: nn.Module, layers: Layers) -> None:
         layer._buffers[WEIGHT_PLACEHOLDER] = torch.empty(rows, 0, dtype=layer.weight_dtype, device="meta")
     ties: Any = model
     ties.all_tied_weights_keys = {**(getattr(model, "all_tied_weights_keys", None) or {}), **shared}
+    # Some classes, such as Wav2Vec2ForCTC, tie nothing: finish_layers_ does, and nothing is missing there either.
+    ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    ties._keys_to_ignore_on_load_missing = {*ignored, *(f"^{re.escape(name)}$" for name in shared)}
 
 
 def finish_layers_(model: nn.Module, layers: Layers) -> None:
@@ -100,6 +104,15 @@ def finish_layers_(model: nn.Module, layers: Layers) -> None:
             _ = layer.factors
         except FactorsError as error:
             raise CheckpointError(f"layer {name!r}: {error.got}", error.allowed, DAMAGED) from error
+    for name, layer in dense_linears(model).items():
+        if (
+            dense_weight(layer).numel() == 0
+        ):  # what stands for a factored weight; before 5.21 transformers takes any size
+            raise CheckpointError(
+                f"dense layer {name!r}, which the folder has factored and in another size",
+                "layers of the sizes that were compressed",
+                "load it with those, or with a newer transformers and ignore_mismatched_sizes=True",
+            )
 
 
 def keep_together_(device_map: dict[str, Any], layers: Layers) -> None:

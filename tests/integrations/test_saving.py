@@ -77,6 +77,17 @@ def test_shared_stages_are_stored_once_and_shared_again(llama, tmp_path):
     assert not hasattr(llama, "hf_quantizer")
 
 
+def test_a_class_that_ties_nothing_itself_misses_nothing(tmp_path):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 128}
+    layers = {"conv_dim": (32,), "conv_stride": (2,), "conv_kernel": (3,), "num_conv_pos_embedding_groups": 4}
+    config = transformers.Wav2Vec2Config(vocab_size=32, num_conv_pos_embeddings=16, **sizes, **layers)
+    model = with_shared_stages(transformers.Wav2Vec2ForCTC(config).eval())
+    again = loaded_again(model, tmp_path)
+    assert_same(model, again)
+    attention = again.wav2vec2.encoder.layers[0].attention
+    assert attention.q_proj.signs_in is attention.k_proj.signs_in
+
+
 @pytest.mark.parametrize(
     "options",
     [
