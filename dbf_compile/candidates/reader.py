@@ -50,7 +50,7 @@ _PASS_ON = "list tuple set dict iter next zip enumerate reversed sorted filter m
 _ITERATES = set(_PASS_ON.split())
 _WALKS = dict.fromkeys(("values", "items", "children", "named_children"), CHILD)
 _WALKS |= dict.fromkeys(("modules", "named_modules"), BELOW)
-_PARAMETERS = ("parameters", "named_parameters")
+_PARAMETERS = ("parameters", "named_parameters", "state_dict")
 _DECIDABLE = (
     *(ast.Attribute, ast.Name, ast.Constant, ast.Compare, ast.BoolOp, ast.UnaryOp),
     *(ast.expr_context, ast.cmpop, ast.boolop, ast.unaryop),
@@ -163,7 +163,7 @@ class Reading:
                     self._bind(one, other, self._value(other))
             case ((ast.Tuple() | ast.List()), _):
                 for one in target.elts:
-                    self._bind(one, None, value)
+                    self._bind(one, None, value.items)
             case ast.Starred(value=inner), _:
                 self._bind(inner, None, value)
             case _:  # into an attribute or a container, from which anybody may read it
@@ -228,7 +228,7 @@ class Reading:
         if name not in LOOKS | NEW | _VIEWS:
             self._use(owner)
         kept = owner.weights if name in _VIEWS else frozenset()
-        if name == "weight":
+        if name in ("weight", "_parameters"):
             return Value(weights=kept | owner.layers)
         value = owner.then(name)._replace(weights=kept)
         is_property = isinstance(inspect.getattr_static(self._kind, name, None), property)
@@ -266,8 +266,11 @@ class Reading:
                     return receiver | receiver.then(_WALKS[name])
                 if name in _PARAMETERS:
                     return Value(weights=receiver.then(BELOW).layers)
-                if name == "get_submodule" and node.args and _constant(node.args[0]):
-                    return receiver.then(*_constant(node.args[0]).split("."))
+                if name in ("get_submodule", "get_parameter"):
+                    parts = _constant(node.args[0]).split(".") if node.args else [""]
+                    below = receiver.then(*parts) if parts != [""] else receiver.then(BELOW)
+                    is_weight = name == "get_parameter" and parts[-1] in ("", "weight")
+                    return Value(weights=_owners(below)) if is_weight else below
                 if name in LIKE_ANOTHER and not receiver.weights:
                     return NOTHING
                 self._attribute(receiver, name)
@@ -309,6 +312,11 @@ def read(
 ) -> Reading:
     """Return what a function uses and returns, for a class of modules and values of its arguments."""
     return Reading(function, kind, dict(arguments), depth)
+
+
+def _owners(tensors: Value) -> frozenset[Path]:
+    """Return the layers of tensors that are called "weight", or may be."""
+    return frozenset(path[:-1] if path[-1] == "weight" else path for path in tensors.layers)
 
 
 def _constant(node: ast.expr) -> str:
