@@ -281,7 +281,7 @@ def test_memory_depends_on_the_largest_block_and_not_on_the_model(tmp_path):
         block = sum(p.numel() * 4 for p in model.model.layers[0].parameters())
         total = sum(p.numel() * 4 for p in model.parameters())
         options = {**FAST, "data": str(text_of(dense)), "mode": "sequential", "windows": 2, "holdout": 0}
-        options |= {"bits": 1.0, "iterations": 1, "distill": 0, "max_shard_size": 2**20, "preset": "fast"}
+        options |= {"bits": 0.25, "iterations": 1, "distill": 0, "max_shard_size": 2**20, "preset": "fast"}
         arguments = json.dumps([str(dense), str(tmp_path / f"made{layers}"), options, limit])
         done = subprocess.run(
             [sys.executable, "-c", MEMORY, arguments],
