@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from dbf_compile.checkpoint import load, read_metadata, save
+from dbf_compile.checksums import changed_tensors
 from dbf_compile.compression.jobs import FactorJob
 from dbf_compile.errors import CheckpointError, ResumeError
 from dbf_compile.factorizer.factorize import weighted_error
@@ -203,11 +204,11 @@ def _read(path: Path) -> Result:
 
 
 def _is_whole(path: Path) -> bool:
-    """Return whether a result can be opened; its numbers are not read."""
+    """Return whether a result is as it was written."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt"):
-                return True
+                return not changed_tensors(path)
         json.loads(path.read_text())
     except FileNotFoundError:  # another process has removed it
         return True

@@ -70,6 +70,15 @@ def test_a_damaged_result_is_made_again_by_the_next_run(work, tmp_path, name, da
     assert again.factors("a", lambda: made(1))[1] == {"error": 0.5}
 
 
+def test_a_result_with_a_flipped_bit_is_made_again(work, tmp_path, caplog):
+    work.factors("a", made)
+    path = work.folder / "a.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    Work(tmp_path / "work", FINGERPRINT)
+    assert "a.safetensors is damaged" in caplog.text and not path.exists()
+
+
 @pytest.mark.parametrize("key", FINGERPRINT)
 def test_work_for_something_else_is_refused_and_left_alone(work, tmp_path, key):
     work.factors("a", made)
