@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from dbf_compile.candidates.reasons import listed
 from dbf_compile.compiler import dynamo
 from dbf_compile.compiler.graph_weights import GraphWeights
 from dbf_compile.linear import DoubleBinaryLinear, dense_linears, dense_weight
@@ -35,6 +36,10 @@ _WHOLE_MODULES = (
 )
 # Said of themselves in the documents: a layer that stays dense by one of these rules is no surprise.
 _BY_RULE = ("skipped by name", "too small to gain", "an adapter", "an embedding reads it, too")
+_NO_VERSIONS = (
+    "dbf: weights made under torch.inference_mode count no versions: a later write to few of their entries is not noticed; "
+    "make the model outside of it, and call it inside"
+)
 
 
 class _Dense(NamedTuple):
@@ -55,7 +60,9 @@ def tell_left_dense(gm: GraphModule, weights: GraphWeights) -> None:
         gm: the graph as Dynamo captured it.
         weights: of the same graph, after the passes ran.
     """
-    dense = list(dict.fromkeys(_left_dense(gm, weights)))
+    dense = list(
+        {layer.name: layer for layer in _left_dense(gm, weights)}.values()
+    )  # one weight may be read twice
     factored = sum(len(stack.positions) for stack in weights.stacks)
     surprise = any(not layer.by_rule for layer in dense)
     if not factored and not surprise and not _is_part(gm, dense, weights):
@@ -63,20 +70,18 @@ def tell_left_dense(gm: GraphModule, weights: GraphWeights) -> None:
     message = _message(dense, factored, weights.model)
     if (dense or surprise) and _is_new(weights.model, message):
         _log.log(logging.WARNING if surprise else logging.INFO, "%s", message)
+    read = (weights.inputs[position] for stack in weights.stacks for position in stack.positions)
+    if any(weight.is_inference() for weight in read) and _is_new(weights.model, _NO_VERSIONS):
+        _log.warning("%s", _NO_VERSIONS)
 
 
 def _message(dense: Sequence[_Dense], factored: int, model: nn.Module | None) -> str:
     title = "a function" if model is None else type(getattr(model, "_orig_mod", model)).__name__
     if not dense:
-        return f"dbf found no linear layer to factor in {title}"
-    by_reason: dict[str, list[str]] = {}
-    for layer in dense:
-        by_reason.setdefault(layer.reason, []).append(layer.name)
-    parts = []
-    for reason, names in by_reason.items():
-        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-        parts.append(f"{len(names)} {reason} ({shown})")
-    return f"dbf factored {factored} of {factored + len(dense)} linear layers of {title}; left dense: {'; '.join(parts)}"
+        return f"dbf: no linear layer to factor in {title}"
+    layers = listed({layer.name: layer.reason for layer in dense})
+    total = factored + len(dense)
+    return f"dbf: {factored} of {total} linear layers of {title} are factored; left dense: {layers}"
 
 
 _told: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()

@@ -55,10 +55,11 @@ REASONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reason", REASONS)
 def test_what_is_left_dense_is_said_with_its_reason(reason, caplog):
     (message,) = heard(caplog, compiled(Applied(REASONS[reason])), randn(5, 64))
-    assert message.startswith("dbf factored 1 of 2 linear layers of Applied; left dense: 1 ")
+    assert message.startswith("dbf: 1 of 2 linear layers of Applied are factored; left dense: 1 ")
     assert reason in message
 
 
@@ -85,7 +86,7 @@ def test_a_model_without_linear_layers_is_told_once(caplog):
     run = torch.compile(model, backend="dbf")
     for length in (5, 6, 7):
         messages = heard(caplog, run, randn(2, 3, length))
-    assert messages == ["dbf found no linear layer to factor in Sequential"]
+    assert messages == ["dbf: no linear layer to factor in Sequential"]
 
 
 def test_recompilations_and_blocks_say_it_once(caplog):
@@ -138,10 +139,16 @@ def test_what_is_as_asked_is_silent(kind, caplog):
 
 def test_layers_that_the_user_skips_are_counted_quietly(caplog):
     messages = heard(caplog, compiled(MLP(), skip=["up"]), randn(5, 67), level=logging.INFO)
-    assert messages == ["dbf factored 1 of 2 linear layers of MLP; left dense: 1 skipped by name (up)"]
+    assert messages == ["dbf: 1 of 2 linear layers of MLP are factored; left dense: 1 skipped by name (up)"]
     assert heard(caplog, compiled(MLP(), skip=["up"]), randn(5, 67)) == []
 
 
 def test_converted_layers_within_subgraphs_are_no_dense_ones(caplog):
     model = dbf_compile.convert_(Applied(REASONS["in a subgraph"]), **OPTIONS)
     assert heard(caplog, compiled(model), randn(5, 64)) == []
+
+
+@torch.inference_mode()
+def test_weights_that_count_no_versions_are_said(caplog):
+    (message,) = heard(caplog, compiled(MLP()), randn(5, 67))
+    assert "a later write to few of their entries is not noticed" in message
