@@ -158,6 +158,9 @@ def _fake(
     interleaved: bool = False,
     fast: bool = False,
 ) -> Tensor:
+    if in_scale is not None and not isinstance(x.shape[-1], int):
+        # As for a dense layer, a size that only data will tell is checked when they are there.
+        torch.nn.functional.linear(x, x.new_empty((1, in_scale.shape[0])))
     _check(x, signs, in_scale, out_scale, bias)
     return x.new_empty((*x.shape[:-1], int(signs.shape[0])), dtype=dtype or accumulator_dtype(x.dtype))
 

@@ -48,18 +48,13 @@ class Weight(NamedTuple):
 
 
 class FactorNodes(NamedTuple):
-    """The nodes of the five tensors of a factorization; see ``DoubleBinaryFactors``.
-
-    Args:
-        interleaved: whether the words of both sign matrices are interleaved, as kernels read them.
-    """
+    """The nodes of the five tensors of a factorization, see ``DoubleBinaryFactors``; signs are interleaved."""
 
     signs_in: Node
     signs_out: Node
     scale_in: Node
     scale_mid: Node
     scale_out: Node
-    interleaved: bool = False
 
 
 class WeightSource(Protocol):

@@ -44,9 +44,8 @@ def replace_linears(graph: Graph, source: WeightSource) -> int:
     factors = dict(zip(requests, source.factors(requests), strict=True)) if requests else {}
     for node, weights in sites:
         x, _, bias = node.args
-        *tensors, interleaved = factors[weights]
         dtype = example_value(node).dtype
-        replace(node, emit(node, double_binary_linear, x, *tensors, bias, dtype, interleaved))
+        replace(node, emit(node, double_binary_linear, x, *factors[weights], bias, dtype, True))
     return len(sites)
 
 

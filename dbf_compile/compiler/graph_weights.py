@@ -149,7 +149,7 @@ class GraphWeights:
             nodes[name] = node
             self.fake_inputs.append(fake)
             self.extra.append((index, name))
-        return FactorNodes(**nodes, interleaved=True)
+        return FactorNodes(**nodes)
 
 
 def is_plain(value: Any) -> bool:

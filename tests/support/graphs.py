@@ -14,8 +14,9 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils._pytree import tree_map_only
 
 from dbf_compile.compiler import dynamo
-from dbf_compile.factors import DoubleBinaryFactors
+from dbf_compile.factors import SIGN_NAMES, DoubleBinaryFactors
 from dbf_compile.passes.graph import FactorNodes, Weight
+from dbf_compile.signs import interleave
 
 
 class HandGraph:
@@ -113,7 +114,9 @@ class HandGraph:
             cols, 24, sum(self.rows(weight) for weight in weights), seed=len(self.factored)
         )
         self.factored[weights] = factors
-        return FactorNodes(*(self.input(tensor) for tensor in factors.tensors().values()))
+        tensors = factors.tensors()
+        tensors |= {name: interleave(tensors[name]) for name in SIGN_NAMES}
+        return FactorNodes(**{name: self.input(tensor) for name, tensor in tensors.items()})
 
 
 def targets(graph: Graph) -> list[str]:
