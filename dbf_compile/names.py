@@ -158,9 +158,9 @@ def _added(keys: Collection[str], layers: Collection[str]) -> str:
 
 
 def _ambiguous(names: Collection[str], paths: Collection[str]) -> OptionError:
-    shown = (", ".join(map(repr, list(items)[:3])) for items in (names, paths))
+    layers, parts = (", ".join(map(repr, list(items)[:3])) for items in (names, paths))
     return OptionError(
-        "layers {}, which could belong to any of {}".format(*shown),
+        f"layers {layers}, which could belong to any of {parts}",
         "names that belong to one part of a model",
         "pass what belongs to this part, under its own names, or call the part through its model",
     )
