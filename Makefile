@@ -8,13 +8,14 @@ PIP    := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constrai
 CORE   := $(filter-out tests/test_cli.py tests/test_evaluation.py,$(wildcard tests/test_*.py)) tests/factorizer tests/passes tests/kernels tests/compiler
 BY_FILE := --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test quick check docs bench bench-cpu bench-gpu bench-factorizer bench-compress clean
+.PHONY: demo test quick check docs bench bench-cpu bench-gpu bench-factorizer bench-compress soak clean
 
 # QUICK=1: two layers of the encoder and fewer measurements.
 demo: $(VENV)/.demo
 	$(VENV)/bin/python benchmarks/demo.py $(if $(QUICK),--quick)
 
-# A file of tests stays in one process, for its fixtures; files with slow tests come first (tests/conftest.py).
+# A file of tests stays in one process, for its fixtures; files with slow tests come first, and coverage is that of the
+# others (tests/conftest.py).
 test: $(VENV)/.test
 	$(RUN) -m pytest -n auto $(BY_FILE) --durations=20 --cov --cov-report=term --cov-fail-under=90
 
@@ -54,6 +55,10 @@ bench-factorizer: $(VENV)/.demo
 bench-compress: $(VENV)/.demo
 	test -d out/python10m || $(VENV)/bin/python benchmarks/train_python_model.py
 	$(VENV)/bin/python benchmarks/compress_models.py
+
+# Campaigns that look for what is wrong in silence; a campaign that was stopped goes on where it was. About three hours.
+soak: $(VENV)/.test
+	$(VENV)/bin/python benchmarks/soak.py $(if $(QUICK),--quick)
 
 clean:
 	rm -rf $(VENV) build dist out site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage

@@ -29,11 +29,11 @@ from dbf_compile.run.workers import compress_in_processes
 MODES = ("independent", "block")
 # How many call compress at once; "2, spawned" is compress_in_processes, whose processes import everything anew.
 PROCESSES = ("1", "2", "2, spawned")
-SECONDS = 300  # of a whole case
+SECONDS = 1200  # of a whole case
 # Of the report: times, and memory, which is that of a process.
 CHANGING = ("created", "memory", "seconds", "time")
 SMALLEST_DISK = 64  # bytes of a file
-PATIENCE = 120  # seconds of one run
+PATIENCE = 300  # seconds of one run
 
 
 @dataclass(frozen=True)

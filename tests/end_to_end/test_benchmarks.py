@@ -1,4 +1,4 @@
-"""The benchmarks for GPUs run from end to end on the CPU, with small sizes: else a mistake shows only on a GPU."""
+"""The benchmarks for GPUs run from end to end on the CPU, with small sizes, else a mistake shows only on a GPU; so do campaigns."""
 
 import os
 import subprocess
@@ -19,20 +19,31 @@ TABLES = {
 }
 
 
+def results() -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in (BENCHMARKS / "results").iterdir()}
+
+
+def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a program from its own folder, as a user does."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    command = [sys.executable, str(BENCHMARKS / program), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
+
+
 @pytest.mark.parametrize("program", TABLES)
 def test_a_dry_run_ends_and_writes_nothing(program: str) -> None:
-    before = {path: path.stat().st_mtime_ns for path in (BENCHMARKS / "results").iterdir()}
-    # From their own folder, as a user starts them.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / program), "--dry-run"],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-        env=environment,
-    )
+    before = results()
+    done = run(program, "--dry-run")
     assert done.returncode == 0, done.stderr[-4000:]
     for table in TABLES[program]:
         assert f"rows of {table} not written" in done.stdout
-    assert {path: path.stat().st_mtime_ns for path in (BENCHMARKS / "results").iterdir()} == before
+    assert results() == before
+
+
+def test_campaigns_find_nothing_in_a_few_cases_and_write_nothing() -> None:
+    """That of the sanitizers is the program of ``tests/kernels/sign_matmul/test_cpu_product.py``."""
+    before = results()
+    done = run("soak.py", "--quick", "folders", "kills", "threads")
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    assert "rows of soak not written" in done.stdout
+    assert results() == before
