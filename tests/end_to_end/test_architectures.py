@@ -11,6 +11,9 @@ from dbf_compile.linear import DoubleBinaryLinear
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow
 
+# test_transformers.py compiles these; Mistral is a Llama at this size.
+COMPILED_ELSEWHERE = ("llama", "mistral", "gpt2", "bert")
+
 
 @pytest.mark.parametrize("name", KINDS)
 @torch.no_grad()
@@ -30,8 +33,9 @@ def test_it_is_compressed_loaded_and_compiled(name, tmp_path):
     exact, eager = (run(**calibration[0]).logits for run in (dense, model))
     # The error of a constant would be 1.
     assert (eager - exact).norm() < 0.5 * (exact - exact.mean()).norm()
-    compiled = torch.compile(model, backend="dbf")(**calibration[0]).logits
-    assert error_of(compiled, eager) < 1e-4  # float32 sums in another order
+    if name not in COMPILED_ELSEWHERE:
+        compiled = torch.compile(model, backend="dbf")(**calibration[0]).logits
+        assert error_of(compiled, eager) < 1e-4  # float32 sums in another order
 
 
 def test_experts_that_are_compressed_generate(tmp_path):

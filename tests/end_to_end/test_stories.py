@@ -11,7 +11,7 @@ import dbf_compile
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 MODEL, TEXT = DATA / "models" / "stories260K", DATA / "text" / "tinystories-valid-a.txt"
-WINDOW, WINDOWS = 512, 16
+WINDOW, WINDOWS = 256, 16
 
 pytestmark = [
     pytest.mark.skipif(not MODEL.exists() or not TEXT.exists(), reason=f"needs {DATA}"),
@@ -24,7 +24,7 @@ def windows():
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    tokens = tokenizer(TEXT.read_text()[:60_000], return_tensors="pt").input_ids[0]
+    tokens = tokenizer(TEXT.read_text()[:30_000], return_tensors="pt").input_ids[0]
     return tokens[: WINDOW * WINDOWS].view(-1, WINDOW)
 
 

@@ -178,6 +178,11 @@ def _rounding(truth: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(truth.to(dtype).double() == truth, 0.0, torch.finfo(dtype).eps / 2 * truth.abs())
 
 
+def _some(every: list[dict[str, int]], case: Case) -> list[dict[str, int]]:
+    """Return one of the settings to tune over, another for the next case, so that all of them are run."""
+    return [every[CASES.index(case) % len(every)]] if every else []
+
+
 def _with_other_settings(
     case: Case, x: Tensor, words: Tensor, vectors: list[Any], result: torch.dtype
 ) -> Any:
@@ -192,7 +197,7 @@ def _with_other_settings(
     x, ragged = _at_the_edge(x), is_ragged(N)
     fresh = lambda: _at_the_edge(torch.full((*x.shape[:-1], N), math.nan).to(result))  # noqa: E731
     if M <= DECODE_TOKENS:
-        for settings_ in triton_decode.decode_blocks(M, N, K)[1::3]:
+        for settings_ in _some(triton_decode.decode_blocks(M, N, K)[1:], case):
             y = fresh()
             grid = triton_decode.decode_grid(M, N, settings_)
             triton_decode.decode_kernel[grid](x, words, y, *vectors, M, N, K, RAGGED=ragged, **settings_)
@@ -209,12 +214,12 @@ def _with_other_settings(
     # One operand of any dtype holds small whole numbers exactly.
     z = x.float().reshape(M, K) if vectors[0] is None else x.float().reshape(M, K) * vectors[0].float()
     operand = _at_the_edge(triton_prefill.bf16x3_split(z, torch.bfloat16, 2))
-    for settings_ in triton_prefill.prefill_blocks(M, N)[::3]:
+    for settings_ in _some(triton_prefill.prefill_blocks(M, N), case):
         y = fresh()
         grid = triton_prefill.prefill_grid(M, N, settings_)
         triton_prefill.prefill_kernel[grid](operand, words, y, *vectors[1:], M, N, K, 2, ragged, **settings_)
         yield y
-    for settings_ in triton_dequantize.dequantize_blocks(K):
+    for settings_ in _some(triton_dequantize.dequantize_blocks(K), case):
         dense = _at_the_edge(torch.full((N, K), math.nan, dtype=torch.bfloat16))
         grid = triton_dequantize.dequantize_grid(N, K, settings_)
         triton_dequantize.dequantize_kernel[grid](words, vectors[1], dense, N, K, ragged, **settings_)
