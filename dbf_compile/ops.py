@@ -20,6 +20,7 @@ interleaved at every call.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,7 +159,8 @@ def _fake(
     interleaved: bool = False,
     fast: bool = False,
 ) -> Tensor:
-    if in_scale is not None and not isinstance(x.shape[-1], int):
+    features: Any = x.shape[-1] if x.dim() else None
+    if in_scale is not None and isinstance(features, torch.SymInt):
         # As for a dense layer, a size that only data will tell is checked when they are there.
         torch.nn.functional.linear(x, x.new_empty((1, in_scale.shape[0])))
     _check(x, signs, in_scale, out_scale, bias)
@@ -234,7 +236,7 @@ def double_binary_linear(
     return result
 
 
-def _map_nested(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+def _map_nested(x: Any, function: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply a function of the last dimension to a nested tensor."""
     if x.layout != torch.jagged:
         return torch.nested.as_nested_tensor([function(part) for part in x.unbind()])
