@@ -43,7 +43,13 @@ SPEECH |= {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
 SWIN = {"image_size": 16, "patch_size": 4, "embed_dim": D, "depths": [1], "num_heads": [2], "window_size": 4}
 FUNNEL = {"vocab_size": V, "block_sizes": [1], "d_model": D, "n_head": 2, "d_head": 16, "d_inner": 64}
 GPT2 = {"vocab_size": V, "n_embd": D, "n_layer": 1, "n_head": 2, "n_positions": 32}
-SWITCH = {**T5, "num_experts": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 0}
+SWITCH = {
+    **T5,
+    "num_experts": 1,  # of several, another would be chosen where two are close
+    "num_sparse_encoder_layers": 1,
+    "num_decoder_layers": 1,
+    "num_sparse_decoder_layers": 0,
+}
 SIGLIP = {"hidden_size": D, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 SIGLIP |= {"image_size": 16, "patch_size": 8}
 # Class without "Model" and "Config", sizes, inputs, and the last names of layers that are read without a call.
