@@ -40,13 +40,15 @@ class CheckedCall:
     def __init__(self, compiled: Callable[..., Any], weights: GraphWeights) -> None:
         self._compiled, self._stacks, self._extra = compiled, weights.stacks, weights.extra
         self._options, self._factorizer = weights.options, weights.factorizer
-        self._contents, self._local = weights.contents, weights.local_names()
-        self._positions = [position for stack in self._stacks for position in stack.positions]
+        factored = [position for stack in self._stacks for position in stack.positions]
+        # Of another instance, the options may ask for factors where they skip a layer of this one.
+        self._positions, self._count = [*factored, *weights.skipped], len(factored)
+        self._contents, self._local = weights.contents, weights.local_names(self._positions)
         # Dynamo guards grad mode, not the requires_grad of parameters.
         self._grad_mode = torch.is_grad_enabled()
         read = [weights.inputs[position] for position in self._positions]
-        self._requires_grad = list(map(_requires_grad, read))
-        state = WeightState(read)
+        self._requires_grad = list(map(_requires_grad, read[: self._count]))
+        state = WeightState(read[: self._count])
         tensors = [weights.factored[index].tensors[name] for index, name in weights.extra]
         self._shapes = [tensor.shape for tensor in tensors]
         # Replaced, never changed: other threads read it.
@@ -59,25 +61,29 @@ class CheckedCall:
             TrainingError: a weight requires a gradient since the compilation.
             ConversionError: weights for which the options ask for another graph, or other ones than those of ready factors.
         """
-        weights = [inputs[position] for position in self._positions]
-        if self._grad_mode and list(map(_requires_grad, weights)) != self._requires_grad:
-            self._refuse_gradients(weights)
-        binding = self._bindings.get(addresses_of(weights))
-        if binding is None or not binding.state.matches(weights):
-            binding = self._bind(inputs, weights)
+        read = [inputs[position] for position in self._positions]
+        factored = read[: self._count]
+        if self._grad_mode and list(map(_requires_grad, factored)) != self._requires_grad:
+            self._refuse_gradients(factored)
+        binding = self._bindings.get(addresses_of(read))
+        if binding is None or not binding.state.matches(factored):
+            binding = self._bind(inputs, read)
         return self._compiled(*inputs, *binding.tensors)
 
-    def _bind(self, inputs: Sequence[Any], weights: Sequence[Tensor]) -> _Binding:
+    def _bind(self, inputs: Sequence[Any], read: Sequence[Tensor]) -> _Binding:
         """Return a binding for weights that are new here, or have changed."""
         # Another instance of a block has other names.
-        layers = named_layers(self._options, self._factorizer.ready_names, weights, self._local)
+        layers = named_layers(self._options, self._factorizer.ready_names, read, self._local)
         names = iter(layers.names)
         stacks = [stack._replace(names=tuple(next(names) for _ in stack.names)) for stack in self._stacks]
         for stack in stacks:
             for name, dense in zip(stack.names, stack.dense(inputs), strict=True):
                 if reason := self._factorizer.why_dense(name, dense):
                     raise _shares_code(name, f"stays dense ({reason})")
-        state = WeightState(weights)
+        for name, weight in zip(names, read[self._count :], strict=True):
+            if self._factorizer.why_dense(name, weight) is None:
+                raise _shares_code(name, "is factored")
+        state = WeightState(read[: self._count])
         factored = memory.get(self._factorizer, stacks, inputs, self._contents)
         tensors = [factored[index].tensors[name] for index, name in self._extra]
         for (index, _), tensor, shape in zip(self._extra, tensors, self._shapes, strict=True):
@@ -85,7 +91,7 @@ class CheckedCall:
                 raise _shares_code(joined(stacks[index].names), "has other bits")
         binding = _Binding(state, tensors)
         alive = {key: item for key, item in self._bindings.items() if item.state.is_alive()}
-        self._bindings = alive | {addresses_of(weights): binding}
+        self._bindings = alive | {addresses_of(read): binding}
         return binding
 
     def _refuse_gradients(self, weights: Sequence[Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from dbf_compile.compression.layers import LayerFactorizer
 from dbf_compile.errors import TrainingError
 from dbf_compile.hashes import tensor_hash
 from dbf_compile.names import plain_name
-from dbf_compile.options import CompileOptions
+from dbf_compile.options import DENSE_BY_DEFAULT, CompileOptions
 from dbf_compile.passes.graph import (
     FactorNodes,
     Weight,
@@ -125,10 +126,19 @@ class GraphWeights:
             self._names.get(node) or plain_name(dynamo.qualified_name(node).rpartition(".")[0]) or node.name
         )
 
-    def local_names(self) -> list[str]:
-        """Return the names that all layers of the stacks have in the graph."""
-        by_position = {position: node for node, position in self.positions.items()}
-        return [self._local[by_position[position]] for stack in self.stacks for position in stack.positions]
+    def local_names(self, positions: Sequence[int]) -> list[str]:
+        """Return the names that layers have in the graph."""
+        return [self._local[self.placeholders[position]] for position in positions]
+
+    @property
+    def skipped(self) -> list[int]:
+        """Positions of weights that stay dense because the user's own patterns skip them."""
+        patterns = [pattern for pattern in self.options.skip if pattern not in DENSE_BY_DEFAULT]
+        return [
+            self.positions[node]
+            for node, name in self._names.items()
+            if any(fnmatchcase(name, pattern) for pattern in patterns)
+        ]
 
     def _tensor(self, node: Node) -> Tensor:
         tensor: Tensor = self.inputs[self.positions[node]]

@@ -199,7 +199,11 @@ def test_ready_factors_serve_their_own_weights_only(checkpoint, change):
 
 @pytest.mark.parametrize(
     ("options", "difference"),
-    [({"skip": ["1.*"]}, "stays dense"), ({"overrides": {"1.linear": 8.0}}, "has other bits")],
+    [
+        ({"skip": ["1.*"]}, "stays dense"),
+        ({"skip": ["0.*"]}, "is factored"),
+        ({"overrides": {"1.linear": 8.0}}, "has other bits"),
+    ],
 )
 def test_instances_that_share_code_must_share_their_options(options, difference):
     model, x = nn.Sequential(Block(1), Block(2)), randn(4, 70)
