@@ -9,6 +9,7 @@ from support.models.architectures import SHARPER
 from support.models.tiny import tiny_llama
 from support.strategies import random_factors, random_factors_like, random_signs
 
+from dbf_compile.factors import DoubleBinaryFactors
 from dbf_compile.linear import DoubleBinaryLinear
 from dbf_compile.signs import interleave, pack_signs
 
@@ -37,7 +38,15 @@ class Siblings(torch.nn.Module):
 
 def _siblings(K: int, R: int, rows: Sequence[int]) -> list[DoubleBinaryLinear]:
     """Return layers that were factored as one."""
-    return [DoubleBinaryLinear(factors) for factors in random_factors(K, R, sum(rows)).split(rows)]
+    return _layers_of(random_factors(K, R, sum(rows)), rows)
+
+
+def _layers_of(factors: DoubleBinaryFactors, rows: Sequence[int]) -> list[DoubleBinaryLinear]:
+    """Return layers of so many rows that hold one first stage."""
+    first, *others = (DoubleBinaryLinear(part) for part in factors.split(rows))
+    for layer in others:
+        layer.share_first_stage_(first)
+    return [first, *others]
 
 
 class Deep(torch.nn.Module):
@@ -145,4 +154,4 @@ def _as_one(mid_features: int, *dense: torch.nn.Linear) -> list[DoubleBinaryLine
     """Return random layers, factored as one, for dense layers of the same input."""
     weight = torch.cat([layer.weight.detach() for layer in dense])
     rows = [layer.out_features for layer in dense]
-    return [DoubleBinaryLinear(factors) for factors in random_factors_like(weight, mid_features).split(rows)]
+    return _layers_of(random_factors_like(weight, mid_features), rows)
