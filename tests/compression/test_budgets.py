@@ -24,8 +24,8 @@ def curve(out_features=256, in_features=128, weight=1.0, rate=1.4):
 
 
 @st.composite
-def curves(draw, sizes=(256, 344, 384, 512), counts=(8, 16)):
-    sizes = st.sampled_from(sizes)
+def curves(draw, counts=(8, 16)):
+    sizes = st.sampled_from([256, 344, 384, 512])
     count = draw(st.integers(*counts))
     return {
         f"layers.{index}.linear": curve(
@@ -70,10 +70,9 @@ def test_the_budget_is_met_to_a_thousandth_and_never_exceeded(weights, bits, mul
     )
 
 
-@settings(
-    deadline=None, max_examples=25
-)  # with steps of 1 there are as many steps as middle features: few, small weights
-@given(curves(sizes=(64, 96, 128), counts=(3, 6)), st.floats(1.0, 3.0))
+# With steps of 1 there are as many steps as middle features: few weights.
+@settings(deadline=None, max_examples=10)
+@given(curves(counts=(3, 5)), st.floats(1.0, 3.0))
 def test_it_is_never_predicted_worse_than_equal_bits_when_free(weights, bits):
     # With multiples of 1 equal bits are one of the choices, up to the bits that whole words leave unused.
     allocation = allocate_bits(weights, bits, multiple=1, floor=0, ceiling=16)
