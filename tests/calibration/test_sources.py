@@ -198,7 +198,11 @@ def test_ids_in_tensors_are_rows() -> None:
     ]
 
 
-@pytest.mark.parametrize("source", [3, None, b"bytes", io.StringIO("text"), io.BytesIO(b"text")], ids=repr)
+@pytest.mark.parametrize(
+    "source",
+    [3, None, b"bytes", io.StringIO("text"), io.BytesIO(b"text")],
+    ids=lambda source: type(source).__name__,
+)
 def test_what_is_no_source_is_refused(source: Any) -> None:
     with pytest.raises(ConversionError, match=r"source of type .*pass its path, or \[text\]"):
         read(source)
