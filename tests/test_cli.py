@@ -68,7 +68,7 @@ def test_inspect_gives_the_reasons_of_the_run_that_made_it(dense, tmp_path):
     assert done.exit_code == 0, (done.output, done.exception)
     reasons = {row["name"]: row["reason"] for row in facts("inspect", tmp_path / "made")["dense"]}
     assert reasons["model.layers.0.self_attn.o_proj"] == "skipped by name"
-    assert reasons["model.layers.0.self_attn.v_proj"] == "too small to gain"
+    assert reasons["model.layers.0.self_attn.v_proj"] == "too small to gain at 0.1 bits per weight"
     for report in ("", "[]", '{"settings": 1, "layers": 2}', '{"settings": {"skip": 3}}'):
         (tmp_path / "made" / "dbf_report.json").write_text(report)
         assert facts("inspect", tmp_path / "made")["layers"][0]["error"] is None

@@ -126,13 +126,12 @@ class LayerFactorizer:
             return "skipped by name"
         if not weight.is_floating_point():
             return f"of dtype {str(weight.dtype).removeprefix('torch.')}"
-        if weight.device.type == "meta":
-            return "on the meta device"
         out_features, in_features = weight.shape
         bits = self.config.bits_for(name)
         if mid_features_for(bits, in_features, out_features) < MIN_MID_FEATURES:
             return f"too small to gain at {bits:g} bits per weight"
-        return None
+        # Last: inspection asks for the reasons of a run on a model without data.
+        return "on the meta device" if weight.device.type == "meta" else None
 
     @property
     def ready_names(self) -> list[str]:

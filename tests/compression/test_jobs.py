@@ -195,5 +195,4 @@ def test_the_number_of_threads_is_restored_by_the_last_of_several_pools():
         first.submit(int).result()
         with jobs_module._threads(1, 1) as second:
             second.submit(int).result()
-        assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before

@@ -255,9 +255,9 @@ def test_a_folder_that_is_another_model_takes_no_place_and_the_work_is_kept(
 
     if damage == "setting":
 
-        def write_other(folder: Path, compressed: Any, size: int) -> int:
+        def write_other(folder: Path, compressed: Any, *others: Any) -> int:
             compressed.model.config.rms_norm_eps = 0.5
-            return write(folder, compressed, size)
+            return write(folder, compressed, *others)
 
         monkeypatch.setattr(model_folder, "write_model", write_other)
     else:
