@@ -132,10 +132,8 @@ def _case(calls: int, seed: int) -> Case:
 
 
 def _call(models: list[Served], random: Random, calls: int, faults: list[str]) -> None:
-    torch._dynamo.config.recompile_limit = (
-        64  # past it, calls run without the backend; every thread has its own settings
-    )
-    with torch.no_grad():
+    # Past the limit, calls run without the backend. Every thread has its own settings.
+    with torch._dynamo.config.patch(recompile_limit=64), torch.no_grad():
         for number in range(calls):
             index = random.randrange(len(models))
             served = models[index]

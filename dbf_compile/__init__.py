@@ -11,6 +11,7 @@ from importlib import import_module
 from dbf_compile.calibration.batches import token_batches
 from dbf_compile.calibration.calibrate import calibrate
 from dbf_compile.checkpoint import load, read_metadata, save
+from dbf_compile.compiler import registration
 from dbf_compile.compression.budgets import Allocation
 from dbf_compile.compression.curves import allocate
 from dbf_compile.compression.layers import convert_, factorize_model
@@ -43,7 +44,7 @@ for _library, _integration in (
 ):
     when_imported(_library, partial(import_module, f"dbf_compile.integrations.{_integration}"))
 
-when_imported("torch._dynamo.backends.registry", partial(import_module, "dbf_compile.compiler.registration"))
+when_imported(registration.REGISTRY, registration.register)
 
 __all__ = [
     "Allocation",

@@ -63,7 +63,7 @@ def test_new_tokens_are_those_that_transformers_writes(make, count):
     assert generation.new_tokens == whole.shape[1] - start <= count
     assert generation.prompt_tokens == 5
     assert generation.text == Words().decode(whole[0, start:], skip_special_tokens=True)
-    assert "".join(pieces) == generation.text and generation.decode_seconds >= 0
+    assert "".join(pieces) == generation.text
 
 
 @pytest.mark.parametrize("make", [llama, t5])

@@ -120,7 +120,33 @@ def listed(dense: Mapping[str, str]) -> str:
     return "; ".join(parts)
 
 
+def is_by_rule(reason: str) -> bool:
+    """Return whether the documents say of a reason that such layers stay dense."""
+    return reason.startswith(_BY_RULE)
+
+
 _told: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
+
+def say_once(model: nn.Module, message: str, level: int) -> None:
+    """Log a message about a model, once."""
+    told = _told.setdefault(getattr(model, "_orig_mod", model), set())
+    if message not in told:
+        told.add(message)
+        _log.log(level, "%s", message)
+
+
+def left_dense(model: nn.Module | None, factored: int, dense: Mapping[str, str]) -> str:
+    """Return in words how many linear layers are factored, and why others are not.
+
+    Args:
+        model: that has the layers; None for a function.
+        factored: number of layers that are factored.
+        dense: names of the other linear layers to their reasons.
+    """
+    title = "a function" if model is None else type(getattr(model, "_orig_mod", model)).__name__
+    total = factored + len(dense)
+    return f"{factored} of {total} linear layers of {title} are factored; left dense: {listed(dense)}"
 
 
 def tell_left_dense(model: nn.Module, factored: int, dense: Mapping[str, str]) -> None:
@@ -131,14 +157,6 @@ def tell_left_dense(model: nn.Module, factored: int, dense: Mapping[str, str]) -
         factored: number of layers that are factored.
         dense: names of the other linear layers to their reasons.
     """
-    if not dense:
-        return
-    message = (
-        f"{factored} of {factored + len(dense)} linear layers of {type(model).__name__} are factored; "
-        f"left dense: {listed(dense)}"
-    )
-    told = _told.setdefault(model, set())
-    if message not in told:
-        told.add(message)
-        expected = all(reason.startswith(_BY_RULE) for reason in dense.values())
-        _log.log(logging.INFO if expected else logging.WARNING, "%s", message)
+    if dense:
+        expected = all(map(is_by_rule, dense.values()))
+        say_once(model, left_dense(model, factored, dense), logging.INFO if expected else logging.WARNING)

@@ -17,7 +17,7 @@ from dbf_compile.candidates.sources import mentions, methods, own_function, para
 
 # They read weights on a fast path, and leave it where a weight has a __torch_function__, as that of a stand-in.
 _DECLINE = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
-_WRAPPERS = ("torch.nn.parallel.", "torch.distributed.", "torch._dynamo.")
+_WRAPPERS = ("torch.nn.parallel.", "torch.distributed.")
 
 
 def weight_uses(model: nn.Module) -> dict[nn.Module, str]:
@@ -68,7 +68,9 @@ def _uses_of_own(module: nn.Module) -> Uses:
 def _only_wraps(module: nn.Module) -> bool:
     """Return whether a module calls a model, and keeps its parameters in order; PEFT's compute beside a ``base_layer``."""
     where = type(module).__module__
-    return where.startswith(_WRAPPERS) or (_is_of_peft(module) and "base_layer" not in module._modules)
+    if where.startswith(_WRAPPERS) or "_orig_mod" in module._modules:
+        return True
+    return _is_of_peft(module) and "base_layer" not in module._modules
 
 
 def _is_of_peft(module: nn.Module) -> bool:

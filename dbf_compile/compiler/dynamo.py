@@ -1,12 +1,11 @@
 """Reads and extends the graphs that Dynamo captures.
 
-Private names of torch stand here and in ``inductor.py`` and ``ir.py`` beside it, nowhere else. Proven on torch 2.11 to 2.13.
+Private names of torch stand here and in ``inductor``, ``ir`` and ``registration`` beside it, nowhere else. Proven on torch 2.11 to 2.13.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,6 +15,9 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
+
+# Why an input of a graph has no data.
+WITHOUT_DATA = "without data: traced under a fake mode, or split by DDP, which torch._dynamo.config.optimize_ddp = False prevents"
 
 
 def copy_graph(gm: GraphModule) -> GraphModule:
@@ -85,11 +87,3 @@ def _fake_like(tensor: Tensor, mode: Any) -> Tensor:
     # As mode.from_tensor for a plain tensor of fixed sizes, but five times faster.
     with mode:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-
-
-def register_unless_listed(name: str, backend: Callable[..., Any]) -> None:
-    """Register a backend of ``torch.compile``, unless torch has listed the entry points: it may be loading this one."""
-    from torch._dynamo.backends import registry
-
-    if name not in registry._BACKENDS:
-        registry.register_backend(backend, name=name)

@@ -50,9 +50,10 @@ class GraphWeights:
     ) -> None:
         self._graph, self.inputs, self.options, self.factorizer = gm.graph, inputs, options, factorizer
         self.placeholders = gm.graph.find_nodes(op="placeholder")
+        self._values: dict[Node, Any] = dict(zip(self.placeholders, inputs, strict=True))
         self.positions = {
             node: position
-            for position, (node, value) in enumerate(zip(self.placeholders, inputs, strict=True))
+            for position, (node, value) in enumerate(self._values.items())
             if dynamo.is_static_input(node) and is_plain(value)
         }
         matrices = [node for node in self.positions if self._tensor(node).dim() == 2]
@@ -81,7 +82,7 @@ class GraphWeights:
 
     def why_dense(self, weight: Weight) -> str | None:
         """Return why a matrix stays dense, whoever reads it, or None if it is factored."""
-        value = self.inputs[self.placeholders.index(weight.node)]
+        value = self._values[weight.node]
         if reason := _why_no_matrix(value):
             return reason
         name = self._names[weight.node]
@@ -176,7 +177,7 @@ def _why_no_matrix(value: Any) -> str | None:
     if getattr(value, "is_meta", False):
         return "on the meta device"
     if not dynamo.is_real(value):
-        return "without data: DDP splits graphs unless torch._dynamo.config.optimize_ddp is False"
+        return dynamo.WITHOUT_DATA
     return f"with a weight of the class {type(value).__name__}"
 
 

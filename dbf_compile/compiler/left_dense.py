@@ -5,12 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
-from torch import nn
 from torch.fx import GraphModule, Node
 
-from dbf_compile.candidates.reasons import listed
+from dbf_compile.candidates.reasons import is_by_rule, left_dense, say_once
 from dbf_compile.compiler import dynamo
 from dbf_compile.compiler.graph_weights import GraphWeights
 from dbf_compile.linear import DoubleBinaryLinear, dense_linears, dense_weight
@@ -34,8 +32,6 @@ _WHOLE_MODULES = (
     *("gru", "lstm", "rnn_tanh", "rnn_relu", "gru_cell", "lstm_cell", "rnn_tanh_cell", "rnn_relu_cell"),
     *("bilinear", "bmm", "baddbmm", "einsum", "grouped_mm", "_grouped_mm"),
 )
-# Said of themselves in the documents: a layer that stays dense by one of these rules is no surprise.
-_BY_RULE = ("skipped by name", "too small to gain", "an adapter", "an embedding reads it, too")
 _NO_VERSIONS = (
     "dbf: weights made under torch.inference_mode count no versions: a later write to few of their entries is not noticed; "
     "make the model outside of it, and call it inside"
@@ -50,7 +46,7 @@ class _Dense(NamedTuple):
 
     @property
     def by_rule(self) -> bool:
-        return self.reason.startswith(_BY_RULE)
+        return is_by_rule(self.reason)
 
 
 def tell_left_dense(gm: GraphModule, weights: GraphWeights) -> None:
@@ -67,33 +63,24 @@ def tell_left_dense(gm: GraphModule, weights: GraphWeights) -> None:
     surprise = any(not layer.by_rule for layer in dense)
     if not factored and not surprise and not _is_part(gm, dense, weights):
         surprise = bool(dense) or weights.model is not None
-    message = _message(dense, factored, weights.model)
-    if (dense or surprise) and _is_new(weights.model, message):
-        _log.log(logging.WARNING if surprise else logging.INFO, "%s", message)
+    if dense or surprise:
+        _say(weights, _message(dense, factored, weights), logging.WARNING if surprise else logging.INFO)
     read = (weights.inputs[position] for stack in weights.stacks for position in stack.positions)
-    if any(weight.is_inference() for weight in read) and _is_new(weights.model, _NO_VERSIONS):
-        _log.warning("%s", _NO_VERSIONS)
+    if any(weight.is_inference() for weight in read):
+        _say(weights, _NO_VERSIONS, logging.WARNING)
 
 
-def _message(dense: Sequence[_Dense], factored: int, model: nn.Module | None) -> str:
-    title = "a function" if model is None else type(getattr(model, "_orig_mod", model)).__name__
+def _message(dense: Sequence[_Dense], factored: int, weights: GraphWeights) -> str:
     if not dense:
-        return f"dbf: no linear layer to factor in {title}"
-    layers = listed({layer.name: layer.reason for layer in dense})
-    total = factored + len(dense)
-    return f"dbf: {factored} of {total} linear layers of {title} are factored; left dense: {layers}"
+        return f"dbf: no linear layer to factor in {type(getattr(weights.model, '_orig_mod', weights.model)).__name__}"
+    return f"dbf: {left_dense(weights.model, factored, {layer.name: layer.reason for layer in dense})}"
 
 
-_told: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
-
-
-def _is_new(model: nn.Module | None, message: str) -> bool:
-    if model is None:
-        return True
-    told = _told.setdefault(getattr(model, "_orig_mod", model), set())
-    is_new = message not in told
-    told.add(message)
-    return is_new
+def _say(weights: GraphWeights, message: str, level: int) -> None:
+    if weights.model is None:
+        _log.log(level, "%s", message)
+    else:
+        say_once(weights.model, message, level)
 
 
 def _is_part(gm: GraphModule, dense: Sequence[_Dense], weights: GraphWeights) -> bool:
@@ -178,7 +165,7 @@ def _reason_of_node(node: Node, stored: Node, written: set[Any]) -> str | None:
 def _reason_of_readers(stored: Node) -> str:
     for user in stored.users:
         if _called(user) == "embedding":
-            return "an embedding reads it, too"
+            return "that an embedding reads, too"
         if not any(operand in (stored, user) for operand, _ in _matrices_read(user)) and (
             transposed_operand(user) is not stored
         ):

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dbf_compile.compiler.dynamo import register_unless_listed
+# Every use of torch.compile imports it first.
+REGISTRY = "torch._dynamo.backends.registry"
 
 
 def dbf(*args: Any, **options: Any) -> Callable[..., Any]:
@@ -26,4 +27,11 @@ def _reset() -> None:
 
 
 dbf.reset = _reset  # type: ignore[attr-defined]  # torch.compiler.reset() calls it
-register_unless_listed("dbf", dbf)
+
+
+def register() -> None:
+    """Register the backend, unless torch has listed the entry points: it may be loading this one."""
+    from torch._dynamo.backends import registry
+
+    if "dbf" not in registry._BACKENDS:
+        registry.register_backend(dbf, name="dbf")

@@ -89,9 +89,11 @@ def check_index(folder: str | os.PathLike[str]) -> None:
     if not path.is_file():
         return
     try:
-        places = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
-        if any(type(name) is not str for name in places):
+        index = json.loads(path.read_text(encoding="utf-8"))
+        if any(type(name) is not str for name in index["weight_map"].values()):
             raise ValueError("weight_map with other values than names of files")
+        if not isinstance(index["metadata"], dict):
+            raise TypeError("metadata that is no dictionary")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: {type(error).__name__}: {error}", "the index that was written", _DO

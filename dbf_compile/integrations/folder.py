@@ -112,22 +112,28 @@ def check_saving(model: nn.Module, source: Path | None, tokenizer: Any, place: P
     try:
         folder = tempfile.TemporaryDirectory(dir=place, prefix=".dbf-compile.")
     except OSError as error:
-        raise OptionError(
-            f"output in {place}, which cannot be written ({error.strerror})",
-            "a folder of yours",
-            "choose another",
-        ) from error
+        raise _no_place(place, error) from error
     no_factors: dict[str, DoubleBinaryFactors] = {}
     compressed = CompressedModel(model, {}, no_factors.__getitem__, 0.0, source, tokenizer)
     with folder as path:
         try:
             _write_settings(Path(path), compressed, DBFConfig())
         except Exception as error:  # of a tokenizer, a configuration or code that is not ours
+            if isinstance(error, OSError) and error.errno is not None:
+                raise _no_place(place, error) from error
             raise ConversionError(
                 f"{type(model).__name__}, which cannot be saved ({' '.join(str(error).split())})",
                 "a model whose configuration, generation settings and tokenizer transformers saves",
                 "call save_pretrained on the model until it works",
             ) from error
+
+
+def _no_place(place: Path, error: OSError) -> OptionError:
+    return OptionError(
+        f"output in {place}, which cannot be written ({error.strerror})",
+        "a folder of yours, with room",
+        "make room, or choose another",
+    )
 
 
 def _write_settings(folder: Path, compressed: CompressedModel, quantization: DBFConfig) -> dict[str, Any]:

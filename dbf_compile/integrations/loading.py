@@ -146,6 +146,9 @@ def _parameter(bias: object) -> nn.Parameter | None:
 def _empty(in_features: int, out_features: int, entry: Mapping[str, Any]) -> DoubleBinaryFactors:
     shapes = factor_shapes(in_features, entry["mid_features"], out_features)
     dtypes = factor_dtypes(SCALES[entry.get("scale_dtype", "float16")])
-    return DoubleBinaryFactors(
-        **{name: torch.empty(shape, dtype=dtypes[name], device="meta") for name, shape in shapes.items()}
-    )
+    try:
+        return DoubleBinaryFactors(
+            **{name: torch.empty(shape, dtype=dtypes[name], device="meta") for name, shape in shapes.items()}
+        )
+    except FactorsError as error:  # the model has a layer without inputs or outputs
+        raise CheckpointError(f"config.json: {error.got}", error.allowed, DAMAGED) from error

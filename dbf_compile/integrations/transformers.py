@@ -19,7 +19,7 @@ transformers 5.16 to 5.23. ``save_pretrained`` of a model writes the same folder
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -62,14 +62,14 @@ class DBFConfig(QuantizationConfigMixin):
         layers: Layers | None = None,
         dbf_format_version: int = VERSION,
         bits_per_weight: float | None = None,
-        fused_experts: Sequence[str] = (),
+        fused_experts: list[str] | None = None,
         **_: Any,
     ) -> None:
         self.quant_method: Any = METHOD
         self.dbf_format_version = dbf_format_version
         self.bits_per_weight = bits_per_weight
         self.layers = {} if layers is None else layers
-        self.fused_experts = list(fused_experts)
+        self.fused_experts = [] if fused_experts is None else fused_experts
         self.post_init()
 
     def post_init(self) -> None:
@@ -88,6 +88,10 @@ class DBFConfig(QuantizationConfigMixin):
             raise CheckpointError(
                 f"config.json: layers of type {type(self.layers).__name__}", "a dictionary", DAMAGED
             )
+        if not _are_names(self.fused_experts):
+            raise CheckpointError(
+                f"config.json: fused_experts={self.fused_experts!r}", "a list of names of modules", DAMAGED
+            )
         for name, entry in self.layers.items():
             size = entry.get("mid_features") if isinstance(entry, Mapping) else None
             if type(size) is not int or size < 1:
@@ -100,9 +104,11 @@ class DBFConfig(QuantizationConfigMixin):
                     f"scale_dtype of {', '.join(SCALES)}",
                     DAMAGED,
                 )
-            owner = self.layers.get(entry.get("shares_first_stage_with") or name, {})
+            shared = entry.get("shares_first_stage_with")
+            owner = self.layers.get(name if shared is None else str(shared))
             if (
-                not isinstance(owner, Mapping)
+                not isinstance(shared, str | None)
+                or not isinstance(owner, Mapping)
                 or owner.get("shares_first_stage_with") is not None
                 or owner.get("mid_features") != size
             ):
@@ -194,6 +200,10 @@ class DBFQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Whether ``generate`` may compile the model."""
         return True
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def layer_table(factors: Mapping[str, DoubleBinaryFactors]) -> dict[str, dict[str, Any]]:

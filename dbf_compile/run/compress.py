@@ -90,7 +90,14 @@ def compress(
 
     with bars_of_transformers(settings.progress):
         request = Request.of(model, Path(output), settings, data, batches, tokenizer)
-        return _compressed(request)
+        try:
+            return _compressed(request)
+        except OSError as error:
+            raise CheckpointError(
+                f"{request.output}: {error}",
+                "a folder that can be written, with room for the model",
+                "make room, then compress again: what is done is kept",
+            ) from error
 
 
 def _compressed(request: Request) -> Compressed:

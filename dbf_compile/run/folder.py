@@ -43,7 +43,7 @@ def write_folder(run: Run, plan: Plan, distilled: Mapping[str, Any] | None) -> N
     """
     from dbf_compile.integrations import folder as model_folder
 
-    request = run.request
+    request, fingerprint = run.request, run.request.fingerprint()
     student = run.student(run.all_factors(plan) if distilled is None else run.work.read("distilled")[0])
     evaluation = run.judge(student, plan.blocks) if distilled is None else distilled["after"]
     stored = sum(one.stored_bits for one in plan.placed)
@@ -65,8 +65,8 @@ def write_folder(run: Run, plan: Plan, distilled: Mapping[str, Any] | None) -> N
         report = Report(
             model=request.model_facts,
             data=request.data,
-            fingerprint=request.fingerprint(),
-            settings=request.settings(),
+            fingerprint=fingerprint,
+            settings=fingerprint["settings"],
             bits=Bits(
                 factored=factored,
                 target=request.config.bits_per_weight,

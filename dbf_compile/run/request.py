@@ -6,7 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,11 +155,6 @@ class Request:
             "program": source_hash("dbf_compile"),
         }
         result: dict[str, Any] = json.loads(json.dumps(content))
-        return result
-
-    def settings(self) -> dict[str, Any]:
-        """Return all options as JSON holds them, for the report."""
-        result: dict[str, Any] = json.loads(json.dumps(asdict(self.config), default=str))
         return result
 
 

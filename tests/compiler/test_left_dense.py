@@ -32,7 +32,7 @@ def heard(caplog, run, *args, level=logging.WARNING, **kwargs):
     return [
         record.getMessage()
         for record in caplog.records
-        if record.name.endswith("left_dense") and record.levelno >= level
+        if record.getMessage().startswith("dbf: ") and record.levelno >= level
     ]
 
 

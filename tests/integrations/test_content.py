@@ -154,7 +154,13 @@ def test_a_shard_that_the_index_forgot_is_missed(shards: Path) -> None:
         load(shards)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": null}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": null}}'),
+        *('{"weight_map": {}}', '{"weight_map": {}, "metadata": ""}', '{"weight_map": {}, "metadata": [{}]}'),
+    ],
+)
 def test_an_index_that_cannot_be_read_is_named(text: str, shards: Path) -> None:
     (shards / INDEX).write_text(text)
     with pytest.raises(CheckpointError, match=f"{shards / INDEX}: "):

@@ -225,6 +225,12 @@ LAYER = "model.layers.0.mlp.down_proj"
         (lambda c: c["layers"].update({LAYER: 3}), "mid_features of 1 or more"),
         (lambda c: c["layers"][LAYER].update(shares_first_stage_with="other"), "first stage"),
         (lambda c: c["layers"][LAYER].update(shares_first_stage_with=LAYER), "first stage"),
+        (lambda c: c["layers"][LAYER].update(shares_first_stage_with=[LAYER]), "first stage"),
+        (lambda c: c["layers"][LAYER].update(shares_first_stage_with=[None]), "first stage"),
+        (lambda c: c["layers"][LAYER].update(shares_first_stage_with=0), "first stage"),
+        (lambda c: c.update(fused_experts=0), "fused_experts=0; allowed: a list"),
+        (lambda c: c.update(fused_experts="all"), "fused_experts='all'; allowed: a list"),
+        (lambda c: c.update(fused_experts=[[]]), "fused_experts=.*allowed: a list"),
     ],
 )
 def test_a_damaged_table_is_refused(copied, change, message):

@@ -301,3 +301,29 @@ def test_pictures_are_what_a_model_of_pictures_reads() -> None:
 def test_other_modules_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DBFError, match="convert_ for other modules"):
         dbf_compile.compress(nn.Linear(64, 64), tmp_path / "made")
+
+
+@pytest.mark.parametrize("place", ["run.work", "run.folder", "integrations.folder"])
+def test_a_text_that_cannot_be_written_is_a_clear_error_and_the_work_is_kept(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"dbf_compile.{place}.write_text", full)
+        with pytest.raises(DBFError, match=r"No space left on device.*allowed: a folder.*make room"):
+            dbf_compile.compress(tiny_llama(), tmp_path / "made", batches=batches(), **QUICK)
+    assert {path.name for path in tmp_path.iterdir()} <= {"made.work"}
+    assert dbf_compile.compress(tiny_llama(), tmp_path / "made", batches=batches(), **QUICK).folder.is_dir()
+
+
+def test_a_report_does_not_say_how_many_processes_made_it(tmp_path: Path) -> None:
+    reports = [
+        dbf_compile.compress(
+            tiny_llama(), tmp_path / str(workers), batches=batches(), workers=workers, **QUICK
+        ).report
+        for workers in (1, 2)
+    ]
+    assert reports[0].settings == reports[1].settings
+    assert reports[0].settings["bits_per_weight"] == 4.0
