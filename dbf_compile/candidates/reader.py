@@ -1,6 +1,7 @@
-"""Reads one function for uses of a layer's weight without a call of the layer.
+"""Reads one function for uses of a layer's weight without a call of the layer, and for tests of its class.
 
     functional.linear(x, self.proj.weight)        a use: this layer must keep its dense weight
+    if isinstance(layer, nn.Linear):              a test, which comes out otherwise for a stand-in
     x.to(self.proj.weight.dtype)                  a look, which a stand-in answers
     self.proj(x)                                  a call
 
@@ -27,7 +28,9 @@ Path = tuple[
     str, ...
 ]  # names of attributes from a module on; CHILD is any child, BELOW the module and all below it
 Test = tuple[str, bool]  # the source of a function of ``self``, and what it must return
-Uses = dict[tuple[Path, frozenset[Test]], str]  # to where: "Class.method"
+Uses = dict[
+    tuple[Path, frozenset[Test]], str
+]  # to what, and where: "whose weight is used without a call in Class.method"
 
 CHILD, BELOW = "*", "**"
 # What changes or shows a model, not what it computes. PEFT's forward undoes a merge that nobody can have made.
@@ -51,6 +54,8 @@ _ITERATES = set(_PASS_ON.split())
 _WALKS = dict.fromkeys(("values", "items", "children", "named_children"), CHILD)
 _WALKS |= dict.fromkeys(("modules", "named_modules"), BELOW)
 _PARAMETERS = ("parameters", "named_parameters", "state_dict")
+_NAMES = (ast.Name, ast.Attribute)
+LINEARS = {cls for cls in nn.Linear.__mro__ if cls not in OUTSIDE}
 _DECIDABLE = (
     *(ast.Attribute, ast.Name, ast.Constant, ast.Compare, ast.BoolOp, ast.UnaryOp),
     *(ast.expr_context, ast.cmpop, ast.boolop, ast.unaryop),
@@ -125,6 +130,13 @@ class Reading:
                     with self._where_test(test, wanted):
                         for child in branch:
                             self._visit(child)
+            case ast.Match(subject=subject, cases=cases):
+                matched = self._value(subject)
+                for pattern in (inner for case in cases for inner in ast.walk(case.pattern)):
+                    if isinstance(pattern, ast.MatchClass) and self._tells_apart(pattern.cls):
+                        self._test(matched)
+                for child in (child for case in cases for child in (case.guard, *case.body) if child):
+                    self._visit(child)
             case ast.Return(value=ast.expr() as value):
                 self.returned |= self._value(value)
             case ast.Expr(value=value):
@@ -172,7 +184,28 @@ class Reading:
 
     def _use(self, value: Value) -> None:
         for path in value.weights:
-            self.uses.setdefault((path, self._tests), self._where)
+            self.uses.setdefault((path, self._tests), f"whose weight is used without a call in {self._where}")
+
+    def _test(self, value: Value) -> None:
+        """Note that the class of layers is tested, other than that of the module itself."""
+        for path in value.layers - SELF.layers:
+            self.uses.setdefault((path, self._tests), f"whose class is tested in {self._where}")
+
+    def _tells_apart(self, classes: ast.expr) -> bool:
+        """Return whether one of the classes in a test has linear layers and no stand-ins, judged by its name if it is local."""
+        if isinstance(classes, ast.Tuple):
+            return any(map(self._tells_apart, classes.elts))
+        if isinstance(classes, ast.Starred):
+            return self._tells_apart(classes.value)
+        if isinstance(classes, ast.BinOp):
+            return self._tells_apart(classes.left) or self._tells_apart(classes.right)
+        try:
+            named = eval(ast.unparse(classes), dict(self._globals)) if isinstance(classes, _NAMES) else None
+        except Exception:
+            named = None
+        if named is None:  # a local name
+            return "Linear" in ast.unparse(classes)
+        return any(kind in LINEARS for kind in (named if isinstance(named, tuple) else (named,)))
 
     def _value(self, node: ast.expr) -> Value:
         """Return what an expression may be, and note the uses in it."""
@@ -227,6 +260,8 @@ class Reading:
     def _attribute(self, owner: Value, name: str) -> Value:
         if name not in LOOKS | NEW | _VIEWS:
             self._use(owner)
+        if name == "__class__":
+            self._test(owner)
         kept = owner.weights if name in _VIEWS else frozenset()
         if name in ("weight", "_parameters"):
             return Value(weights=kept | owner.layers)
@@ -248,6 +283,12 @@ class Reading:
             case ast.Name(id="getattr") if len(node.args) > 1:
                 name = _constant(node.args[1])
                 return self._attribute(arguments[0], name) if name else arguments[0].items
+            case ast.Name(id="isinstance") if len(node.args) > 1 and self._tells_apart(node.args[1]):
+                self._test(arguments[0])
+                return NOTHING
+            case ast.Name(id="type") if len(arguments) == 1:
+                self._test(arguments[0])
+                return NOTHING
             case ast.Name(id=name) | ast.Attribute(attr=name) if name in _HARMLESS and not self._receiver(
                 node
             ):

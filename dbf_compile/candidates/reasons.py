@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from weakref import WeakKeyDictionary
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from dbf_compile.candidates.dense import linears, why_not_dense
+from dbf_compile.candidates.references import held_elsewhere
 from dbf_compile.candidates.uses import weight_uses
 from dbf_compile.names import is_adapter
 
@@ -32,13 +34,13 @@ def reasons_against(model: nn.Module) -> dict[str, str]:
     """Return, for each linear layer of a model that cannot be factored, the reason; by its first name."""
     layers = linears(model)
     adapters = _adapters(model)
-    uses = weight_uses(model) if layers else {}
+    uses = held_elsewhere(model) | weight_uses(model) if layers else {}
     names = {name for name, _ in model.named_modules()}
     reasons: dict[str, str] = {}
     for name, module in layers.items():
         reason = adapters.get(module, _ADAPTER if is_adapter(name, names) else None)
         if reason is None and module in uses:
-            reason = f"whose weight is used without a call in {uses[module]}"
+            reason = uses[module]
         reason = reason or why_not_dense(module)
         if reason is not None:
             reasons[name] = reason
@@ -76,6 +78,8 @@ def other_matrices(model: nn.Module) -> dict[str, str]:
     reasons: dict[str, str] = {}
     for name, module in model.named_modules():
         for kind, parameter in module.named_parameters(recurse=False):
+            if is_lazy(parameter):
+                continue
             rows = min(parameter.shape[-2:], default=0)
             if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and parameter.dim() == 2:
                 reasons[f"{name}.{kind}".lstrip(".")] = f"in {type(module).__name__}"

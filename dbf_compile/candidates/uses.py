@@ -1,4 +1,4 @@
-"""Uses of weights without a call, in a whole model.
+"""Uses of weights without a call and tests of classes, in a whole model.
 
 The classes of all modules are read once each; what they use is looked up in every module. Where a source cannot be read, calls
 are assumed: then the stand-in itself raises, when its weight is used.
@@ -21,7 +21,7 @@ _WRAPPERS = ("torch.nn.parallel.", "torch.distributed.")
 
 
 def weight_uses(model: nn.Module) -> dict[nn.Module, str]:
-    """Return the modules whose ``weight`` is used without a call, and where: "Class.method"."""
+    """Return the modules whose ``weight`` is used without a call or whose class is tested, and the reason in words."""
     used_in: dict[nn.Module, str] = {}
     modules = [m for m in model.modules() if type(m) not in _DECLINE and not _only_wraps(m)]
     parents = [module for module in modules if module._modules]

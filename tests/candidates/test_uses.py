@@ -32,7 +32,7 @@ def test_uses_are_seen(kind: type[Layers]) -> None:
 
 def test_where_a_weight_is_used_is_said() -> None:
     model = Inherited()
-    assert weight_uses(model) == {model.a: "Direct.forward"}
+    assert weight_uses(model) == {model.a: "whose weight is used without a call in Direct.forward"}
 
 
 class Looks(Layers):

@@ -252,6 +252,50 @@ class Matched(Layers):
 
 
 # To the names of the layers that must keep their weights.
+LINEAR_KINDS = (nn.Linear, nn.Conv1d)
+
+
+class AsksItsChildren(Layers):
+    def forward(self, x):
+        for module in self.inner:
+            x = module(x) if isinstance(module, nn.Linear) else x
+        return x
+
+
+class AsksByTuple(Layers):
+    def forward(self, x):
+        return self.a(x) if isinstance(self.a, (nn.Bilinear, *LINEAR_KINDS)) else x
+
+
+class AsksByConstant(Layers):
+    def forward(self, x):
+        return self.a(x) if isinstance(self.a, LINEAR_KINDS) else x
+
+
+class AsksForType(Layers):
+    def forward(self, x):
+        return self.a(x) if type(self.a) is nn.Linear else x
+
+
+class AsksForName(Layers):
+    def forward(self, x):
+        return self.a(x) if self.a.__class__.__name__ == "Linear" else x
+
+
+class Matches(Layers):
+    def forward(self, x):
+        match self.a:
+            case nn.Linear(in_features=4):
+                return self.a(x)
+        return x
+
+
+class AsksForOtherKinds(Layers):
+    def forward(self, x):
+        assert isinstance(self, Layers) and isinstance(self.a, nn.Module) and type(self).__name__
+        return self.a(x) if not isinstance(self.a, nn.Embedding) else x
+
+
 USED: dict[type[Layers], str] = {
     Parameters: "a inner.0",
     State: "inner.0",
@@ -288,4 +332,11 @@ USED: dict[type[Layers], str] = {
     Walrus: "a",
     Einsum: "a",
     Norm: "a",
+    AsksItsChildren: "inner.0",
+    AsksByTuple: "a",
+    AsksByConstant: "a",
+    AsksForType: "a",
+    AsksForName: "a",
+    Matches: "a",
+    AsksForOtherKinds: "",
 }
