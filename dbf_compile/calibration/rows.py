@@ -224,8 +224,13 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
         )
     if isinstance(content, list):
         parts = [part.get("text") for part in content if isinstance(part, Mapping)]
-        if len(parts) == len(content) and all(isinstance(part, str) for part in parts):
-            content = "".join(map(str, parts))
+        if len(parts) < len(content) or not all(isinstance(part, str) for part in parts):
+            raise ConversionError(
+                "a message with parts that are no text",
+                "text alone",
+                "pass batches=... for pictures and sounds",
+            )
+        content = "".join(map(str, parts))
     rest = {key: value for key, value in message.items() if key not in ("from", "value")}
     return {**rest, "role": _ROLES.get(role, role), "content": content}
 

@@ -7,11 +7,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch.fx import GraphModule, Node
+from torch.nn.parameter import is_lazy
 
+from dbf_compile.candidates.dense import linears
 from dbf_compile.candidates.reasons import is_by_rule, left_dense, say_once
 from dbf_compile.compiler import dynamo
 from dbf_compile.compiler.graph_weights import GraphWeights
-from dbf_compile.linear import DoubleBinaryLinear, dense_linears, dense_weight
+from dbf_compile.linear import DoubleBinaryLinear, dense_weight
 from dbf_compile.passes.graph import (
     SIGN_MATMUL,
     Weight,
@@ -94,8 +96,8 @@ def _is_part(gm: GraphModule, dense: Sequence[_Dense], weights: GraphWeights) ->
     here = {layer.name for layer in dense}
     return any(
         weights.factorizer.why_dense(name, dense_weight(module)) is None
-        for name, module in dense_linears(weights.model).items()
-        if name not in here
+        for name, module in linears(weights.model).items()
+        if name not in here and not is_lazy(dense_weight(module))
     )
 
 

@@ -334,7 +334,8 @@ def convert_(
 
     Args:
         model: any module with ``nn.Linear`` or GPT-2's Conv1D layers.
-        factors: ready factors by layer name; None to make them now.
+        factors: ready factors by layer name; None to make them now. Of the options ``skip`` alone then counts, where it is
+            passed as a keyword.
         config: bits, overrides, skips and settings of the factorizer.
         importance: layer name to second moments, as made by ``calibrate``.
         allocation: what ``allocate`` returned for this model, or R by name, in place of ``bits_per_weight``.
@@ -348,12 +349,22 @@ def convert_(
         ConversionError: factors that do not fit the model, or nothing to convert.
     """
     settings = resolve(CompressionConfig, config, options)
+    if not isinstance(model, nn.Module):
+        raise ConversionError(
+            f"a model of type {type(model).__name__}",
+            "a torch.nn.Module",
+            "pass the module that has the layers",
+        )
     if factors is None:
         factors = factorize_model(model, settings, importance, allocation)
     elif not factors:
         raise nothing_to_factor(model, {}, settings)
     else:
         factors = _in_model(factors, model)
+        if "skip" in options:
+            patterns = [pattern for pattern in settings.skip if pattern not in DENSE_BY_DEFAULT]
+            check_names("skip", patterns, layer_names(model), type(model).__name__)
+            factors = {name: layer for name, layer in factors.items() if not settings.skips(plain_name(name))}
     return swap_(model, factors)
 
 

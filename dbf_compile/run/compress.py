@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,11 +108,13 @@ def _compressed(request: Request) -> Compressed:
     if output.exists():
         report = read_report(output)
         if report is not None and report.fingerprint == fingerprint:
+            if not settings.keep_work:  # a process may have been killed when all was done but this
+                shutil.rmtree(_work_folder(output), ignore_errors=True)
             return Compressed(output, report)
         raise OptionError(
             f"output {output}, which exists", "a path where nothing is", "remove it, or choose another"
         )
-    work = Work(output.with_name(output.name + ".work"), fingerprint, settings.resume)
+    work = Work(_work_folder(output), fingerprint, settings.resume)
     say("looking at the layers", settings.progress)
     from dbf_compile.integrations.experts import linearize_experts_  # imports Dynamo
 
@@ -125,6 +128,10 @@ def _compressed(request: Request) -> Compressed:
     if not settings.keep_work:
         work.remove()
     return Compressed(output, report)
+
+
+def _work_folder(output: Path) -> Path:
+    return output.with_name(output.name + ".work")
 
 
 def _finish(run: Run) -> None:

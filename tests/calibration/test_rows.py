@@ -157,3 +157,10 @@ def test_of_several_splits_one_is_asked_for() -> None:
     for mapping in (ROWS[0], {"text": ["a"]}, {"other": 3}):
         with pytest.raises(ConversionError, match="data without splits"):
             table_of(mapping, None, "train")
+
+
+@pytest.mark.parametrize("part", [{"type": "image"}, {"type": "text", "text": None}, "text"])
+def test_parts_of_a_message_that_are_no_text_are_refused(part: Any) -> None:
+    message = {"role": "user", "content": [{"type": "text", "text": "a"}, part]}
+    with pytest.raises(ConversionError, match="parts that are no text"):
+        read({"messages": [message, ANSWER]}, tokenizer=Chat())

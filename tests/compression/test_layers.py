@@ -188,3 +188,18 @@ def test_hooks_go_on_working(block: Block) -> None:
     dbf_compile.convert_(block, **FAST | {"bits_per_weight": 12.0})
     assert isinstance(block.q_proj, DoubleBinaryLinear)
     assert float((block.q_proj(x) - expected).norm() / expected.norm()) < 0.2
+
+
+def test_ready_factors_heed_what_is_skipped() -> None:
+    factors = dbf_compile.factorize_model(Block(), **FAST)
+    model = dbf_compile.convert_(Block(), factors, skip=["q_proj"])
+    assert type(model.q_proj) is nn.Linear and isinstance(model.k_proj, DoubleBinaryLinear)
+    with pytest.raises(OptionError, match="matches no layer of Block"):
+        dbf_compile.convert_(Block(), factors, skip=["p_proj"])
+
+
+def test_what_is_no_module_and_what_is_not_initialized_is_refused() -> None:
+    with pytest.raises(ConversionError, match=r"a model of type function; allowed: a torch\.nn\.Module"):
+        dbf_compile.convert_(lambda x: x, **FAST)
+    with pytest.raises(ConversionError, match="of the class LazyLinear"):
+        dbf_compile.convert_(nn.Sequential(nn.LazyLinear(64)), **FAST)

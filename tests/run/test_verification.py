@@ -327,3 +327,11 @@ def test_a_report_does_not_say_how_many_processes_made_it(tmp_path: Path) -> Non
     ]
     assert reports[0].settings == reports[1].settings
     assert reports[0].settings["bits_per_weight"] == 4.0
+
+
+def test_work_that_a_killed_process_left_beside_a_finished_folder_is_removed(tmp_path: Path) -> None:
+    done = dbf_compile.compress(tiny_llama(), tmp_path / "made", batches=batches(), keep_work=True, **QUICK)
+    assert (tmp_path / "made.work").is_dir()
+    again = dbf_compile.compress(tiny_llama(), tmp_path / "made", batches=batches(), **QUICK)
+    assert again.report == done.report
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
