@@ -107,8 +107,7 @@ class DBFConfig(QuantizationConfigMixin):
             shared = entry.get("shares_first_stage_with")
             owner = self.layers.get(name if shared is None else str(shared))
             if (
-                not isinstance(shared, str | None)
-                or not isinstance(owner, Mapping)
+                not isinstance(owner, Mapping)
                 or owner.get("shares_first_stage_with") is not None
                 or owner.get("mid_features") != size
             ):
