@@ -20,7 +20,7 @@ from dbf_compile.evaluation import evaluate
 from dbf_compile.factorizer.factorize import FactorizerConfig, factorize, weighted_error
 from dbf_compile.factorizer.importance import Importance
 from dbf_compile.factors import DoubleBinaryFactors
-from dbf_compile.generation import Generation, generate
+from dbf_compile.generation import Generation, TextGenerator, generate
 from dbf_compile.inspection import inspect
 from dbf_compile.integrations.on_import import when_imported
 from dbf_compile.linear import DoubleBinaryLinear
@@ -31,6 +31,7 @@ from dbf_compile.options import (
     CompressionConfig,
     CompressOptions,
     EvaluationConfig,
+    Sampling,
 )
 from dbf_compile.run.compress import Compressed, compress
 
@@ -61,6 +62,8 @@ __all__ = [
     "FactorizerConfig",
     "Generation",
     "Importance",
+    "Sampling",
+    "TextGenerator",
     "allocate",
     "calibrate",
     "compress",

@@ -6,9 +6,9 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,11 @@ from dbf_compile.calibration.model_io import (
 from dbf_compile.errors import ConversionError, OptionError
 from dbf_compile.linear import DoubleBinaryLinear
 from dbf_compile.machine import chosen_device
+from dbf_compile.options import Sampling
 from dbf_compile.progress import over, say
+from dbf_compile.records import parse
+from dbf_compile.sampling import checked
+from dbf_compile.text_stream import TextStream
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,160 @@ class Generation:
         return {**figures, "prefill_rate": self.prefill_rate, "decode_rate": self.decode_rate}
 
 
+class TextGenerator:
+    """Generates text with one model, call after call, with compiled prefill and decoding.
+
+    An encoder-decoder reads the prompt and writes an answer; decoder-only models continue it. There is one beam, whatever
+    the generation settings of the model say.
+
+    Args:
+        model: a model of transformers, its folder, or its name on the Hub.
+        tokenizer: of the model; None for that of its folder.
+        compiled: False to run eagerly.
+        device: where to compute; None for a GPU if there is one.
+        trust_remote_code: run code that comes with the model.
+        progress: say on stderr what goes on.
+
+    Raises:
+        ConversionError: a model that generates no text.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | str | Path,
+        *,
+        tokenizer: Any = None,
+        compiled: bool = True,
+        device: torch.device | str | None = None,
+        trust_remote_code: bool = False,
+        progress: bool = True,
+    ) -> None:
+        opened, self.tokenizer = _opened(model, tokenizer, trust_remote_code, progress)
+        check_reads_tokens(opened)
+        if not predicts_tokens(opened):
+            raise ConversionError(
+                f"{type(opened).__name__}, which generates no text",
+                "a model with can_generate(), such as one for causal language modeling",
+                "call it directly, or open it as another class",
+            )
+        self.model = opened.to(chosen_device(device)).eval()
+        self._compiled, self._progress = compiled, progress
+
+    @overload
+    def generate(self, prompts: str | Tensor, **options: Any) -> Generation: ...
+
+    @overload
+    def generate(self, prompts: Sequence[str | Tensor], **options: Any) -> list[Generation]: ...
+
+    def generate(
+        self,
+        prompts: str | Tensor | Sequence[str | Tensor],
+        *,
+        max_new_tokens: int = 64,
+        stream: Callable[[str], object] | None = None,
+        stop: Sequence[str] = (),
+        **options: Any,
+    ) -> Generation | list[Generation]:
+        """Continue a prompt, or several.
+
+        An interruption, such as KeyboardInterrupt, leaves the generator usable; ``stream`` has the text so far.
+
+        Args:
+            prompts: the text to continue, or its token ids, int64 [1, T], or a sequence of such.
+            max_new_tokens: 1 or more.
+            stream: called with every piece of text as it is generated; for one prompt.
+            stop: strings that end the text; it does not have them.
+            **options: fields of :class:`~dbf_compile.options.Sampling`, and further arguments of ``model.generate``.
+
+        Returns:
+            For every prompt the text, and the time and memory it took; for a sequence of prompts, a list.
+
+        Raises:
+            OptionError: an option that transformers refuses, or a prompt that is empty or longer than the model.
+        """
+        several = not isinstance(prompts, (str, Tensor))
+        texts: list[Any] = list(prompts) if several else [prompts]
+        if stream is not None and len(texts) > 1:
+            raise OptionError(
+                f"stream for {len(texts)} prompts",
+                "one prompt: pieces of several texts would mix",
+                "generate for one after the other, or leave out stream",
+            )
+        _check_options(max_new_tokens, stop, options)
+        names = {item.name for item in fields(Sampling)}
+        sampling = checked(parse(Sampling, {key: value for key, value in options.items() if key in names}))
+        others = {key: value for key, value in options.items() if key not in names}
+        ids = [self._ids(text) for text in texts]
+        for row in ids:
+            _check_prompt(self.model, row, max_new_tokens)
+        results = []
+        for row in ids:
+            text = TextStream(self.tokenizer, stop, stream)
+            results.append(self._by_transformers(row, text, max_new_tokens, sampling, others))
+        return results if several else results[0]
+
+    def _ids(self, prompt: str | Tensor) -> Tensor:
+        ids: Tensor = prompt if isinstance(prompt, Tensor) else self._tokenized(prompt)
+        return ids.to(self.model.device)
+
+    def _tokenized(self, prompt: str) -> Any:
+        if self.tokenizer is None:
+            from dbf_compile.integrations import pretrained
+
+            self.tokenizer = pretrained.tokenizer_of(None)
+        return self.tokenizer(prompt, return_tensors="pt")["input_ids"]
+
+    def _by_transformers(
+        self, ids: Tensor, text: TextStream, max_new_tokens: int, sampling: Sampling, others: dict[str, Any]
+    ) -> Generation:
+        """Generate with ``model.generate``, which knows all models and options."""
+        chosen = {key: value for key, value in asdict(sampling).items() if value is not None}
+        seed = chosen.pop("seed", None)
+        settings = {"num_beams": 1, "max_new_tokens": max_new_tokens, **chosen, **others}
+        settings |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        settings |= _compilation(self.model, self._compiled)
+        with _in_our_words(others | chosen):
+            seconds = _warmed_up(self.model, settings, self._progress) if self._compiled else 0.0
+            if seed is not None:
+                torch.manual_seed(seed)
+            streamer = _Streamer(text)
+            began = time.perf_counter()
+            with torch.no_grad():
+                self.model.generate(**settings, streamer=streamer, stopping_criteria=[streamer])
+        ended = time.perf_counter()
+        written = text.end()
+        first = streamer.first or ended
+        times = (first - began, ended - first, seconds)
+        return Generation(written, ids.shape[1], len(text.tokens), *times, weight_bytes(self.model))
+
+
+class _Streamer:
+    """A streamer and a stopping criterion of transformers: passes tokens on, notes the time of the first, stops when told."""
+
+    def __init__(self, text: TextStream) -> None:
+        self._text = text
+        self._started = False
+        self.first: float | None = None
+
+    def put(self, value: Tensor) -> None:
+        """Receive the prompt (of an encoder-decoder, the decoder's), then one token after the other."""
+        if not self._started:
+            self._started = True
+            return
+        self.first = self.first or time.perf_counter()
+        self._text.put(int(value))
+
+    def end(self) -> None:
+        """Do nothing: the text is ended by its owner."""
+
+    def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """Return whether a stop string has ended the text."""
+        return torch.full((ids.shape[0],), self._text.stopped, device=ids.device)
+
+
 def generate(
     model: nn.Module | str | Path,
-    prompt: str | Tensor,
+    prompt: str | Tensor | Sequence[str | Tensor],
     *,
     tokenizer: Any = None,
     max_new_tokens: int = 64,
@@ -74,56 +229,37 @@ def generate(
     compiled: bool = True,
     device: torch.device | str | None = None,
     **options: Any,
-) -> Generation:
-    """Generate text with a static cache and compiled decoding: the backend "dbf" for compressed models, else Inductor's.
-
-    An encoder-decoder reads the prompt and writes an answer; decoder-only models continue it. There is one beam, whatever
-    the generation settings of the model say.
+) -> Any:
+    """Generate text once; see :class:`TextGenerator` for more than one call.
 
     Args:
         model: a model of transformers, its folder, or its name on the Hub.
-        prompt: the text to continue, or its token ids, int64 [1, T].
+        prompt: the text to continue, or its token ids, int64 [1, T], or a sequence of such.
         tokenizer: of the model; None for that of its folder.
         max_new_tokens: 1 or more.
         stream: called with every piece of text as it is generated.
         compiled: False to run eagerly.
         device: where to compute; None for a GPU if there is one.
-        **options: further arguments of ``model.generate``, such as ``do_sample`` and ``temperature``; with
-            ``trust_remote_code=True`` code that comes with the model is run; with ``progress=False`` nothing is said on stderr.
+        **options: ``stop``, strings that end the text; fields of :class:`~dbf_compile.options.Sampling`; further arguments
+            of ``model.generate``; with ``trust_remote_code=True`` code that comes with the model is run; with
+            ``progress=False`` nothing is said on stderr.
 
     Returns:
-        The text, and the time and memory it took.
+        The text, and the time and memory it took; for a sequence of prompts, a list.
 
     Raises:
         OptionError: an option that transformers refuses, or a prompt that is empty or longer than the model.
         ConversionError: a model that generates no text.
     """
-    from dbf_compile.integrations import pretrained
-
-    trust, shown = bool(options.pop("trust_remote_code", False)), bool(options.pop("progress", True))
-    settings = _settings(options, max_new_tokens)
-    runnable, tokenizer = _opened(model, tokenizer, trust, shown)
-    ids = prompt if isinstance(prompt, Tensor) else tokenizer(prompt, return_tensors="pt")["input_ids"]
-    _check_prompt(runnable, ids, max_new_tokens)
-    runnable, ids = runnable.to(chosen_device(device)).eval(), ids.to(chosen_device(device))
-    settings |= {"input_ids": ids, "attention_mask": torch.ones_like(ids), **_compilation(runnable, compiled)}
-    streamer = pretrained.timed_streamer(tokenizer, stream)
-    with _in_our_words(options):
-        compile_seconds = _warmed_up(runnable, settings, shown) if compiled else 0.0
-        began = time.perf_counter()
-        with torch.no_grad():
-            tokens = runnable.generate(**settings, streamer=streamer)
-    ended = time.perf_counter()
-    first = streamer.times[0] if streamer.times else ended
-    return Generation(
-        tokenizer.decode(tokens[0, streamer.prompt_tokens :], skip_special_tokens=True),
-        ids.shape[1],
-        tokens.shape[1] - streamer.prompt_tokens,
-        first - began,
-        ended - first,
-        compile_seconds,
-        weight_bytes(runnable),
+    generator = TextGenerator(
+        model,
+        tokenizer=tokenizer,
+        compiled=compiled,
+        device=device,
+        trust_remote_code=bool(options.pop("trust_remote_code", False)),
+        progress=bool(options.pop("progress", True)),
     )
+    return generator.generate(prompt, max_new_tokens=max_new_tokens, stream=stream, **options)
 
 
 def _opened(model: nn.Module | str | Path, tokenizer: Any, trust: bool, shown: bool) -> tuple[Any, Any]:
@@ -155,46 +291,27 @@ def _in_our_words(options: dict[str, Any]) -> Iterator[None]:
         ) from error
 
 
-def _settings(options: dict[str, Any], max_new_tokens: int) -> dict[str, Any]:
-    """Return arguments of ``generate``: greedy, but for what ``options`` say."""
-    temperature, sample = options.get("temperature"), bool(options.get("do_sample"))
+def _check_options(max_new_tokens: int, stop: Sequence[str], options: dict[str, Any]) -> None:
+    """Refuse what no way of generating does."""
     if max_new_tokens < 1:
         raise OptionError(f"max_new_tokens={max_new_tokens}", "1 or more", "leave it out for 64")
+    if isinstance(stop, str) or not all(isinstance(item, str) and item for item in stop):
+        raise OptionError(f"stop={stop!r}", "a list of strings that are not empty", "leave it out for none")
     if options.get("num_beams", 1) != 1:
         raise OptionError(
             f"num_beams={options['num_beams']}",
             "one beam: text is passed on token by token",
             "call generate of the model itself, which dbf_compile loads like any other",
         )
-    settings = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens, **options}
-    if temperature is None:
-        return settings
-    if not temperature >= 0 or (temperature > 0 and not sample):
-        raise OptionError(
-            f"temperature={temperature}" + ("" if sample else " without drawing"),
-            "a number above 0 where tokens are drawn",
-            "pass --sample (do_sample=True) with it, or leave it out for the likeliest token",
-        )
-    if temperature == 0:  # the limit of drawing: the likeliest token
-        settings |= {"do_sample": False}
-        del settings["temperature"]
-    return settings
 
 
 def _check_prompt(model: nn.Module, ids: Tensor, max_new_tokens: int) -> None:
-    """Refuse a model that generates no text, and a prompt that it cannot go on from."""
-    check_reads_tokens(model)
-    if not predicts_tokens(model):
-        raise ConversionError(
-            f"{type(model).__name__}, which generates no text",
-            "a model with can_generate(), such as one for causal language modeling",
-            "call it directly, or open it as another class",
-        )
+    """Refuse a prompt that the model cannot go on from."""
     if ids.dim() != 2 or ids.shape[0] != 1 or not ids.shape[1]:
         raise OptionError(
             f"a prompt of token ids of shape {list(ids.shape)}",
             "one row of one token or more",
-            "generate for one prompt at a time",
+            "pass several prompts as a list",
         )
     Limits.of(model).check({"input_ids": ids}, "the prompt")
     limit = positions_of(model)
@@ -239,15 +356,17 @@ def time_models(
         progress: say on stderr what goes on.
         trust_remote_code: run code that comes with the models.
     """
-    opened = {str(name): _opened(name, None, trust_remote_code, progress) for name in models}
+    opened = {
+        str(name): TextGenerator(name, device=device, trust_remote_code=trust_remote_code, progress=progress)
+        for name in models
+    }
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in opened}
     for _ in over(range(rounds), "timing", "round", progress):
-        for name, (model, tokenizer) in opened.items():
-            generator = torch.Generator().manual_seed(0)
-            vocabulary = min(len(tokenizer), vocabulary_of(model) or len(tokenizer))
-            prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=generator)
-            options: dict[str, Any] = {"device": device, "eos_token_id": -1, "progress": False}
-            generation = generate(model, prompt, tokenizer=tokenizer, max_new_tokens=new_tokens, **options)
+        for name, generator in opened.items():
+            words = len(generator.tokenizer)
+            vocabulary = min(words, vocabulary_of(generator.model) or words)
+            prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
+            generation = generator.generate(prompt, max_new_tokens=new_tokens, eos_token_id=-1)
             figures[name].append(generation.summary())
     return {
         name: {key: statistics.median(row[key] for row in rows) for key in rows[0]}

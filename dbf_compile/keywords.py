@@ -86,3 +86,15 @@ class EvaluationKeywords(TypedDict, total=False):
     device: torch.device | str | None
     trust_remote_code: bool
     progress: bool
+
+
+class SamplingKeywords(TypedDict, total=False):
+    """Fields of ``Sampling``."""
+
+    do_sample: bool
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int | None

@@ -266,3 +266,26 @@ class EvaluationConfig(Record):
                 "leave limit out for all",
             )
         object.__setattr__(self, "limit", int(self.limit))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling(Record):
+    """How the next token is chosen. What is None is as the model's own generation settings say.
+
+    Args:
+        do_sample: Draw tokens instead of taking the likeliest.
+        temperature: Above 1 flattens, below 1 sharpens the distribution that is drawn from; 0 takes the likeliest.
+        top_k: Draw from so many likeliest tokens; 0 for all.
+        top_p: Draw from the likeliest tokens that together have this probability.
+        min_p: Draw from tokens at least this probable, relative to the likeliest.
+        repetition_penalty: Above 1 makes tokens less likely that stand in the text already.
+        seed: Of the drawing; equal seeds draw equal tokens. None for others at every call.
+    """
+
+    do_sample: bool = False
+    temperature: float | None = option(None, low=0)
+    top_k: int | None = option(None, low=0)
+    top_p: float | None = option(None, low=0, high=1)
+    min_p: float | None = option(None, low=0, high=1)
+    repetition_penalty: float | None = option(None, low=0.01)
+    seed: int | None = option(None, low=0, high=2**62)

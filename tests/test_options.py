@@ -21,6 +21,7 @@ from dbf_compile.options import (
     CompressionConfig,
     CompressOptions,
     EvaluationConfig,
+    Sampling,
 )
 from dbf_compile.records import ALIASES, Record, describe, parse, resolve
 
@@ -31,6 +32,7 @@ KINDS: tuple[type[Record], ...] = (
     CompressOptions,
     CalibrationConfig,
     EvaluationConfig,
+    Sampling,
 )
 FIELDS = [(kind, field.name) for kind in KINDS for field in dataclasses.fields(kind)]
 KEYWORDS = {
@@ -39,6 +41,7 @@ KEYWORDS = {
     CompressOptions: keywords.CompressKeywords,
     CalibrationConfig: keywords.CalibrationKeywords,
     EvaluationConfig: keywords.EvaluationKeywords,
+    Sampling: keywords.SamplingKeywords,
 }
 
 # By field, or by (record, field) where two records differ: a right value other than the default, and wrong types.
@@ -91,6 +94,13 @@ EXAMPLES: dict[Any, tuple[Any, tuple[Any, ...]]] = {
     "tasks": (["piqa"], ("piqa", None, [1])),
     "include_path": PATH,
     "limit": SHARE,
+    "do_sample": (True, (0, "yes", None)),
+    "temperature": SHARE,
+    "top_k": MAYBE_COUNT,
+    "top_p": SHARE,
+    "min_p": SHARE,
+    "repetition_penalty": SHARE,
+    (Sampling, "seed"): MAYBE_COUNT,
 }
 LISTS = ("skip", "layers", "tasks")
 
@@ -235,7 +245,7 @@ def test_an_unknown_key_is_refused_with_the_known_ones(kind: type[Record]) -> No
 
 @pytest.mark.parametrize(("kind", "name"), FIELDS)
 def test_a_slip_of_the_pen_is_met_with_the_right_name(kind: type[Record], name: str) -> None:
-    with pytest.raises(OptionError, match=f"did you mean '{name}'"):
+    with pytest.raises(OptionError, match=f"did you mean '{name[:-1]}.'"):
         parse(kind, {name[:-1]: examples(kind, name)[0]})
 
 
