@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
+import pickle  # noqa: TID251  # of calls to our own processes, as the pool does it
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dbf_compile.errors import CheckpointError, OptionError, ResumeError
 from dbf_compile.machine import cores
 from dbf_compile.options import CompressionConfig, CompressOptions
 from dbf_compile.records import resolve
@@ -37,16 +41,42 @@ def compress_in_processes(
 
     Returns:
         What ``compress`` returns.
+
+    Raises:
+        OptionError: an argument that cannot be sent to another process.
+        ResumeError: a process was ended from outside.
+        CheckpointError: the processes cannot be started.
     """
     settings, inputs = _settings(config, arguments, max(1, cores() // processes))
     quiet = replace(settings, progress=False)
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        calls = [
-            pool.submit(compress, model, output, config=quiet if rank else settings, **inputs)
-            for rank in range(processes)
-        ]
-        results = [call.result() for call in calls]  # all of them: an error of any is raised
-        return results[0]
+    first, other = (
+        _packed(partial(compress, model, output, config=one, **inputs)) for one in (settings, quiet)
+    )
+    try:
+        with ExitStack() as stack:
+            calls = _started(stack, [first, *[other] * (processes - 1)])
+            results = [call.result() for call in calls]  # all of them: an error of any is raised
+    except BrokenProcessPool as error:
+        raise ResumeError(
+            f"{output}: one of {processes} processes was ended from outside",
+            "memory for a model in each",
+            "compress again, with fewer processes: what is done is kept",
+        ) from error
+    return results[0]
+
+
+def _started(stack: ExitStack, calls: Sequence[bytes]) -> list[Future[Compressed]]:
+    """Start a process for each call; the stack ends them."""
+    try:
+        pool = ProcessPoolExecutor(len(calls), mp_context=multiprocessing.get_context("spawn"))
+        stack.enter_context(pool)
+        return [pool.submit(_call, call) for call in calls]
+    except OSError as error:
+        raise CheckpointError(
+            f"{len(calls)} processes that cannot be started ({error})",
+            "some kilobytes free in /dev/shm, and leave to start processes",
+            "make room there, or compress with processes=1",
+        ) from error
 
 
 def compress_on_ray(
@@ -78,6 +108,23 @@ def compress_on_ray(
     call = partial(compress, model, output, config=settings, **inputs)
     results: list[Compressed] = ray.run_tasks(call, tasks, cpus, gpus)
     return results[0]
+
+
+def _packed(call: partial[Compressed]) -> bytes:
+    """Return a call as bytes that go through a pipe: the pool would put tensors into shared memory, often a small disk."""
+    try:
+        return pickle.dumps(call)
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        raise OptionError(
+            f"an argument that cannot be sent to another process ({error})",
+            "paths, texts, rows, batches of tensors and modules whose class a module defines",
+            "pass the folder of a model and the path of its data, or use processes=1",
+        ) from error
+
+
+def _call(packed: bytes) -> Compressed:
+    compressed: Compressed = pickle.loads(packed)()
+    return compressed
 
 
 def _settings(

@@ -1,0 +1,79 @@
+"""Processes of one machine: what goes to them, and what happens when they cannot run. That they work is tested end to end."""
+
+import errno
+import os
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from dbf_compile.errors import CheckpointError, OptionError, ResumeError
+from dbf_compile.run import workers
+
+BATCHES = [{"input_ids": torch.arange(6).view(1, 6)}, {"input_ids": torch.ones(1, 3, dtype=torch.long)}]
+
+
+class Pool:
+    """A pool of no processes that answers as told."""
+
+    def __init__(self, _count, mp_context=None, *, start=None, result=None):
+        self._result = result
+        if start is not None:
+            raise start
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def submit(self, *_):
+        future = Future()
+        future.set_exception(self._result)
+        return future
+
+
+def compress_in_two(monkeypatch, **answer):
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", partial(Pool, **answer))
+    workers.compress_in_processes("model", "output", processes=2, bits=2.0)
+
+
+def test_tensors_go_to_a_process_without_shared_memory(monkeypatch):
+    def no_shared_memory(*_):
+        raise AssertionError("shared memory")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_share_filename_cpu_", no_shared_memory)
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", no_shared_memory)
+    arrived = workers._call(workers._packed(partial(_batches_of, batches=BATCHES)))
+    assert all(
+        torch.equal(one["input_ids"], other["input_ids"]) for one, other in zip(arrived, BATCHES, strict=True)
+    )
+
+
+def _batches_of(batches):
+    return batches
+
+
+def test_a_full_shared_memory_is_said(monkeypatch):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(CheckpointError, match=r"/dev/shm.*processes=1"):
+        compress_in_two(monkeypatch, start=full)
+
+
+def test_a_process_that_is_killed_is_said(monkeypatch):
+    with pytest.raises(ResumeError, match=r"ended from outside.*fewer processes"):
+        compress_in_two(monkeypatch, result=BrokenProcessPool("abruptly"))
+
+
+def test_an_error_of_a_process_stays_what_it_is(monkeypatch):
+    with pytest.raises(FileNotFoundError):
+        compress_in_two(monkeypatch, result=FileNotFoundError(Path("data")))
+
+
+@pytest.mark.parametrize("unfit", [(text for text in ["a"]), [lambda: 0]])
+def test_what_cannot_be_sent_is_refused(unfit):
+    with pytest.raises(OptionError, match="processes=1"):
+        workers.compress_in_processes("model", "output", processes=2, bits=2.0, data=unfit)
