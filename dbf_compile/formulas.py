@@ -5,6 +5,8 @@
 | K | in_features |
 | R | mid_features |
 | N | out_features |
+| G | scales of a row, in a table of quantized rows |
+| H, D, T | heads of attention, features of a head, tokens of the context |
 | ⌈n / 32⌉ | 32-bit words that hold a row of n signs |
 
 Every formula stands here once. Called with whole numbers, it gives a whole number:
@@ -41,7 +43,8 @@ class Formula:
         """The expanded expression of sympy; its symbols are positive integers."""
         import sympy  # type: ignore[import-untyped]
 
-        names: dict[str, Any] = {name: sympy.Symbol(name, integer=True, positive=True) for name in "KRN"}
+        symbols = dict.fromkeys((*"KRN", *self.symbols))
+        names: dict[str, Any] = {name: sympy.Symbol(name, integer=True, positive=True) for name in symbols}
         names |= {name: formula.expression for name, formula in self._terms.items()}
         return sympy.expand(sympy.sympify(self._text, locals=names))
 
@@ -74,5 +77,20 @@ factored_additions = Formula("K R N", "R*(K - 1) + N*(R - 1)")
 factored_multiplications = Formula("K R N", "K + R + N")
 # The kernels replace four additions by the look-up of a sum of four and one addition; they read whole words.
 factored_lookups = Formula("K R N", "8*sign_words", sign_words=sign_words)
+# A look-up table (LUT): 8 sums of two columns and 16 of four, for each of the 8 fours of a word.
+lut_additions = Formula("K", "8*(8 + 16)*ceiling(K/32)")
+# What the kernels add with look-ups: the tables of both stages, then what is looked up for each row.
+lookup_additions = Formula(
+    "K R N", "192*(ceiling(K/32) + ceiling(R/32)) + lookups - R - N", lookups=factored_lookups
+)
 dense_additions = Formula("K N", "N*(K - 1)")
 dense_multiplications = Formula("K N", "N*K")
+
+# One token through a table of quantized rows: codes are multiplied and added up, and each group's sum is scaled.
+rows_additions = Formula("K N G", "N*(K - 1)")
+rows_multiplications = Formula("K N G", "N*(K + G)")
+row_reading_multiplications = Formula("K", "K")  # of an embedding: every code by its scale
+
+# Attention of one layer: one token's products with the keys and the values of all T tokens. The softmax is not counted.
+attention_additions = Formula("H D T", "H*(T*(D - 1) + D*(T - 1))")
+attention_multiplications = Formula("H D T", "2*H*D*T")

@@ -127,6 +127,64 @@ def test_a_lookup_takes_four_signs(in_features: int, mid_features: int, out_feat
     assert formulas.factored_lookups(in_features, mid_features, out_features) == signs // 4
 
 
+def looked_up(x: list[Counted], rows: int, counts: dict[str, int]) -> list[Counted]:
+    """Return a product with signs as kernels compute it: tables of four columns, padded to whole words."""
+    x = x + [x[0]] * (-len(x) % 32)
+    tables = []
+    for place in range(0, len(x), 4):
+        pairs = [
+            [one + other, one + -other, -one + other, -one + -other]
+            for one, other in (x[place : place + 2], x[place + 2 : place + 4])
+        ]
+        tables.append([low + high for high in pairs[1] for low in pairs[0]])
+    sums = []
+    for _ in range(rows):
+        counts["lookups"] += len(tables)
+        sums.append(sum_of([table[7] for table in tables]))
+    return sums
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 40), st.integers(1, 40), small)
+def test_operations_of_a_factored_layer_with_look_ups(
+    in_features: int, mid_features: int, out_features: int
+) -> None:
+    counts = {"additions": 0, "multiplications": 0, "lookups": 0}
+    x = [Counted(counts) for _ in range(in_features)]
+    mid = looked_up(x, mid_features, counts)
+    looked_up(mid, out_features, counts)
+    sizes = (in_features, mid_features, out_features)
+    assert counts["lookups"] == formulas.factored_lookups(*sizes)
+    assert counts["additions"] == formulas.lookup_additions(*sizes)
+    tables = formulas.lut_additions(in_features) + formulas.lut_additions(mid_features)
+    assert counts["additions"] == tables + counts["lookups"] - mid_features - out_features
+
+
+@given(small, small, small)
+def test_operations_of_a_table_of_quantized_rows(groups: int, columns: int, rows: int) -> None:
+    def layer(x: list[Counted], code: Counted) -> list[Counted]:
+        group_sums = [sum_of([value * code for value in x[place::groups]]) * code for place in range(groups)]
+        return [sum_of(group_sums)]
+
+    columns *= groups
+    counts = {name: rows * number for name, number in counted(layer, columns).items()}
+    assert counts["additions"] == formulas.rows_additions(columns, rows, groups)
+    assert counts["multiplications"] == formulas.rows_multiplications(columns, rows, groups)
+
+
+@given(small, small, small)
+def test_operations_of_attention(heads: int, size: int, tokens: int) -> None:
+    def layer(query: list[Counted], other: Counted) -> None:
+        for _ in range(heads):
+            scores = [sum_of([value * other for value in query]) for _ in range(tokens)]
+            for _ in range(size):
+                sum_of([score * other for score in scores])
+
+    counts = counted(layer, size)
+    assert counts["additions"] == formulas.attention_additions(heads, size, tokens)
+    assert counts["multiplications"] == formulas.attention_multiplications(heads, size, tokens)
+
+
 # What holds for all of them
 
 
@@ -138,7 +196,7 @@ def test_values_are_whole_numbers_equal_to_the_expression(formula: Formula, data
     values = [data.draw(st.integers(1, 2**60)) for _ in formula.symbols]
     value = formula(*values)
     assert type(value) is int
-    names = [symbol for name in formula.symbols for symbol in (K, R, N) if symbol.name == name]
+    names = [sympy.Symbol(name, integer=True, positive=True) for name in formula.symbols]
     assert value == formula.expression.subs(dict(zip(names, values, strict=True)))
 
 
