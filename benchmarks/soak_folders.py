@@ -296,6 +296,9 @@ def _outcome_of_error(
         return "an error of transformers about its own configuration", False, ""
     if not ours and names_it:
         return "an error of transformers that names the file", False, ""
+    if not ours and done.kind == "quantization_config":
+        # transformers chooses the quantizer by this record: without its quant_method it knows of none, nor of us.
+        return f"told by transformers before any code of ours is asked: {short}", False, ""
     # Its report of all that did not fit comes before the error.
     if not ours and any(_neutral(name) in _neutral(said) for name in target.tensors):
         return "an error of transformers whose report names tensors", False, ""
