@@ -13,14 +13,16 @@ import typer
 from dbf_compile.errors import OptionError
 from dbf_compile.records import OptionHelp, Record, describe
 
-_SHORT_NAMES = {"bits_per_weight": "--bits"}
+_SHORT_NAMES = {"bits_per_weight": "--bits", "do_sample": "--sample/--no-sample"}
 _TYPES: dict[str, Any] = {
     "float": float,
     "float | None": float | None,
     "int": int,
     "int | None": int | None,
     "bool": bool,
+    "bool | None": bool | None,
     "str": str,
+    "str | float": str,
     "str | None": str | None,
     "tuple[str, ...]": list[str] | None,
     "Mapping[str, float]": str | None,
@@ -78,7 +80,7 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
 def _option(item: OptionHelp) -> inspect.Parameter:
     flag = "--" + item.name.replace("_", "-")
     flags = [_SHORT_NAMES[item.name]] if item.name in _SHORT_NAMES else []
-    flags.append(f"{flag}/--no-{flag[2:]}" if item.type == "bool" else flag)
+    flags.append(f"{flag}/--no-{flag[2:]}" if item.type.startswith("bool") else flag)
     text, default = item.help.replace("``", ""), item.default
     if item.type == "tuple[str, ...]":
         text += " May be repeated." + (f" [default: {' '.join(default)}]" if default else "")

@@ -91,7 +91,7 @@ class EvaluationKeywords(TypedDict, total=False):
 class SamplingKeywords(TypedDict, total=False):
     """Fields of ``Sampling``."""
 
-    do_sample: bool
+    do_sample: bool | None
     temperature: float | None
     top_k: int | None
     top_p: float | None

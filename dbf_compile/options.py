@@ -70,6 +70,19 @@ class CompressionConfig(Record):
                     "use 2.0 for quality near dense, 1.0 for size",
                 )
 
+    def _bits_of_head(self) -> list[tuple[str, float]]:
+        """Return the bits of the head, if it is to be factored; a command line gives them as text."""
+        if isinstance(self.head, str) and self.head not in TABLES:
+            try:
+                object.__setattr__(self, "head", float(self.head))
+            except ValueError:
+                raise OptionError(
+                    f"head={self.head!r}",
+                    f"{', '.join(map(repr, TABLES))}, or bits per weight",
+                    "leave head out for 'int8'",
+                ) from None
+        return [] if isinstance(self.head, str) else [("head", self.head)]
+
     def bits_for(self, name: str) -> float:
         """Return the target bits per weight of the layer ``name``."""
         override = self.override_for(name)
@@ -273,7 +286,7 @@ class Sampling(Record):
     """How the next token is chosen. What is None is as the model's own generation settings say.
 
     Args:
-        do_sample: Draw tokens instead of taking the likeliest.
+        do_sample: Draw tokens instead of taking the likeliest; None for drawing if one of the next four is set.
         temperature: Above 1 flattens, below 1 sharpens the distribution that is drawn from; 0 takes the likeliest.
         top_k: Draw from so many likeliest tokens; 0 for all.
         top_p: Draw from the likeliest tokens that together have this probability.
@@ -282,7 +295,7 @@ class Sampling(Record):
         seed: Of the drawing; equal seeds draw equal tokens. None for others at every call.
     """
 
-    do_sample: bool = False
+    do_sample: bool | None = None
     temperature: float | None = option(None, low=0)
     top_k: int | None = option(None, low=0)
     top_p: float | None = option(None, low=0, high=1)

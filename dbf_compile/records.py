@@ -107,7 +107,9 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "int": ("a whole number", _is_whole),
     "int | None": ("a whole number or None", lambda value: value is None or _is_whole(value)),
     "bool": ("True or False", lambda value: isinstance(value, bool)),
+    "bool | None": ("True, False or None", lambda value: value is None or isinstance(value, bool)),
     "str": ("a string", lambda value: isinstance(value, str)),
+    "str | float": ("a string or a number", lambda value: isinstance(value, str) or _is_number(value)),
     "str | None": ("a string, a path or None", lambda value: value is None or isinstance(value, (str, Path))),
     "tuple[str, ...]": (
         "a list of strings",

@@ -12,19 +12,27 @@ from dbf_compile.options import Sampling
 
 
 def checked(settings: Sampling) -> Sampling:
-    """Return settings whose temperature is above 0: at 0, the limit of drawing, the likeliest token is taken.
+    """Return settings that say whether tokens are drawn, with a temperature above 0: at 0, the limit of drawing, the
+    likeliest token is taken.
 
     Raises:
-        OptionError: a temperature where no token is drawn.
+        OptionError: a setting of drawing where no token is drawn.
     """
-    temperature = settings.temperature
-    if temperature == 0:
-        return replace(settings, do_sample=False, temperature=None)
-    if temperature is not None and not settings.do_sample:
+    if settings.temperature == 0:
+        return replace(settings, do_sample=False, temperature=None, top_k=None, top_p=None, min_p=None)
+    drawing = {
+        name: value
+        for name in ("temperature", "top_k", "top_p", "min_p")
+        if (value := getattr(settings, name)) is not None
+    }
+    if settings.do_sample is None:
+        return replace(settings, do_sample=bool(drawing))
+    if drawing and not settings.do_sample:
+        name, value = next(iter(drawing.items()))
         raise OptionError(
-            f"temperature={temperature} without drawing",
-            "a number above 0 where tokens are drawn",
-            "pass --sample (do_sample=True) with it, or leave it out for the likeliest token",
+            f"{name}={value} without drawing",
+            "settings of drawing where tokens are drawn",
+            "leave out --no-sample (do_sample=False), or the setting for the likeliest token",
         )
     return settings
 

@@ -92,7 +92,7 @@ def test_temperature_zero_takes_the_likeliest_token():
     ("options", "words"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
-        ({"temperature": 0.7}, r"temperature=0\.7 without drawing"),
+        ({"temperature": 0.7, "do_sample": False}, r"temperature=0\.7 without drawing"),
         ({"temperature": -1.0, "do_sample": True}, r"temperature=-1\.0"),
         ({"temperature": float("nan"), "do_sample": True}, "temperature=nan"),
         ({"num_beams": 4}, "num_beams=4"),

@@ -80,9 +80,21 @@ def test_a_repetition_penalty_is_that_of_transformers():
 
 
 @pytest.mark.parametrize(
+    ("settings", "drawn"),
+    [({}, False), ({"seed": 1}, False), ({"top_p": 0.9}, True), ({"temperature": 0.0, "top_k": 3}, False)],
+    ids=str,
+)
+def test_a_setting_of_drawing_asks_for_drawing(settings, drawn):
+    resolved = checked(Sampling(**settings))
+    assert resolved.do_sample is drawn and (drawn or resolved.top_k is None)
+    assert checked(Sampling(do_sample=True, top_p=0.5)).do_sample is True
+
+
+@pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"temperature": 0.7}, "temperature=0.7 without drawing"),
+        ({"temperature": 0.7, "do_sample": False}, "temperature=0.7 without drawing"),
+        ({"top_k": 5, "do_sample": False}, "top_k=5 without drawing"),
         ({"temperature": -1.0, "do_sample": True}, "temperature=-1.0"),
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
