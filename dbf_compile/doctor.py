@@ -21,6 +21,7 @@ from dbf_compile.kernels.sign_matmul import cpu_kernel
 EXTRAS = {
     "transformers": ("hf", "compressing and loading models of transformers, generation, evaluation"),
     "accelerate": ("hf", "device_map, and models larger than a device"),
+    "gguf": ("gguf", "models in GGUF files"),
     "lm_eval": ("eval", "dbf-compile eval --tasks"),
     "peft": ("lora", "LoRA adapters on factored layers"),
     "ray": ("ray", "workers on a cluster"),

@@ -30,3 +30,12 @@ def bars_of_lm_eval(shown: bool) -> Iterator[None]:
     """Silence the bars of lm-eval inside the block, unless they are to be shown; it has no switch for them."""
     with nullcontext() if shown else redirect_stderr(io.StringIO()):
         yield
+
+
+@contextmanager
+def bars_of_gguf() -> Iterator[None]:
+    """Silence the bar with which transformers dequantizes, unless its bars are shown; it has no switch for this one."""
+    from transformers.utils import logging
+
+    with nullcontext() if logging.is_progress_bar_enabled() else redirect_stderr(io.StringIO()):
+        yield

@@ -14,45 +14,22 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from dbf_compile.checksums import listed
 from dbf_compile.errors import CheckpointError, ConversionError, DBFError
-from dbf_compile.integrations.companions import OTHER_FORMS
 from dbf_compile.integrations.experts import linearize_experts_
 from dbf_compile.integrations.loading import Layers, insert_layers_
+from dbf_compile.integrations.opening import loaded, model_class, refuse_others, unreadable
+from dbf_compile.integrations.origins import file_type as file_type
+from dbf_compile.integrations.origins import local_folder as local_folder
 from dbf_compile.integrations.renaming import experts_in, layers_in
-from dbf_compile.integrations.transformers import METHOD, DBFConfig
+from dbf_compile.integrations.tables import insert_tables_
+from dbf_compile.integrations.transformers import METHOD, DBFConfig, tables_of_folder
 from dbf_compile.linear import DoubleBinaryLinear
 
 _ADAPTER = "adapter_config.json"
 _MERGE = "merge it first: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)"
-_PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
-
-
-def local_folder(path: str | Path) -> Path:
-    """Return the folder of a model: ``path`` itself, or the download of the Hub's model "name" or "name@revision".
-
-    Weights are those of safetensors; where there are none, PyTorch's own.
-
-    Raises:
-        ConversionError: there is neither.
-    """
-    if Path(path).is_dir():
-        return Path(path)
-    name, _, revision = str(path).partition("@")
-    try:
-        folder = Path(snapshot_download(name, revision=revision or None, ignore_patterns=list(OTHER_FORMS)))
-        if not any(folder.glob("*.safetensors")):
-            snapshot_download(name, revision=revision or None, allow_patterns=list(_PICKLED))
-        return folder
-    except (OSError, ValueError) as error:  # no such name, no network, no permission
-        raise ConversionError(
-            f"{str(path)!r}: {str(error).splitlines()[0]}",
-            "the folder of a pretrained model, or a name on the Hub such as 'Qwen/Qwen3-0.6B'",
-            "check the path",
-        ) from error
 
 
 def open_dense(folder: Path, trust_remote_code: bool = False) -> nn.Module:
@@ -72,8 +49,8 @@ def open_dense(folder: Path, trust_remote_code: bool = False) -> nn.Module:
             f"{folder}, which is quantized already", "a dense model", "compress the model it was made from"
         )
     kind = model_class(config, trust_remote_code)
-    model, info = _loaded(kind, folder, trust_remote_code=trust_remote_code)
-    _refuse_others(f"{folder} as {type(model).__name__}", info, CheckpointError)
+    model, info = loaded(kind, folder, trust_remote_code=trust_remote_code)
+    refuse_others(f"{folder} as {type(model).__name__}", info, CheckpointError)
     return _settled(model)
 
 
@@ -96,8 +73,8 @@ def open_as(kind: Any, folder: Path, **arguments: Any) -> Any:
     Raises:
         CheckpointError: its files are damaged, or do not hold the tensors of the class.
     """
-    model, info = _loaded(kind, folder, **arguments)
-    _refuse_others(f"{folder} as {type(model).__name__}", info, CheckpointError)
+    model, info = loaded(kind, folder, **arguments)
+    refuse_others(f"{folder} as {type(model).__name__}", info, CheckpointError)
     return model.eval()
 
 
@@ -114,7 +91,7 @@ def reopened(model: nn.Module) -> nn.Module:
     tensors = dict(model.state_dict())
     devices = {str(tensor.device) for tensor in tensors.values()}
     place = {"device_map": {"": devices.pop()}} if len(devices) == 1 and devices != {"cpu"} else {}
-    twin, info = _loaded(
+    twin, info = loaded(
         kind,
         None,
         config=model.config,
@@ -123,7 +100,7 @@ def reopened(model: nn.Module) -> nn.Module:
         generation_config=getattr(model, "generation_config", None),
         **place,
     )
-    _refuse_others(f"a model of type {kind.__name__}", info, ConversionError)
+    refuse_others(f"a model of type {kind.__name__}", info, ConversionError)
     _refuse_casts(model, twin)
     # How transformers names tensors in files: as where the model came from, and not as in memory.
     vars(twin).pop("_weight_conversions", None)
@@ -152,60 +129,7 @@ def _config_of(folder: Path, trust_remote_code: bool) -> Any:
     except DBFError:
         raise
     except Exception as error:
-        raise _unreadable(folder, error) from error
-
-
-def _loaded(kind: Any, folder: Path | None, **arguments: Any) -> tuple[Any, dict[str, Any]]:
-    """Return a model and what transformers says of its tensors; those of other shapes are an entry there, no error."""
-    options = {"dtype": "auto", "output_loading_info": True, "ignore_mismatched_sizes": True, **arguments}
-    try:
-        model, info = kind.from_pretrained(folder, **options)
-    except DBFError:
-        raise
-    except Exception as error:  # of files, or of code that comes with the model
-        raise _unreadable(folder or f"a model of type {kind.__name__}", error) from error
-    return model, info
-
-
-def _unreadable(what: object, error: Exception) -> DBFError:
-    text = " ".join(str(error).split())
-    if isinstance(error, ImportError):
-        return ConversionError(
-            f"{what}, whose code needs more ({text})", "packages that are installed", "install them"
-        )
-    if "trust_remote_code" in text:
-        return ConversionError(
-            f"{what}, which has code of its own",
-            "code that you trust",
-            "read it, and pass trust_remote_code=True",
-        )
-    return CheckpointError(
-        f"{what} cannot be loaded ({type(error).__name__}: {text})",
-        "a whole, undamaged model",
-        "download it again",
-    )
-
-
-def _refuse_others(what: str, info: dict[str, Any], kind: type[DBFError]) -> None:
-    """Refuse tensors that from_pretrained would make up, or leave out."""
-    others = [
-        f"{state}: {listed(sorted(names))}"
-        for state, names in (
-            ("missing", info["missing_keys"]),
-            ("left over", info["unexpected_keys"]),
-            (
-                "of another shape",
-                [f"{name} {tuple(one)}, not {tuple(other)}" for name, one, other in info["mismatched_keys"]],
-            ),
-        )
-        if names
-    ]
-    if others:
-        raise kind(
-            f"{what}, with other tensors than its configuration says ({'; '.join(others)})",
-            "the tensors of its class, no more and no fewer",
-            "correct its configuration, or open it with the class that it is for and pass that model",
-        )
+        raise unreadable(folder, error) from error
 
 
 def _refuse_unsaveable(model: Any) -> None:
@@ -304,7 +228,9 @@ def empty_compressed(folder: Path, trust_remote_code: bool = False) -> tuple[nn.
         linearize_experts_(model, keep=experts_in(model, stored.fused_experts))
         models.append(model)
     layers = layers_in(models[1], stored.layers, ())
+    tables = tables_of_folder(models[1], stored.tables, (), layers)
     insert_layers_(models[1], layers)
+    insert_tables_(models[1], tables)
     return models[0], models[1], layers
 
 
@@ -365,25 +291,6 @@ def tokenizer_of(folder: Path | None, trust_remote_code: bool = False) -> Any:
     raise ConversionError(
         f"text without a tokenizer ({reason})", "a tokenizer for the text", "pass tokenizer=..."
     )
-
-
-def model_class(config: Any, trust_remote_code: bool = False) -> Any:
-    """Return the class for the first architecture that a configuration names, or AutoModelForCausalLM if it names none.
-
-    Args:
-        config: of transformers.
-        trust_remote_code: whether code of the model's own comes before a class of transformers.
-    """
-    name = next(iter(getattr(config, "architectures", None) or ()), "")
-    own = [
-        auto
-        for auto, code in (getattr(config, "auto_map", None) or {}).items()
-        if str(code).endswith(f".{name}")
-    ]
-    kind = getattr(transformers, name, None)
-    if own and (trust_remote_code or kind is None):
-        return getattr(transformers, own[0])
-    return kind or transformers.AutoModelForCausalLM
 
 
 def content_hash(folder: Path) -> str:

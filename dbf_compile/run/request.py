@@ -38,6 +38,7 @@ class Source:
         name: for the report.
         content: hash of configuration and weights.
         original: a view of the caller's model, or None for a folder.
+        file_type: of the quantized file that the folder was dequantized from, or None.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class Source:
     name: str
     content: str
     original: nn.Module | None = None
+    file_type: str | None = None
 
     @staticmethod
     def of(model: str | Path | nn.Module, trust_remote_code: bool = False) -> Source:
@@ -57,7 +59,13 @@ class Source:
             return Source(twin, None, type(model).__name__, model_hash(twin), view_of(model).eval())
         folder = pretrained.local_folder(model)
         opened = pretrained.open_dense(folder, trust_remote_code)
-        return Source(opened, folder, Path(model).name, pretrained.content_hash(folder))
+        return Source(
+            opened,
+            folder,
+            Path(model).name,
+            pretrained.content_hash(folder),
+            file_type=pretrained.file_type(folder),
+        )
 
 
 @dataclass(frozen=True)
@@ -144,6 +152,7 @@ class Request:
             architecture=type(self.model).__name__,
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             hash=self.source.content,
+            file_type=self.source.file_type,
         )
 
     def fingerprint(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("transformers")
 
-from support.models.pretrained import tiny_folder
+from support.models.pretrained import as_pickle, tiny_folder
 from support.models.tiny import tiny_bert, tiny_llama
 
 import dbf_compile
@@ -44,23 +44,6 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], objec
 def edit_config(folder: Path, **fields: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **fields}))
-
-
-def as_pickle(folder: Path, shards: int) -> None:
-    """Write the weights as PyTorch's own files."""
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    if shards == 1:
-        torch.save(tensors, folder / "pytorch_model.bin")
-        return
-    names, places = list(tensors), {}
-    for number in range(shards):
-        file = f"pytorch_model-{number + 1:05d}-of-{shards:05d}.bin"
-        part = names[number::shards]
-        torch.save({name: tensors[name] for name in part}, folder / file)
-        places |= dict.fromkeys(part, file)
-    index = {"metadata": {"total_size": 0}, "weight_map": places}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
 
 
 NORM = "model.norm.weight"
@@ -218,73 +201,6 @@ def test_a_model_in_memory_takes_its_code_along(own: Path, tmp_path: Path) -> No
     assert (
         type(AutoModelForCausalLM.from_pretrained(made.folder, trust_remote_code=True)).__name__
         == "OwnForCausalLM"
-    )
-
-
-@pytest.fixture
-def hub(dense: Path, tmp_path: Path, monkeypatch: Any) -> dict[str, Path]:
-    """A Hub that holds "some/model": ``downloads`` has one line for every download."""
-    from fnmatch import fnmatch
-
-    remote = Path(shutil.copytree(dense, tmp_path / "remote"))
-    cache = tmp_path / "cache"
-    calls: list[tuple[str, str | None]] = []
-
-    def download(
-        name: str, revision: str | None = None, allow_patterns: Any = None, ignore_patterns: Any = ()
-    ) -> str:
-        calls.append((name, revision))
-        if name != "some/model":
-            raise OSError("no such name")
-        for path in remote.rglob("*"):
-            inside = path.relative_to(remote)
-            ignored = any(fnmatch(str(inside), pattern) for pattern in ignore_patterns or ())
-            allowed = allow_patterns is None or any(fnmatch(str(inside), one) for one in allow_patterns)
-            if path.is_file() and allowed and not ignored:
-                (cache / inside).parent.mkdir(parents=True, exist_ok=True)
-                if not (cache / inside).exists():
-                    (cache / inside).symlink_to(path)
-        return str(cache)
-
-    monkeypatch.setattr(pretrained, "snapshot_download", download)
-    return {"remote": remote, "cache": cache, "calls": calls}  # type: ignore[dict-item]
-
-
-def test_a_name_on_the_hub_is_downloaded_without_other_forms_of_its_weights(hub: Any) -> None:
-    for name in (
-        "pytorch_model.bin",
-        "flax_model.msgpack",
-        "onnx/model.onnx",
-        "original/params.json",
-        "tekken.tiktoken",
-    ):
-        (hub["remote"] / name).parent.mkdir(exist_ok=True)
-        (hub["remote"] / name).write_bytes(b"0")
-    folder = pretrained.local_folder("some/model@v2")
-    assert hub["calls"] == [("some/model", "v2")]
-    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert names == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "tekken.tiktoken"}  # fmt: skip
-    pretrained.open_dense(folder)
-
-
-def test_a_name_without_safetensors_is_downloaded_as_pytorch_has_it(hub: Any) -> None:
-    as_pickle(hub["remote"], 2)
-    (hub["remote"] / "optimizer.bin").write_bytes(b"0")
-    folder = pretrained.local_folder("some/model")
-    assert len(hub["calls"]) == 2 and not (folder / "optimizer.bin").exists()
-    pretrained.open_dense(folder)
-
-
-def test_a_name_that_is_nowhere_is_refused(hub: Any) -> None:
-    with pytest.raises(ConversionError, match="'no/model': no such name"):
-        pretrained.local_folder("no/model")
-
-
-def test_links_of_the_cache_are_followed(hub: Any, tmp_path: Path) -> None:
-    made = dbf_compile.compress("some/model", tmp_path / "made", **QUICK)
-    shutil.rmtree(hub["remote"])
-    assert (made.folder / "tokenizer.json").read_text() and not any(
-        path.is_symlink() for path in made.folder.iterdir()
     )
 
 

@@ -1,9 +1,11 @@
 """A tiny random Llama as a folder of transformers, with a tokenizer and text, and options to compress it in a moment."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from support.models.tiny import tiny_llama
 from torch import nn
 
@@ -59,3 +61,20 @@ def weights_of(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.iterdir())
         if path.suffix in (".safetensors", ".json") and path.name != "dbf_report.json"
     }
+
+
+def as_pickle(folder: Path, shards: int) -> None:
+    """Write the weights as PyTorch's own files."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if shards == 1:
+        torch.save(tensors, folder / "pytorch_model.bin")
+        return
+    names, places = list(tensors), {}
+    for number in range(shards):
+        file = f"pytorch_model-{number + 1:05d}-of-{shards:05d}.bin"
+        part = names[number::shards]
+        torch.save({name: tensors[name] for name in part}, folder / file)
+        places |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": 0}, "weight_map": places}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
