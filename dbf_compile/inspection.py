@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from dbf_compile import formulas
 from dbf_compile.compression.coverage import coverage
 from dbf_compile.compression.jobs import joined
+from dbf_compile.compression.operations import (
+    count_operations,
+    dense_operations,
+    factored_operations,
+    shared_first_stages,
+)
 from dbf_compile.errors import CheckpointError, DBFError
 from dbf_compile.factors import stored_bits
 from dbf_compile.linear import DoubleBinaryLinear
@@ -32,9 +37,10 @@ def inspect(model: str | Path, trust_remote_code: bool = False) -> dict[str, Any
 
     Returns:
         "model"; "share" of the weights that is factored; "factored" and "file", bits per weight; "dense", what is not factored
-        and why; "layers": name, shape [N, K], ``mid_features``, bits and, where the report has it, error; "operations":
-        additions and multiplications a token of the factored layers, and multiplications of the dense ones; "verified": whether
-        all files are as the compression wrote them, or False where a file was saved again since.
+        and why; "layers": name, shape [N, K], ``mid_features``, bits, what a token that reaches it costs and, where the report
+        has it, error; "operations": what a token costs in the model, as :func:`count_operations` says, and in the factored
+        layers, with what it cost in the dense ones; "verified": whether all files are as the compression wrote them, or False
+        where a file was saved again since.
 
     Raises:
         CheckpointError: not compressed, or damaged.
@@ -49,11 +55,8 @@ def inspect(model: str | Path, trust_remote_code: bool = False) -> dict[str, Any
     covered = coverage(dense, set(table), _settings(report))
     size = _check_files(files, factored, renaming.in_model(factored))
     errors = {} if report is None else {row.name: row.error for row in report.layers}
-    groups: dict[str, list[str]] = {}
-    for name, module in factored.named_modules():  # configurations are sorted by name when they are saved
-        if isinstance(module, DoubleBinaryLinear):
-            groups.setdefault(table[name]["shares_first_stage_with"] or name, []).append(name)
-    rows = [_row(factored, names, errors) for names in groups.values()]
+    # Configurations are sorted by name when they are saved, so the order is that of the model.
+    rows = [_row(names, layers, errors) for names, layers in shared_first_stages(factored)]
     weights = sum(row["shape"][0] * row["shape"][1] for row in rows)
     return {
         "model": str(model),
@@ -62,18 +65,19 @@ def inspect(model: str | Path, trust_remote_code: bool = False) -> dict[str, Any
         "file": 8 * size / covered["weights"],
         "dense": covered["dense"],
         "layers": rows,
-        "operations": _operations(rows),
+        "operations": count_operations(factored).summary() | _operations(rows),
         "verified": verified,
     }
 
 
-def _row(model: nn.Module, names: list[str], errors: dict[str, float | None]) -> dict[str, Any]:
+def _row(
+    names: list[str], layers: list[DoubleBinaryLinear], errors: dict[str, float | None]
+) -> dict[str, Any]:
     """Return what is known of layers that share their first stage."""
-    layers = [model.get_submodule(name) for name in names]
-    first = layers[0]
-    assert isinstance(first, DoubleBinaryLinear)
-    out_features = sum(layer.out_features for layer in layers)  # type: ignore[misc]
-    bits = stored_bits(first.in_features, first.mid_features, out_features)
+    first, out_features = layers[0], sum(layer.out_features for layer in layers)
+    sizes = (first.in_features, first.mid_features, out_features)
+    dense = dense_operations(first.in_features, out_features)
+    bits = stored_bits(*sizes)
     return {
         "name": joined(names),
         "shape": [out_features, first.in_features],
@@ -81,17 +85,18 @@ def _row(model: nn.Module, names: list[str], errors: dict[str, float | None]) ->
         "bits": bits,
         "bits_per_weight": bits / (out_features * first.in_features),
         "error": errors.get(joined(names)),
+        "operations": {
+            **asdict(factored_operations(*sizes)),
+            "dense_additions": dense.additions,
+            "dense_multiplications": dense.multiplications,
+        },
     }
 
 
 def _operations(rows: list[dict[str, Any]]) -> dict[str, int]:
-    """Return what one token costs in the factored layers, and in the dense ones that they replace."""
-    sizes = [(row["shape"][1], row["mid_features"], row["shape"][0]) for row in rows]
-    return {
-        "additions": sum(formulas.factored_additions(*size) for size in sizes),
-        "multiplications": sum(formulas.factored_multiplications(*size) for size in sizes),
-        "dense_multiplications": sum(formulas.dense_multiplications(K, N) for K, _, N in sizes),
-    }
+    """Return what the factored layers cost a token that reaches all of them, and the dense ones that they replace."""
+    names = ("additions", "multiplications", "dense_multiplications")
+    return {name: sum(row["operations"][name] for row in rows) for name in names}
 
 
 def _settings(report: Report | None) -> CompressionConfig:

@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from dbf_compile import formulas
-from dbf_compile.compression.jobs import joined
 from dbf_compile.linear import DoubleBinaryLinear, is_conv1d
+from dbf_compile.tables import QuantizedLinear
 
 # What blocks of mixtures, their routers and configurations call the number of experts that a token goes to.
 _EXPERTS_A_TOKEN = (
@@ -96,6 +96,12 @@ class ModelOperations:
         """In all of its layers."""
         return self.factored + self.dense
 
+    def summary(self) -> dict[str, Any]:
+        """Return the counts as dictionaries, as a report holds them."""
+        kinds = ("factored", "dense", "total", "dense_model")
+        counts = {kind: asdict(getattr(self, kind)) for kind in kinds}
+        return {**counts, "experts": list(self.experts), "uncounted_weights": self.uncounted}
+
 
 def count_operations(model: nn.Module) -> ModelOperations:
     """Return what one token costs in a model.
@@ -134,7 +140,7 @@ def _mean(costs: list[_Cost]) -> Operations:
 
 
 def shared_first_stages(model: nn.Module) -> Iterator[tuple[list[str], list[DoubleBinaryLinear]]]:
-    """Yield the names of factored layers, and these, by their first stage, in the order of the model."""
+    """Yield the names of factored layers, and these, by the first stage that they share, in the order of the model."""
     groups: dict[int, tuple[list[str], list[DoubleBinaryLinear]]] = {}
     for name, module in model.named_modules():
         if isinstance(module, DoubleBinaryLinear):
@@ -144,20 +150,12 @@ def shared_first_stages(model: nn.Module) -> Iterator[tuple[list[str], list[Doub
     yield from groups.values()
 
 
-def layer_operations(model: nn.Module) -> dict[str, Operations]:
-    """Return what a token that reaches it costs in each factored layer, by the name of :func:`joined`."""
-    return {
-        joined(names): factored_operations(
-            layers[0].in_features, layers[0].mid_features, sum(layer.out_features for layer in layers)
-        )
-        for names, layers in shared_first_stages(model)
-    }
-
-
 def _dense_shapes(module: nn.Module) -> Iterator[tuple[int, int, int]]:
     """Yield (number of matrices, K, N) for the weights that a module multiplies by."""
     weight = module._parameters.get("weight")
-    if is_conv1d(module):
+    if isinstance(module, QuantizedLinear):  # its codes are multiplied one by one
+        yield 1, module.in_features, module.out_features
+    elif is_conv1d(module):
         yield 1, weight.shape[0], weight.shape[1]  # type: ignore[union-attr]
     elif weight is not None and weight.dim() == 2 and not isinstance(module, nn.Embedding):
         yield 1, weight.shape[1], weight.shape[0]  # routers of mixtures are no nn.Linear

@@ -13,10 +13,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from dbf_compile.compression.operations import Operations, dense_operations, factored_operations
 from dbf_compile.errors import CheckpointError
 from dbf_compile.files import atomic_write
 from dbf_compile.run.charts import MARKS, layer_charts, series_of, short_name, stage_gains
-from dbf_compile.run.report import Bits, Coverage, Report
+from dbf_compile.run.report import Bits, Coverage, LayerRow, OperationCounts, OperationFacts, Report
 
 
 def write_report(report: Report | Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -59,6 +60,8 @@ def report_html(report: Report | Mapping[str, Any]) -> str:
         gains=stage_gains(report.stages or ()),
         coverage_parts=report.coverage and _coverage_parts(report.coverage),
         file_parts=report.coverage and _file_parts(report.coverage, report.bits),
+        operation_rows=report.operations and _operation_rows(report.operations),
+        layer_operations=_layer_operations(report.layers),
         time_parts=report.time and _time_parts(report.time),
     )
     return page
@@ -83,6 +86,23 @@ def _file_parts(coverage: Coverage, bits: Bits) -> list[_Part]:
     if bits.file is None or not factored < bits.file:
         return []
     return _parts([("factored", factored / bits.file)], 1.0, "everything else", _percent)
+
+
+def _operation_rows(facts: OperationFacts) -> list[tuple[str, OperationCounts]]:
+    """Return what to write before the counts of each kind of layers; a kind that there is not is left out."""
+    kinds = [("factored", facts.factored), ("dense", facts.dense)]
+    every = [("all", facts.total), ("all, in the dense model", facts.dense_model)]
+    return [(name, counts) for name, counts in kinds if counts.additions] + every
+
+
+def _layer_operations(layers: Sequence[LayerRow]) -> list[tuple[str, Operations, Operations]]:
+    """Return name, operations and those when dense of the layers whose sizes the report has."""
+    return [
+        (layer.name, factored_operations(columns, layer.mid_features, rows), dense_operations(columns, rows))
+        for layer in layers
+        for rows, columns in [layer.shape if layer.shape and len(layer.shape) == 2 else (0, 0)]
+        if layer.mid_features and rows and columns
+    ]
 
 
 def _time_parts(time: Mapping[str, float]) -> list[_Part]:

@@ -45,12 +45,13 @@ class _Part(dict[str, Any]):
 
 @dataclass(frozen=True)
 class ModelFacts(_Part):
-    """The dense model: name, class, number of parameters, hash of its content."""
+    """The dense model: name, class, number of parameters, hash of its content, type of its file if that was quantized."""
 
     name: str
     architecture: str | None = None
     parameters: Count | None = None
     hash: str | None = None
+    file_type: str | None = None
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,34 @@ class Evaluation(_Part):
 
 
 @dataclass(frozen=True)
+class OperationCounts(_Part):
+    """Numbers of operations, as :class:`~dbf_compile.compression.operations.Operations` has them."""
+
+    additions: Count
+    lookups: Count
+    lookup_additions: Count
+    multiplications: Count
+
+
+@dataclass(frozen=True)
+class OperationFacts(_Part):
+    """What one token costs, as :class:`~dbf_compile.compression.operations.ModelOperations` has it."""
+
+    factored: OperationCounts
+    dense: OperationCounts
+    total: OperationCounts  # of the model
+    dense_model: OperationCounts
+    experts: tuple[str, ...] | None = None
+    uncounted_weights: Count | None = None
+
+    @staticmethod
+    def of(summary: Mapping[str, Any]) -> OperationFacts:
+        """Return what ``ModelOperations.summary`` says as a record."""
+        facts: OperationFacts = _parse(OperationFacts, summary, "operations")
+        return facts
+
+
+@dataclass(frozen=True)
 class Memory(_Part):
     """The most memory that the process has had, in bytes; 0 where the system does not say."""
 
@@ -158,6 +187,7 @@ class Report(_Part):
     coverage: Coverage | None = None
     stages: tuple[StageRow, ...] | None = None
     evaluation: Evaluation | None = None
+    operations: OperationFacts | None = None
     time: dict[str, Amount] | None = None
     memory: Memory | None = None
     machine: dict[str, Any] | None = None
