@@ -9,18 +9,27 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import dataclass, replace
-from functools import partial
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dbf_compile.cli_options import expand_records, parse_settings
+from dbf_compile import cli_text
+from dbf_compile.cli_options import (
+    AsJson,
+    Folder,
+    Progress,
+    Trust,
+    expand_records,
+    parse_settings,
+    results_alone,
+)
 from dbf_compile.options import CompressOptions, EvaluationConfig
 from dbf_compile.progress import say
 from dbf_compile.records import Record, option, resolve
+from dbf_compile.terminal import tolerate_any_text
 
 app = typer.Typer(
     help="Double Binary Factorization of transformer weights: 0.5 to 4 bits each, additions only.",
@@ -29,8 +38,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Folder = Annotated[str, typer.Argument(help="Folder of a model, or its name on the Hub.")]
 Data = Annotated[
     list[str] | None,
     typer.Option(
@@ -39,8 +46,6 @@ Data = Annotated[
         "May be repeated."
     ),
 ]
-Trust = Annotated[bool, typer.Option(help="Run code that comes with the model.")]
-Progress = Annotated[bool, typer.Option(help="Say on stderr what goes on.")]
 _INTERRUPTED = 130
 
 
@@ -49,6 +54,7 @@ def main() -> None:
     from dbf_compile.doctor import EXTRAS
     from dbf_compile.errors import DBFError
 
+    tolerate_any_text()
     try:
         app(standalone_mode=True)
     except DBFError as error:
@@ -102,7 +108,7 @@ def compress(
 
     config = resolve(CompressOptions, options, parse_settings(settings or []))
     source = _source(data)
-    with _kept_on_interrupt(output), _results_alone(as_json):
+    with _kept_on_interrupt(output), results_alone(as_json):
         if processes > 1:
             compressed = compress_in_processes(model, output, processes=processes, config=config, data=source)
         else:
@@ -132,74 +138,32 @@ def evaluate(
     from dbf_compile.evaluation import evaluate as run
 
     tasks = tuple(name for names in options.tasks for name in names.split(","))
-    with _results_alone(as_json):
+    with results_alone(as_json):
         results = run(model, _source(data), dense=dense, config=replace(options, tasks=tasks))
     _print(
         as_json, results, lambda: "\n".join(f"{key:>16}  {_figure(value)}" for key, value in results.items())
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class GenerateOptions(Record):
-    """How ``generate`` draws tokens.
+app.command(
+    epilog="""Examples:
 
-    Args:
-        sample: Draw tokens instead of taking the likeliest.
-        temperature: Temperature of drawing.
-        compiled: Compile decoding.
-        device: Where to compute, such as cuda or cpu; None for a GPU if there is one.
-        trust_remote_code: Run code that comes with the model.
-        progress: Say on stderr what goes on.
-    """
+    dbf-compile generate qwen-2bit 'Once upon a time' --dense Qwen/Qwen3-0.6B
 
-    sample: bool = False
-    temperature: float = 1.0
-    compiled: bool = True
-    device: str | None = None
-    trust_remote_code: bool = False
-    progress: bool = True
+    dbf-compile generate qwen-2bit --chat 'Why is the sky blue?' --temperature 0.7 --stop '###'
 
+    dbf-compile generate qwen-2bit --prompt-file prompts.txt --json
+"""
+)(cli_text.generate)
 
-@app.command(
-    epilog="Example:\n\n    dbf-compile generate qwen-2bit 'Once upon a time' --dense Qwen/Qwen3-0.6B"
-)
-@expand_records
-def generate(
-    model: Folder,
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    options: GenerateOptions,
-    max_new_tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="New tokens at most.")] = 64,
-    dense: Annotated[str | None, typer.Option(help="Run the dense model beside it.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Stream text from a model, then say how many tokens a second prefill and decoding made, and in how much memory."""
-    from dbf_compile.generation import generate as run
+app.command(
+    epilog="""Examples:
 
-    sampling: dict[str, Any] = {"do_sample": True} if options.sample else {}
-    if options.sample or options.temperature != 1.0:
-        sampling["temperature"] = options.temperature
-    results = {}
-    for name in (model, *([dense] if dense else [])):
-        head = iter([f"--- {name}\n{prompt}"])  # printed with the first text, below what is said on stderr
-        generation = run(
-            name,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            stream=None if as_json else partial(_print_piece, head),
-            compiled=options.compiled,
-            device=options.device,
-            trust_remote_code=options.trust_remote_code,
-            progress=options.progress,
-            **sampling,
-        )
-        results[name] = {"text": generation.text, **generation.summary()}
-        if not as_json:
-            print(
-                f"\n--- prefill {generation.prefill_rate:.1f} tokens/s, decode {generation.decode_rate:.1f} tokens/s, "
-                f"weights {generation.weight_bytes / 1e6:.1f} MB, compiled in {generation.compile_seconds:.1f} s"
-            )
-    if as_json:
-        print(json.dumps(results))
+    dbf-compile chat qwen-2bit --system 'Answer in one sentence.'
+
+    dbf-compile chat qwen-2bit --temperature 0.3 < questions.txt > answers.txt
+"""
+)(cli_text.chat)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +173,7 @@ class BenchOptions(Record):
     Args:
         prompt_tokens: Tokens of the prompt.
         rounds: How often; medians are printed.
+        energy: Measure the joules of a new token, too, on an otherwise quiet machine with counters of energy.
         device: Where to compute, such as cuda or cpu; None for a GPU if there is one.
         trust_remote_code: Run code that comes with the model.
         progress: Show on stderr what goes on.
@@ -216,6 +181,7 @@ class BenchOptions(Record):
 
     prompt_tokens: int = option(128, low=1)
     rounds: int = option(5, low=1)
+    energy: bool = False
     device: str | None = None
     trust_remote_code: bool = False
     progress: bool = True
@@ -231,11 +197,11 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Time prefill and decoding of a compressed model, and of the dense one in the same run."""
+    from dbf_compile.cli_tables import energy_lines
     from dbf_compile.generation import time_models
 
-    names = [model, *([dense] if dense else [])]
-    results = time_models(
-        names,
+    settings = (
+        [model, *([dense] if dense else [])],
         options.prompt_tokens,
         max_new_tokens,
         options.rounds,
@@ -243,6 +209,12 @@ def bench(
         options.progress,
         options.trust_remote_code,
     )
+    results: dict[str, dict[str, Any]] = {**time_models(*settings)}
+    if options.energy:
+        from dbf_compile.energy import energy_of_models
+
+        for name, figures in energy_of_models(*settings).items():
+            results[name]["energy"] = asdict(figures)
 
     def table() -> str:
         lines = [f"{'':40}  prefill/s   decode/s   weights MB"]
@@ -254,7 +226,7 @@ def bench(
             lines.append(
                 f"decoding {results[model]['decode_rate'] / results[dense]['decode_rate']:.2f} times the dense model's"
             )
-        return "\n".join(lines)
+        return "\n".join(lines + energy_lines(results))
 
     _print(as_json, results, table)
 
@@ -264,28 +236,28 @@ def inspect(
     model: Folder, trust_remote_code: Trust = False, progress: Progress = True, as_json: AsJson = False
 ) -> None:
     """Show what of a model is compressed: coverage, bits, and the error of every layer; compares the files with what was written."""
+    from dbf_compile.cli_tables import LAYER_HEAD, layer_cells, operation_lines
     from dbf_compile.inspection import inspect as run
 
     say(f"looking into {model}", progress)
     facts = run(model, trust_remote_code)
 
     def text() -> str:
-        operations = facts["operations"]
         head = [
             f"{facts['model']}: {facts['factored']:.3f} bits per weight in {facts['share']:.1%} of the weights, "
             f"{facts['file']:.3f} in the whole file",
             "all files are as they were written"
             if facts["verified"]
             else "a file was saved again since, so files were not compared with what was written",
-            f"a token in the factored layers: {operations['additions']:,} additions, "
-            f"{operations['multiplications']:,} multiplications "
-            f"(dense: {operations['dense_multiplications']:,} of each)",
             *(f"  dense: {row['share']:6.1%}  {row['name']} ({row['reason']})" for row in facts["dense"][:8]),
             "",
-            f"{'bits':>6} {'R':>6} {'error':>10}  layer",
+            *operation_lines(facts["operations"]),
+            "",
+            f"{'bits':>6} {'R':>6} {'error':>10} {LAYER_HEAD}  layer",
         ]
         rows = [
-            f"{row['bits_per_weight']:6.3f} {row['mid_features']:6d} {_figure(row.get('error')):>10}  {row['name']}"
+            f"{row['bits_per_weight']:6.3f} {row['mid_features']:6d} {_figure(row.get('error')):>10} "
+            f"{layer_cells(row['operations'])}  {row['name']}"
             for row in facts["layers"]
         ]
         return "\n".join(head + rows)
@@ -310,23 +282,11 @@ def doctor(progress: Progress = True, as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-def _print_piece(head: Iterator[str], text: str) -> None:
-    """Print a piece of text, the first one below its head."""
-    print(next(head, "") + text, end="", flush=True)
-
-
 def _source(data: list[str] | None) -> str | list[Path] | None:
     """Return one path or name, which may be one of the Hub, or several paths."""
     if not data:
         return None
     return data[0] if len(data) == 1 else [Path(path) for path in data]
-
-
-@contextmanager
-def _results_alone(as_json: bool) -> Iterator[None]:
-    """Send what other libraries print to stderr where stdout is for programs."""
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        yield
 
 
 def _print(as_json: bool, facts: dict[str, Any], text: Callable[[], str]) -> None:

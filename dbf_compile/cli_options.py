@@ -1,10 +1,12 @@
-"""Command-line options made of records: a parameter that is annotated with a record becomes one option a field."""
+"""What commands share: options made of records (a parameter that is annotated with a record becomes one option a field)."""
 
 from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import wraps
 from typing import Annotated, Any, get_type_hints
 
@@ -12,6 +14,11 @@ import typer
 
 from dbf_compile.errors import OptionError
 from dbf_compile.records import OptionHelp, Record, describe
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Folder = Annotated[str, typer.Argument(help="Folder of a model, a GGUF file, or its name on the Hub.")]
+Trust = Annotated[bool, typer.Option(help="Run code that comes with the model.")]
+Progress = Annotated[bool, typer.Option(help="Say on stderr what goes on.")]
 
 _SHORT_NAMES = {"bits_per_weight": "--bits", "do_sample": "--sample/--no-sample"}
 _TYPES: dict[str, Any] = {
@@ -75,6 +82,13 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
         except ValueError:
             values[name] = value
     return values
+
+
+@contextmanager
+def results_alone(as_json: bool) -> Iterator[None]:
+    """Send what other libraries print to stderr where stdout is for programs."""
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        yield
 
 
 def _option(item: OptionHelp) -> inspect.Parameter:
