@@ -10,6 +10,7 @@ from importlib import import_module
 
 from dbf_compile.calibration.batches import token_batches
 from dbf_compile.calibration.calibrate import calibrate
+from dbf_compile.chat import Conversation
 from dbf_compile.checkpoint import load, read_metadata, save
 from dbf_compile.compiler import registration
 from dbf_compile.compression.budgets import Allocation
@@ -55,6 +56,7 @@ __all__ = [
     "CompressOptions",
     "Compressed",
     "CompressionConfig",
+    "Conversation",
     "DBFError",
     "DoubleBinaryFactors",
     "DoubleBinaryLinear",
