@@ -25,7 +25,7 @@ class SignMatmul(Function):
     @staticmethod
     def forward(keys: Any, *args: Any) -> Any:
         """Return the product."""
-        return _call(torch.ops.dbf.sign_matmul.default, keys, args)
+        return call(torch.ops.dbf.sign_matmul.default, keys, args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -91,7 +91,7 @@ class SignMatmul(Function):
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], keys: None, *args: Any) -> tuple[Tensor, int]:
         """Return the products of a batch, and the dimension along which they lie."""
-        return _batched(torch.ops.dbf.sign_matmul, info.batch_size, in_dims[1:], args)
+        return batched(torch.ops.dbf.sign_matmul, info.batch_size, in_dims[1:], args)
 
 
 class SignMatmulTransposed(Function):
@@ -100,7 +100,7 @@ class SignMatmulTransposed(Function):
     @staticmethod
     def forward(keys: Any, *args: Any) -> Any:
         """Return the product."""
-        return _call(torch.ops.dbf.sign_matmul_transposed.default, keys, args)
+        return call(torch.ops.dbf.sign_matmul_transposed.default, keys, args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -126,7 +126,7 @@ class SignMatmulTransposed(Function):
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], keys: None, *args: Any) -> tuple[Tensor, int]:
         """Return the products of a batch, and the dimension along which they lie."""
-        return _batched(torch.ops.dbf.sign_matmul_transposed, info.batch_size, in_dims[1:], args)
+        return batched(torch.ops.dbf.sign_matmul_transposed, info.batch_size, in_dims[1:], args)
 
 
 def register(library: Library, op: Any, function: type[Function]) -> None:
@@ -161,7 +161,7 @@ def _with_defaults(op: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*args, *(argument.default_value for argument in op._schema.arguments[len(args) :]))
 
 
-def _call(op: Any, keys: Any, args: tuple[Any, ...]) -> Any:
+def call(op: Any, keys: Any, args: tuple[Any, ...]) -> Any:
     """Call an operator: from the start, or at the first of ``keys``."""
     return op(*args) if keys is None else op.redispatch(keys, *args)
 
@@ -175,7 +175,7 @@ def _sum_tokens(values: Tensor) -> Tensor:
     return values.reshape(-1, values.shape[-1]).sum(0)
 
 
-def _batched(
+def batched(
     product: Callable[..., Tensor], size: int, in_dims: Sequence[int | None], args: Sequence[Any]
 ) -> tuple[Tensor, int]:
     """Return the products of a batch: one call for a batch of activations, else one each, as for an ensemble of layers."""

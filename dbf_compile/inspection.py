@@ -24,6 +24,7 @@ from dbf_compile.linear import DoubleBinaryLinear
 from dbf_compile.options import CompressionConfig
 from dbf_compile.records import parse
 from dbf_compile.run.report import Report, read_report
+from dbf_compile.tables import table_layers
 
 _DAMAGED = "the folder is damaged: compress the model again, or copy it again"
 
@@ -52,7 +53,8 @@ def inspect(model: str | Path, trust_remote_code: bool = False) -> dict[str, Any
     files = sorted(folder.glob("model*.safetensors"))
     verified = content.check_content(files)
     report = read_report(folder)
-    covered = coverage(dense, set(table), _settings(report))
+    tables = {name: layer.kind for name, layer in table_layers(factored).items()}
+    covered = coverage(dense, set(table), _settings(report), tables)
     size = _check_files(files, factored, renaming.in_model(factored))
     errors = {} if report is None else {row.name: row.error for row in report.layers}
     # Configurations are sorted by name when they are saved, so the order is that of the model.

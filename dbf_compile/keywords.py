@@ -19,6 +19,8 @@ class CompressionKeywords(TypedDict, total=False):
     bits: float
     overrides: Mapping[str, float]
     skip: Sequence[str]
+    head: str | float
+    embedding: str
     merge_shared_inputs: bool
     preset: str
     iterations: int | None

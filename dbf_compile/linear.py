@@ -17,7 +17,7 @@ from dbf_compile.errors import ConversionError
 from dbf_compile.factors import FIRST_STAGE, SIGN_NAMES, TENSOR_NAMES, DoubleBinaryFactors, move_factors
 from dbf_compile.ops import double_binary_linear
 from dbf_compile.signs import deinterleave, interleave
-from dbf_compile.stand_in import StandIn
+from dbf_compile.stand_in import FactoredStandIn, StandIn
 
 # Name of the dense weight. Files of transformers have an empty tensor [N, 0] of this name for a factored layer.
 WEIGHT_PLACEHOLDER = "weight"
@@ -25,7 +25,7 @@ WEIGHT_PLACEHOLDER = "weight"
 on_swap: list[Callable[[nn.Module], object]] = []
 
 
-class DoubleBinaryLinear(StandIn):
+class DoubleBinaryLinear(FactoredStandIn):
     """A linear layer stored as double binary factors.
 
     ``y = scale_out ⊙ (signs_out · (scale_mid ⊙ (signs_in · (scale_in ⊙ x)))) + bias``, x [..., K], y [..., N]

@@ -17,11 +17,9 @@ import torch
 from dbf_compile.errors import OptionError
 from dbf_compile.records import Record, accept_aliases, option
 
-# Heads and embeddings are a large part of small models and lose most; users expect them untouched.
-_HEADS = ("*lm_head", "*embed_out", "*predictions.decoder", "*output_projection", "*proj_out")
 # Routers of mixtures are small, and an error in one sends tokens to other experts.
-_ROUTERS = ("*router", "*router.*", "*mlp.gate", "*moe.gate", "*.gate.wg", "*shared_expert_gate")
-DENSE_BY_DEFAULT = _HEADS + _ROUTERS
+DENSE_BY_DEFAULT = ("*router", "*router.*", "*mlp.gate", "*moe.gate", "*.gate.wg", "*shared_expert_gate")
+TABLES = ("dense", "int8", "int6", "int4")  # what becomes of heads and embeddings
 MIN_BITS, MAX_BITS = 0.05, 16.0
 ACCURACIES = ("exact", "fast")
 MODES, BUDGETS = ("auto", "independent", "sequential"), ("equal", "allocated")
@@ -41,7 +39,10 @@ class CompressionConfig(Record):
     Args:
         bits_per_weight: Stored bits per weight of every layer, scales and padding counted; 0.05 to 16.
         overrides: Bits per weight for layers whose name matches a pattern (``fnmatch``); the first match wins.
-        skip: Name patterns of layers that stay dense. Embeddings, and matrices too small to gain, always do.
+        skip: Name patterns of layers that stay dense, heads and embeddings among them. Matrices too small to gain always do.
+        head: What becomes of the layer that computes logits: "int8", "int6" or "int4", rows of so many bits and scales; "dense";
+            or a number, the bits per weight to factor it with.
+        embedding: The same of embeddings. One that the head reads, too, is stored once if both say the same.
         merge_shared_inputs: Factor layers that read one input (q/k/v, gate/up) as one stacked weight.
         preset: How long the factorizer searches: "fast", "balanced" or "best", about 1 : 2.4 : 24.
         iterations: ADMM iterations of the factorizer; None for those of the preset.
@@ -53,6 +54,8 @@ class CompressionConfig(Record):
     bits_per_weight: float = 2.0
     overrides: Mapping[str, float] = option({})
     skip: tuple[str, ...] = DENSE_BY_DEFAULT
+    head: str | float = "int8"
+    embedding: str = option("int8", choices=TABLES)
     merge_shared_inputs: bool = True
     preset: str = option("balanced", choices=tuple(PRESETS))
     iterations: int | None = option(None, low=1)
@@ -62,7 +65,11 @@ class CompressionConfig(Record):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, bits in (("bits_per_weight", self.bits_per_weight), *self.overrides.items()):
+        for name, bits in (
+            ("bits_per_weight", self.bits_per_weight),
+            *self._bits_of_head(),
+            *self.overrides.items(),
+        ):
             if not MIN_BITS <= bits <= MAX_BITS:
                 raise OptionError(
                     f"{bits} bits per weight for {name!r}",

@@ -1,4 +1,4 @@
-"""Stand-ins for a dense linear layer: who looks at ``weight`` is served, who uses its values is told.
+"""Stand-ins for dense layers: who looks at ``weight`` is served, who uses its values is told.
 
 Programs look at the weight of a layer to learn its dtype, device or shape: T5 casts to the dtype of ``wo.weight``,
 transformers fits a bias to the rows of ``weight``, PEFT puts its adapters where ``weight`` is. A stand-in has no dense
@@ -112,29 +112,78 @@ def _without_values(value: Any) -> Any:
 
 def _used(func: Callable[..., Any]) -> ConversionError:
     return ConversionError(
-        f"the weight of a factored layer in {getattr(func, '__name__', func)}",
+        f"the weight of a factored layer or a quantized table in {getattr(func, '__name__', func)}",
         "its dtype, device and shape; there are no dense values",
         "call the layer itself, or leave it dense: name it in skip=[...] and convert again",
     )
 
 
-class StandIn(nn.Module):
-    """A module in the place of a dense linear layer.
+class WithoutWeight(nn.Module):
+    """A module that keeps its weight in another form, and answers for what the dense one looked like.
 
     Attributes:
         weight_dtype: dtype of the dense weight; it follows ``to``, ``half`` and the like.
+    """
+
+    weight_dtype: Any
+
+    @property
+    def _dense_shape(self) -> tuple[int, int]:
+        """The shape of the dense weight."""
+        raise NotImplementedError
+
+    @property
+    def _device(self) -> torch.device:
+        """The device of what stands for the weight."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """What the dense weight looks like; it has no values."""
+        if "weight" in self._buffers:
+            return self._buffers["weight"]  # type: ignore[return-value]  # a file is being loaded: see integrations
+        kind: dict[str, Any] = {"dtype": self.weight_dtype, "device": self._device}
+        if torch.compiler.is_dynamo_compiling():  # of this the graph has no trace where nothing reads it
+            return torch.empty(self._dense_shape, **kind).as_subclass(FactoredWeight)
+        return Tensor._make_wrapper_subclass(_WithoutStorage, self._dense_shape, **kind)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and name not in self._buffers:
+            raise ConversionError(
+                "a weight for a factored layer or a quantized table",
+                "the tensors that it has",
+                "convert again from the dense model, or leave the layer dense: name it in skip=[...]",
+            )
+        super().__setattr__(name, value)
+
+
+class StandIn(WithoutWeight):
+    """A module in the place of a dense linear layer.
+
+    Attributes:
         transposed: the dense weight is stored as [K, N], as in Conv1D of GPT-2.
         carried: names of what the dense layer had besides weight and bias.
     """
 
-    scale_in: nn.Parameter
-    scale_out: nn.Parameter
-
     def __init__(self) -> None:
         super().__init__()
-        self.weight_dtype = torch.get_default_dtype()
         self.transposed = False
         self.carried: frozenset[str] = frozenset()
+
+    @property
+    def in_features(self) -> int:
+        """K, the size of the input."""
+        raise NotImplementedError
+
+    @property
+    def out_features(self) -> int:
+        """N, the size of the output."""
+        raise NotImplementedError
+
+    @property
+    def _dense_shape(self) -> tuple[int, int]:
+        shape = (self.out_features, self.in_features)
+        return (shape[1], shape[0]) if self.transposed else shape
 
     def take_place_of_(self, old: nn.Module) -> None:
         """Take over all that a layer is besides its weight and bias: mode, hooks, and what its owner attached to it."""
@@ -155,6 +204,17 @@ class StandIn(nn.Module):
         self._non_persistent_buffers_set |= old._non_persistent_buffers_set & self.carried
         vars(self).update({name: value for name, value in vars(old).items() if name in self.carried})
 
+
+class FactoredStandIn(StandIn):
+    """A stand-in that holds factors: the scales tell its sizes."""
+
+    scale_in: nn.Parameter
+    scale_out: nn.Parameter
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight_dtype = torch.get_default_dtype()
+
     @property
     def in_features(self) -> int:
         """K, the size of the input."""
@@ -166,25 +226,8 @@ class StandIn(nn.Module):
         return self.scale_out.shape[0]
 
     @property
-    def weight(self) -> Tensor:
-        """What the dense weight, [N, K] or [K, N], looks like; it has no values."""
-        if "weight" in self._buffers:
-            return self._buffers["weight"]  # type: ignore[return-value]  # a file is being loaded: see integrations
-        shape = (self.out_features, self.in_features)
-        shape = shape[::-1] if self.transposed else shape
-        kind: dict[str, Any] = {"dtype": self.weight_dtype, "device": self.scale_out.device}
-        if torch.compiler.is_dynamo_compiling():  # of this the graph has no trace where nothing reads it
-            return torch.empty(shape, **kind).as_subclass(FactoredWeight)
-        return Tensor._make_wrapper_subclass(_WithoutStorage, shape, **kind)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight" and name not in self._buffers:
-            raise ConversionError(
-                "a weight for a factored layer",
-                "the five tensors of its factors",
-                "convert again from the dense model, or leave the layer dense: name it in skip=[...]",
-            )
-        super().__setattr__(name, value)
+    def _device(self) -> torch.device:
+        return self.scale_out.device
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import warnings
 from pathlib import Path
 
@@ -63,6 +64,41 @@ def build(source: Path) -> Path:
         if (library := _cached(folder, stem)) is None:
             raise
         return library
+
+
+class Library:
+    """The operators of a C++ file: built and loaded when they are first asked for, once per process.
+
+    Args:
+        source: as of :func:`build`.
+    """
+
+    def __init__(self, source: Path) -> None:
+        self._source = source
+        self._is_loaded: bool | None = None
+        self._renew_lock()
+        if hasattr(os, "register_at_fork"):  # another thread may be building while this one forks
+            os.register_at_fork(after_in_child=self._renew_lock)
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.Lock()
+
+    def available(self) -> bool:
+        """Return whether the operators are there; warn once if this machine cannot build or load them."""
+        if self._is_loaded is None:
+            # Of several threads one builds and loads: a second copy of the library would register its operators again.
+            with self._lock:
+                if self._is_loaded is None:
+                    self._is_loaded = self._load()
+        return self._is_loaded
+
+    def _load(self) -> bool:
+        try:
+            torch.ops.load_library(build(self._source))
+        except (BuildError, OSError) as error:  # OSError: the loader refuses the library
+            warnings.warn(f"dbf_compile falls back to its slow reference kernel: {error}", stacklevel=4)
+            return False
+        return True
 
 
 def _signed(file: Path) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -23,7 +23,9 @@ _BY_RULE = (
     "too small to gain",
     "an adapter",
     "the model's head",
+    "an embedding",
     "that an embedding reads, too",
+    "a table of",
 )
 _MATRIX = 16  # rows and columns of a matrix that is worth a word
 # Where PEFT's modules keep what they adapt; all else below them is theirs.
@@ -47,28 +49,28 @@ def reasons_against(model: nn.Module) -> dict[str, str]:
     return reasons
 
 
-def reasons_to_stay_dense(model: nn.Module, head_too: bool = False) -> dict[str, str]:
+def reasons_to_stay_dense(model: nn.Module, heads: Collection[str] = ()) -> dict[str, str]:
     """Return, for each linear layer of a model that is not factored unasked, the reason; by its first name.
 
     Besides those that cannot be factored these are layers whose weight would have to be kept for another one, and the head.
 
     Args:
         model: any module.
-        head_too: factor a head that shares its weight with no embedding.
+        heads: names of heads that are factored, also where an embedding reads their weight.
     """
     readers = _readers(model)
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     reasons = reasons_against(model)
     for name, module in linears(model).items():
-        if name in reasons:
+        if name in reasons or name in heads:
             continue
         others = [other for other in readers[id(module._parameters["weight"])] if other is not module]
         if any(isinstance(other, nn.Embedding) for other in others):
             reasons[name] = "that an embedding reads, too"
         elif others:
             reasons[name] = "tied to another layer"
-        elif module is head and not head_too:
+        elif module is head:
             reasons[name] = "the model's head"
     return reasons
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Hashable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 from typing import Self, Unpack
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 
 from dbf_compile import checkpoint
 from dbf_compile.candidates.reasons import listed, other_matrices, reasons_to_stay_dense, tell_left_dense
+from dbf_compile.candidates.tables import HEADS, heads
 from dbf_compile.compression.budgets import Allocation
 from dbf_compile.compression.cache import CachedStore, FactorCache, importance_hash
 from dbf_compile.compression.jobs import FactorJob, joined, run_jobs
+from dbf_compile.compression.tables import make_tables
 from dbf_compile.errors import ConversionError
 from dbf_compile.factorizer.factorize import FactorizerConfig
 from dbf_compile.factorizer.importance import Importance
@@ -28,6 +31,7 @@ from dbf_compile.linear import dense_linears, dense_weight, swap_
 from dbf_compile.names import Scope, check_names, layer_names, plain_name, scope_of
 from dbf_compile.options import DENSE_BY_DEFAULT, PRESETS, CompressionConfig
 from dbf_compile.records import resolve
+from dbf_compile.tables import QuantizedRows, swap_tables_
 
 # Below this the 16-bit scales take most of the bits and the product approximates nothing.
 MIN_MID_FEATURES = 8
@@ -73,6 +77,7 @@ class LayerFactorizer:
         self._ready = {} if self._ready_identity is None else _load(*self._ready_identity)
         self._settings = factorizer_config(config)
         self._scope = Scope()
+        self._heads: frozenset[str] = frozenset()
 
     def for_model(self, model: nn.Module) -> Self:
         """Read the names in all options as those of layers of ``model``, whatever is wrapped around it; return itself.
@@ -91,14 +96,26 @@ class LayerFactorizer:
         known = [self._scope.name(name) for name in around]
         for option, names in options.items():
             check_names(option, filter(self._scope.has, names), known, type(model).__name__)
+        self._heads = frozenset(map(self._option_name, heads(model)))
         return self
 
     def _option_name(self, layer: str) -> str:
         return self._scope.name(plain_name(layer))
 
     def override_for(self, layer: str) -> float | None:
-        """Return the bits per weight that an override gives to a layer, or None."""
-        return self.config.override_for(self._option_name(layer))
+        """Return the bits per weight that an override, or the option of heads, gives to a layer, or None."""
+        name = self._option_name(layer)
+        if self._is_head(name) and not isinstance(self.config.head, str):
+            return self.config.head
+        return self.config.override_for(name)
+
+    def _is_head(self, name: str) -> bool:
+        return name in self._heads or any(fnmatchcase(name, pattern) for pattern in HEADS)
+
+    def _bits_for(self, name: str) -> float:
+        if self._is_head(name) and not isinstance(self.config.head, str):
+            return self.config.head
+        return self.config.bits_for(name)
 
     def group(self, name: str, weight: Tensor) -> Hashable | None:
         """Return None if a layer stays dense; layers with equal keys and one input may be factored as one.
@@ -112,7 +129,7 @@ class LayerFactorizer:
             return ("ready", id(self._ready[key].signs_in))
         if self.why_dense(name, weight) is not None:
             return None
-        in_features, bits = weight.shape[1], self.config.bits_for(key)
+        in_features, bits = weight.shape[1], self._bits_for(key)
         if not self.config.merge_shared_inputs:
             return ("alone", key)
         return ("made", in_features, bits, weight.dtype, weight.device)
@@ -124,10 +141,12 @@ class LayerFactorizer:
             return None
         if self.config.skips(name):
             return "skipped by name"
+        if self._is_head(name) and isinstance(self.config.head, str):
+            return "the model's head"
         if not weight.is_floating_point():
             return f"of dtype {str(weight.dtype).removeprefix('torch.')}"
         out_features, in_features = weight.shape
-        bits = self.config.bits_for(name)
+        bits = self._bits_for(name)
         if mid_features_for(bits, in_features, out_features) < MIN_MID_FEATURES:
             return f"too small to gain at {bits:g} bits per weight"
         # Last: inspection asks for the reasons of a run on a model without data.
@@ -144,9 +163,7 @@ class LayerFactorizer:
 
     def identity(self, names: Sequence[str]) -> str:
         """Return a hash of all that decides on the factors of these layers, except their weights."""
-        source = (
-            self._ready_identity if self.is_ready(names) else (self.config.bits_for(names[0]), self._settings)
-        )
+        source = self._ready_identity if self.is_ready(names) else (self._bits_for(names[0]), self._settings)
         digest = hashlib.sha256(repr((names, source)).encode())
         for name in names:
             digest.update(importance_hash(self._importance.get(name)))
@@ -184,7 +201,7 @@ class LayerFactorizer:
         else:
             stacked = Importance.stack([item or Importance() for item in measured], rows)
         if self._mid_features is None:
-            mid_features = mid_features_for(self.config.bits_for(keys[0]), weights[0].shape[1], sum(rows))
+            mid_features = mid_features_for(self._bits_for(keys[0]), weights[0].shape[1], sum(rows))
         elif joined(keys) in self._mid_features:
             mid_features = self._mid_features[joined(keys)]
         else:
@@ -312,7 +329,8 @@ def stacks_of(model: nn.Module, factorizer: LayerFactorizer) -> list[tuple[list[
 
 def why_dense(model: nn.Module, factorizer: LayerFactorizer) -> dict[str, str]:
     """Return, for each linear layer of a model that stays dense, the reason: that of the options, or one of its own."""
-    own = reasons_to_stay_dense(model, head_too=not factorizer.config.skip)
+    is_factored = not isinstance(factorizer.config.head, str)
+    own = reasons_to_stay_dense(model, heads(model) if is_factored else ())
     reasons = {
         name: factorizer.why_dense(name, dense_weight(module)) or own.get(name)
         for name, module in dense_linears(model).items()
@@ -334,8 +352,8 @@ def convert_(
 
     Args:
         model: any module with ``nn.Linear`` or GPT-2's Conv1D layers.
-        factors: ready factors by layer name; None to make them now. Of the options ``skip`` alone then counts, where it is
-            passed as a keyword.
+        factors: ready factors by layer name; None to make them now. Of the options ``skip``, ``head`` and ``embedding`` alone
+            then count, where they are passed as keywords.
         config: bits, overrides, skips and settings of the factorizer.
         importance: layer name to second moments, as made by ``calibrate``.
         allocation: what ``allocate`` returned for this model, or R by name, in place of ``bits_per_weight``.
@@ -355,8 +373,10 @@ def convert_(
             "a torch.nn.Module",
             "pass the module that has the layers",
         )
+    tables: Mapping[str, QuantizedRows] = {}
     if factors is None:
         factors = factorize_model(model, settings, importance, allocation)
+        tables = make_tables(model, settings)
     elif not factors:
         raise nothing_to_factor(model, {}, settings)
     else:
@@ -365,7 +385,9 @@ def convert_(
             patterns = [pattern for pattern in settings.skip if pattern not in DENSE_BY_DEFAULT]
             check_names("skip", patterns, layer_names(model), type(model).__name__)
             factors = {name: layer for name, layer in factors.items() if not settings.skips(plain_name(name))}
-    return swap_(model, factors)
+        if {"head", "embedding"} & options.keys():
+            tables = make_tables(model, settings)
+    return swap_tables_(swap_(model, factors), tables)
 
 
 def _in_model(factors: Mapping[str, DoubleBinaryFactors], model: nn.Module) -> dict[str, DoubleBinaryFactors]:

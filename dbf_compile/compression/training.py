@@ -30,7 +30,7 @@ from dbf_compile.factorizer.refine import Product, flip_costs
 from dbf_compile.factorizer.weighted import WeightedWeight
 from dbf_compile.factors import DoubleBinaryFactors
 from dbf_compile.signs import pack_signs, unpack_signs
-from dbf_compile.stand_in import StandIn
+from dbf_compile.stand_in import FactoredStandIn
 
 _SCALES = ("scale_in", "scale_mid", "scale_out")
 _TINY = 1e-30
@@ -47,7 +47,7 @@ class _Sign(torch.autograd.Function):
         return grads[0]
 
 
-class Trainable(StandIn):
+class Trainable(FactoredStandIn):
     """A factored layer whose scales are parameters in float32; they require no gradient until :func:`train` is called.
 
     Args:

@@ -6,8 +6,8 @@ import copy
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,12 @@ from dbf_compile.integrations.companions import CODE, copy_companions
 from dbf_compile.integrations.content import CONFIG, HASH, QUANTIZATION, content_hash, content_header
 from dbf_compile.integrations.loading import Layers
 from dbf_compile.integrations.renaming import in_files, table_in_files
+from dbf_compile.integrations.tables import entries, renamed, table_pieces
 from dbf_compile.integrations.transformers import DBFConfig, quantize_config_
 from dbf_compile.linear import WEIGHT_PLACEHOLDER, dense_weight
 from dbf_compile.progress import over
 from dbf_compile.signs import interleave
+from dbf_compile.tables import QuantizedRows
 
 _WEIGHTS = "model.safetensors"
 _GENERATION = "generation_config.json"
@@ -51,6 +53,7 @@ class CompressedModel:
         layers: table of the factored layers, as of :class:`DBFConfig`.
         factors: returns those of a layer.
         bits_per_weight: of the factored layers, for the record.
+        tables: of layers that read quantized rows; layers of one weight and kind have the same.
         source: the folder the model comes from, whose tokenizer and other companions are copied.
         tokenizer: to save where there is no source.
     """
@@ -61,6 +64,13 @@ class CompressedModel:
     bits_per_weight: float
     source: Path | None = None
     tokenizer: Any = None
+    tables: Mapping[str, QuantizedRows] = field(default_factory=dict)
+
+    @property
+    def table_entries(self) -> dict[str, dict[str, Any]]:
+        """Entries of the tables in config.json."""
+        kinds = {name: table.kind for name, table in self.tables.items()}
+        return entries(kinds, lambda name: id(self.tables[name]))
 
 
 def write_model(
@@ -78,7 +88,8 @@ def write_model(
         The bytes of the weight files.
     """
     table = table_in_files(compressed.model, compressed.layers)
-    quantization = DBFConfig(table, bits_per_weight=compressed.bits_per_weight)
+    tables = renamed(compressed.table_entries, in_files(compressed.model))
+    quantization = DBFConfig(table, bits_per_weight=compressed.bits_per_weight, tables=tables)
     config = _write_settings(folder, compressed, quantization)
     header = {"format": "pt", **content_header(config)}
     shards = list(_shards(_pieces(compressed), max_shard_size))
@@ -186,11 +197,17 @@ def _is_of_transformers(model: nn.Module) -> bool:
 def _pieces(compressed: CompressedModel) -> Iterator[Piece]:
     model, layers = compressed.model, compressed.layers
     tensors, rename = model.state_dict(), in_files(model)
+    tables = compressed.table_entries
     ties = getattr(model, "all_tied_weights_keys", None) or {}
     for name, tensor in tensors.items():
         layer, _, kind = name.rpartition(".")
         if layer in layers and kind == WEIGHT_PLACEHOLDER:
             for part, size, make in _layer_pieces(compressed, layer, tensor.dtype):
+                yield rename(part), size, make
+        elif layer in tables and kind == WEIGHT_PLACEHOLDER:
+            for part, size, make in table_pieces(
+                layer, compressed.tables[layer], tables[layer], tensor.dtype
+            ):
                 yield rename(part), size, make
         elif not (name in ties and ties[name] in tensors and _is_same(tensor, tensors[ties[name]])):
             # A tensor that from_pretrained does not tie again is stored under all its names.

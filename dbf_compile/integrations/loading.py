@@ -88,7 +88,7 @@ def finish_layers_(model: nn.Module, layers: Layers) -> None:
     for name, entry in layers.items():
         layer: Any = model.get_submodule(name)
         layer.weight_dtype = layer._buffers.pop(WEIGHT_PLACEHOLDER).dtype
-        for hook in _offload_hooks(layer):
+        for hook in offload_hooks(layer):
             hook.original_devices.pop(WEIGHT_PLACEHOLDER, None)
         owner = entry["shares_first_stage_with"]
         if owner is not None:
@@ -97,7 +97,7 @@ def finish_layers_(model: nn.Module, layers: Layers) -> None:
             getattr(layer, tensor).requires_grad_(False)
         if layer.signs_out.device.type == "meta":
             continue  # offloaded to disk: its tensors are not here yet
-        absent = [tensor for tensor in TENSOR_NAMES if not _was_loaded(getattr(layer, tensor))]
+        absent = [tensor for tensor in TENSOR_NAMES if not was_loaded(getattr(layer, tensor))]
         if absent:
             raise CheckpointError(f"layer {name!r} without {', '.join(absent)}", "all five tensors", DAMAGED)
         try:
@@ -115,26 +115,29 @@ def finish_layers_(model: nn.Module, layers: Layers) -> None:
             )
 
 
-def keep_together_(device_map: dict[str, Any], layers: Layers) -> None:
-    """Put layers that share their first stage on one side of a map from the names of modules to devices, in place."""
+def keep_together_(
+    device_map: dict[str, Any], layers: Layers, owner_key: str = "shares_first_stage_with"
+) -> None:
+    """Put layers that share their first stage, or their table, on one side of a map from the names of modules to devices, in place."""
 
     def place(name: str) -> Any:
         parents = [key for key in device_map if key == "" or f"{name}.".startswith(f"{key}.")]
         return device_map[max(parents, key=len)] if parents else "cpu"
 
     for name, entry in layers.items():
-        owner = entry["shares_first_stage_with"]
+        owner = entry[owner_key]
         if owner is not None and place(name) != place(owner):
             device_map[name] = place(owner)
 
 
-def _offload_hooks(layer: Any) -> list[Any]:
+def offload_hooks(layer: Any) -> list[Any]:
     """Return the hooks of accelerate on a layer that bring its tensors back from where they are offloaded to."""
     hook = getattr(layer, "_hf_hook", None)
     return [one for one in getattr(hook, "hooks", [hook]) if hasattr(one, "original_devices")]
 
 
-def _was_loaded(tensor: Tensor) -> bool:
+def was_loaded(tensor: Tensor) -> bool:
+    """Return whether a tensor came from a file."""
     # transformers sets this attribute on every tensor that it loads.
     return bool(getattr(tensor, "_is_hf_initialized", False))
 

@@ -8,7 +8,6 @@ Used are functions of transformers that are the same in 5.16 to 5.23, as its loa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -40,7 +39,7 @@ def layers_in(
     Raises:
         CheckpointError: a name is no layer of the model that was compressed.
     """
-    dense, stored_rows = dense_linears(model), _stored_rows(files)
+    dense, stored_rows = dense_linears(model), stored_rows_of(files, _TENSOR)
     rename = in_model(model, (name + _TENSOR for name in dense))
     targets: dict[str, str] = {}
     for name in layers:
@@ -141,13 +140,13 @@ def _kinds(transforms: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     return renamings, [one for one in transforms if isinstance(one, WeightConverter)]
 
 
-def _stored_rows(files: Sequence[str]) -> dict[str, int]:
-    """Return the number of rows of every factored layer in weight files, by its name there."""
+def stored_rows_of(files: Sequence[str], ending: str) -> dict[str, int]:
+    """Return the first size of every tensor with an ending of its name in weight files, by its name there without it."""
     rows = {}
     for path in files:
         if path.endswith(".safetensors"):
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118, it is no dictionary
-                    if key.endswith(_TENSOR):
-                        rows[key.removesuffix(_TENSOR)] = math.prod(file.get_slice(key).get_shape())
+                    if key.endswith(ending):
+                        rows[key.removesuffix(ending)] = (*file.get_slice(key).get_shape(), 1)[0]
     return rows

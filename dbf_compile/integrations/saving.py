@@ -15,7 +15,8 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from dbf_compile.errors import ConversionError
-from dbf_compile.integrations.renaming import conversions_of_saving, table_in_files
+from dbf_compile.integrations.renaming import conversions_of_saving, in_files, table_in_files
+from dbf_compile.integrations.tables import renamed
 from dbf_compile.integrations.transformers import (
     METHOD,
     DBFConfig,
@@ -47,7 +48,8 @@ def _save(self: Any, *args: Any, **kwargs: Any) -> Any:
     self.hf_quantizer, self._weight_conversions = quantizer, conversions_of_saving(self)
     if arguments.get("save_original_format", True):
         table = table_in_files(self, config.layers)
-        quantize_config_(self.config, DBFConfig(**{**config.to_dict(), "layers": table}))
+        tables = renamed(config.tables, in_files(self))
+        quantize_config_(self.config, DBFConfig(**{**config.to_dict(), "layers": table, "tables": tables}))
     try:
         return _save_pretrained(self, *args, **kwargs)
     finally:
@@ -57,7 +59,7 @@ def _save(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _refuse_adapters(model: Any, config: DBFConfig) -> None:
-    is_adapted = any(name.endswith(".base_layer") for name in config.layers)
+    is_adapted = any(name.endswith(".base_layer") for name in (*config.layers, *config.tables))
     if is_adapted and not getattr(
         model, "_hf_peft_config_loaded", False
     ):  # transformers saves its own adapters alone

@@ -2,7 +2,8 @@
 
     config.json               "quantization_config": {"quant_method": "dbf", "dbf_format_version": 2,
                               "layers": {name: {"mid_features": R, "shares_first_stage_with": name or null,
-                              "scale_dtype": if it is not "float16"}}, "fused_experts": [name]}, again in the
+                              "scale_dtype": if it is not "float16"}}, "fused_experts": [name], "tables": see
+                              :mod:`dbf_compile.integrations.tables`; with these version 3}, again in the
                               configuration of every part of the model
     model*.safetensors        "<layer>.<tensor>" for the five tensors of a factored layer as it holds them, signs
                               interleaved (a shared first stage is stored once, as tied weights are), everything
@@ -19,7 +20,7 @@ transformers 5.16 to 5.23. ``save_pretrained`` of a model writes the same folder
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from dbf_compile.candidates.dense import linears
+from dbf_compile.candidates.tables import embeddings
 from dbf_compile.errors import CheckpointError, ConversionError
 from dbf_compile.factors import FIRST_STAGE, TENSOR_NAMES, DoubleBinaryFactors
 from dbf_compile.integrations.content import check_content, check_index
@@ -41,10 +44,22 @@ from dbf_compile.integrations.loading import (
     insert_layers_,
     keep_together_,
 )
-from dbf_compile.integrations.renaming import experts_in, layers_in
+from dbf_compile.integrations.renaming import experts_in, in_model, layers_in, stored_rows_of
+from dbf_compile.integrations.tables import (
+    TENSOR,
+    Tables,
+    check_entries,
+    entries_of,
+    finish_tables_,
+    insert_tables_,
+    save_tables_,
+    tables_in,
+    ties_of,
+    without_ties,
+)
 from dbf_compile.linear import WEIGHT_PLACEHOLDER, DoubleBinaryLinear
 
-METHOD, VERSION = "dbf", 2
+METHOD, VERSIONS = "dbf", (2, 3)
 
 
 class DBFConfig(QuantizationConfigMixin):
@@ -55,21 +70,28 @@ class DBFConfig(QuantizationConfigMixin):
         dbf_format_version: version of the layout of the folder.
         bits_per_weight: stored bits per weight of the factored layers, for the record.
         fused_experts: names of modules whose experts have no linear layers of their own.
+        tables: entries of the layers that read tables of quantized rows.
     """
+
+    tables: Tables = {}  # noqa: RUF012, none in folders of version 2
 
     def __init__(
         self,
         layers: Layers | None = None,
-        dbf_format_version: int = VERSION,
+        dbf_format_version: int | None = None,
         bits_per_weight: float | None = None,
         fused_experts: list[str] | None = None,
+        tables: Tables | None = None,
         **_: Any,
     ) -> None:
         self.quant_method: Any = METHOD
-        self.dbf_format_version = dbf_format_version
+        # Programs that know no tables read version 2.
+        self.dbf_format_version = VERSIONS[bool(tables)] if dbf_format_version is None else dbf_format_version
         self.bits_per_weight = bits_per_weight
         self.layers = {} if layers is None else layers
         self.fused_experts = [] if fused_experts is None else fused_experts
+        if tables:
+            self.tables = tables
         self.post_init()
 
     def post_init(self) -> None:
@@ -78,16 +100,17 @@ class DBFConfig(QuantizationConfigMixin):
         Raises:
             CheckpointError: a newer version, or a table of layers that no compression wrote.
         """
-        if self.dbf_format_version != VERSION:
+        if self.dbf_format_version not in VERSIONS:
             raise CheckpointError(
                 f"config.json: dbf_format_version={self.dbf_format_version!r}",
-                f"dbf_format_version={VERSION}",
+                f"dbf_format_version={' or '.join(map(str, VERSIONS))}",
                 "update dbf_compile",
             )
         if not isinstance(self.layers, Mapping):
             raise CheckpointError(
                 f"config.json: layers of type {type(self.layers).__name__}", "a dictionary", DAMAGED
             )
+        check_entries(self.tables)
         if not _are_names(self.fused_experts):
             raise CheckpointError(
                 f"config.json: fused_experts={self.fused_experts!r}", "a list of names of modules", DAMAGED
@@ -123,6 +146,7 @@ class DBFQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: DBFConfig
+    _tables: Tables = {}  # noqa: RUF012, of a model that is not loaded
     state: Mapping[str, Tensor] | None = None  # what is saved, if it is not the model's own
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -151,13 +175,18 @@ class DBFQuantizer(HfQuantizer):
         check_content(kwargs.get("checkpoint_files") or ())
         config = self.quantization_config
         linearize_experts_(model, keep=experts_in(model, config.fused_experts))
-        self._layers = layers_in(model, config.layers, kwargs.get("checkpoint_files") or ())
+        files = kwargs.get("checkpoint_files") or ()
+        self._layers = layers_in(model, config.layers, files)
+        self._tables = tables_of_folder(model, config.tables, files, self._layers)
         insert_layers_(model, self._layers)
+        insert_tables_(model, self._tables)
         if isinstance(kwargs.get("device_map"), dict):
             keep_together_(kwargs["device_map"], self._layers)
+            keep_together_(kwargs["device_map"], self._tables, "shares_rows_with")
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         finish_layers_(model, self._layers)
+        finish_tables_(model, self._tables)
         self.quantization_config = record_(model) or self.quantization_config
         if type(model).__module__.startswith("transformers."):
             # Saved again, its folder will be without the code that this names; remote code is saved with its model.
@@ -183,6 +212,7 @@ class DBFQuantizer(HfQuantizer):
             state[f"{name}.{WEIGHT_PLACEHOLDER}"] = torch.empty(
                 layer.out_features, 0, dtype=layer.weight_dtype
             )
+        save_tables_(state, self.quantization_config.tables)
         return state, {}
 
     @property
@@ -199,6 +229,21 @@ class DBFQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Whether ``generate`` may compile the model."""
         return True
+
+
+def tables_of_folder(
+    model: nn.Module, tables: Tables, files: Sequence[str], layers: Layers
+) -> dict[str, dict[str, Any]]:
+    """Return the entries of a folder's tables that a model has, under the names that they have in it.
+
+    Args:
+        model: dense, of transformers, on the meta device.
+        tables: entries of the folder.
+        files: weight files of the folder; none where the tensors come from elsewhere.
+        layers: table of the factored layers, under their names in the model.
+    """
+    rename = in_model(model, (name + TENSOR for name in {**embeddings(model), **linears(model)}))
+    return tables_in(model, tables, stored_rows_of(files, TENSOR), rename, layers)
 
 
 def _are_names(value: object) -> bool:
@@ -228,8 +273,9 @@ def record_(model: Any) -> DBFConfig | None:
         ConversionError: the model is quantized by another method, too.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, DoubleBinaryLinear)}
+    tables = entries_of(model)
     method = quantization_method(model.config)
-    if not layers and not any(isinstance(module, Experts) for module in model.modules()):
+    if not layers and not tables and not any(isinstance(module, Experts) for module in model.modules()):
         if method == METHOD:
             quantize_config_(model.config, None)
         return None
@@ -239,7 +285,7 @@ def record_(model: Any) -> DBFConfig | None:
             "one method of quantization",
             "convert a dense model",
         )
-    known_ties = getattr(model, "all_tied_weights_keys", None) or {}
+    known_ties = without_ties(getattr(model, "all_tied_weights_keys", None) or {}, tables)
     replaced = {f"{name}.{tensor}" for name in layers for tensor in (*FIRST_STAGE, WEIGHT_PLACEHOLDER)}
     ties = {key: owner for key, owner in known_ties.items() if key not in replaced}
     table: dict[str, dict[str, Any]] = {}
@@ -253,9 +299,9 @@ def record_(model: Any) -> DBFConfig | None:
         table[name] = _entry(layer, None if owner == name else owner)
         if owner != name:
             ties |= {f"{name}.{tensor}": f"{owner}.{tensor}" for tensor in FIRST_STAGE}
-    model.all_tied_weights_keys = ties
+    model.all_tied_weights_keys = ties | ties_of(tables)
     fused = [name for name, module in model.named_modules() if is_fused(module)]
-    config = DBFConfig(table, bits_per_weight=_bits(layers, table), fused_experts=fused)
+    config = DBFConfig(table, bits_per_weight=_bits(layers, table), fused_experts=fused, tables=tables)
     quantize_config_(model.config, config)
     return config
 

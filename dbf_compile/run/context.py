@@ -6,6 +6,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -15,12 +16,14 @@ from dbf_compile.calibration.compare import compare
 from dbf_compile.calibration.offload import offloaded
 from dbf_compile.compression.jobs import FactorJob
 from dbf_compile.compression.layers import factorizer_config
+from dbf_compile.compression.tables import make_tables
 from dbf_compile.factorizer.factorize import FactorizerConfig
 from dbf_compile.factors import DoubleBinaryFactors, stored_bits
 from dbf_compile.linear import swap_
 from dbf_compile.progress import bar, over
 from dbf_compile.run.request import Request, view_of
 from dbf_compile.run.work import Work
+from dbf_compile.tables import QuantizedRows, swap_tables_
 
 
 @dataclass(frozen=True)
@@ -108,9 +111,14 @@ class Run:
         yield
         self.seconds[step] = round(time.perf_counter() - began, 3)
 
+    @cached_property
+    def tables(self) -> dict[str, QuantizedRows]:
+        """The tables of embeddings and heads, by layer."""
+        return make_tables(self.request.model, self.request.config)
+
     def student(self, factors: Mapping[str, DoubleBinaryFactors]) -> nn.Module:
         """Return the compressed model; it shares what stays dense with the dense one."""
-        return swap_(view_of(self.request.model), factors)
+        return swap_tables_(swap_(view_of(self.request.model), factors), self.tables)
 
     def all_factors(self, plan: Plan) -> dict[str, DoubleBinaryFactors]:
         """Return the factors of all layers by name."""

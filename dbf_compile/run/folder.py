@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from dbf_compile.compression.operations import count_operations
 from dbf_compile.errors import CheckpointError
 from dbf_compile.factors import DoubleBinaryFactors
 from dbf_compile.files import new_folder_mode, write_text
@@ -26,6 +27,7 @@ from dbf_compile.run.report import (
     DenseRow,
     Evaluation,
     LayerRow,
+    OperationFacts,
     Report,
     StageRow,
     environment,
@@ -59,6 +61,7 @@ def write_folder(run: Run, plan: Plan, distilled: Mapping[str, Any] | None) -> N
             bits_per_weight=factored,
             source=request.source.folder,
             tokenizer=request.tokenizer,
+            tables=run.tables,
         )
         options = request.config
         size = model_folder.write_model(folder, compressed, options.max_shard_size, options.progress)
@@ -76,6 +79,7 @@ def write_folder(run: Run, plan: Plan, distilled: Mapping[str, Any] | None) -> N
             layers=_layer_rows(run, plan),
             stages=_stage_rows(run, plan, distilled),
             evaluation=Evaluation(**evaluation),
+            operations=OperationFacts.of(count_operations(student).summary()),
             time=run.seconds,
             **environment(request.device),
         )

@@ -23,7 +23,7 @@ from dbf_compile.calibration.calibrate import calibrate
 from dbf_compile.calibration.model_io import check_reads_tokens, predicts_tokens
 from dbf_compile.calibration.offload import blocks_of
 from dbf_compile.calibration.statistics import load_importance, save_importance
-from dbf_compile.compression.coverage import coverage
+from dbf_compile.compression.coverage import coverage, left_dense_share
 from dbf_compile.compression.curves import allocate
 from dbf_compile.compression.distillation import distill
 from dbf_compile.compression.layers import LayerFactorizer
@@ -110,7 +110,7 @@ def _plan(run: Run, importance: Mapping[str, Importance], allocation: Mapping[st
     model, config = run.request.model, run.request.config
     jobs = LayerFactorizer(config, importance, allocation=allocation).jobs(model)
     covered = coverage(model, {name for job in jobs for name in job.names}, config)
-    if covered["share"] < _LEAST_SHARE:
+    if left_dense_share(covered) > 1 - _LEAST_SHARE:
         largest = ", ".join(f"{row['name']} ({row['reason']})" for row in covered["dense"][:3])
         warnings.warn(
             f"only {covered['share']:.0%} of the weights are factored; the largest others: {largest}",

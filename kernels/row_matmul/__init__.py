@@ -1,0 +1,1 @@
+"""The product with a table of quantized rows."""
