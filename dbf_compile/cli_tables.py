@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 _OPERATIONS = ("additions", "lookups", "lookup_additions", "multiplications")
-_KINDS = {"factored": "factored", "dense": "dense", "total": "all", "dense_model": "all, in the dense model"}
+_KINDS = {
+    "factored": "factored",
+    "quantized": "tables of rows",
+    "dense": "dense",
+    "total": "all",
+    "dense_model": "all, in the dense model",
+}
 LAYER_HEAD = f"{'additions':>13} {'look-ups':>13} {'multiplic.':>13} {'dense':>13}"
 
 
@@ -20,7 +26,7 @@ def operation_lines(operations: Mapping[str, Any]) -> list[str]:
     lines = [" ".join([f"{'a token, in its layers':25}", *(f"{title:>17}" for title in titles)])]
     for kind, name in _KINDS.items():
         counts = operations[kind]
-        if counts["additions"]:
+        if counts["multiplications"]:
             lines.append(" ".join([f"  {name:23}", *(f"{counts[each]:17,}" for each in _OPERATIONS)]))
     lines += [f"  experts that it reaches: {text}" for text in operations["experts"]]
     if operations["uncounted_weights"]:

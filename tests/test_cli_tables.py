@@ -19,6 +19,7 @@ def words(lines: list[str]) -> list[str]:
 def test_operations_by_kind_of_layer() -> None:
     operations: dict[str, Any] = {
         "factored": counts(4000, 1000, 1100, 70),
+        "quantized": counts(0, 0, 0, 16),
         "dense": counts(0, 0, 0, 0),
         "total": counts(4000, 1000, 1100, 70),
         "dense_model": counts(2000, 0, 2000, 2100),
@@ -26,16 +27,17 @@ def test_operations_by_kind_of_layer() -> None:
         "uncounted_weights": 1234,
     }
     lines = words(operation_lines(operations))
-    assert lines[:4] == [
+    assert lines[:5] == [
         "a token, in its layers additions as look-ups and additions multiplications",
         "factored 4,000 1,000 1,100 70",
+        "tables of rows 0 0 0 16",
         "all 4,000 1,000 1,100 70",
         "all, in the dense model 2,000 0 2,000 2,100",
     ]
     assert "experts that it reaches: 2 of 8" in lines
     assert "not counted: 1,234 weights of other modules" in lines
     lines = operation_lines(operations | {"experts": [], "uncounted_weights": 0})
-    assert len(lines) == 5 and len({len(line) for line in lines[:4]}) == 1
+    assert len(lines) == 6 and len({len(line) for line in lines[:5]}) == 1
 
 
 def test_columns_of_a_layer_stand_below_their_heads() -> None:

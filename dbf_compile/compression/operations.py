@@ -15,7 +15,7 @@ from torch import nn
 
 from dbf_compile import formulas
 from dbf_compile.linear import DoubleBinaryLinear, is_conv1d
-from dbf_compile.tables import QuantizedLinear
+from dbf_compile.tables import QuantizedEmbedding, QuantizedLinear
 
 # What blocks of mixtures, their routers and configurations call the number of experts that a token goes to.
 _EXPERTS_A_TOKEN = (
@@ -73,12 +73,22 @@ def dense_operations(in_features: int, out_features: int) -> Operations:
     return Operations(additions, 0, additions, formulas.dense_multiplications(in_features, out_features))
 
 
+def quantized_operations(layer: QuantizedLinear | QuantizedEmbedding) -> Operations:
+    """Return what a token costs in a layer that reads a table of quantized rows."""
+    if isinstance(layer, QuantizedEmbedding):
+        return Operations(multiplications=formulas.row_reading_multiplications(layer.embedding_dim))
+    sizes = (layer.in_features, layer.out_features, layer.form.groups(layer.in_features))
+    additions = formulas.rows_additions(*sizes)
+    return Operations(additions, 0, additions, formulas.rows_multiplications(*sizes))
+
+
 @dataclass(frozen=True)
 class ModelOperations:
     """What one token costs in a model.
 
     Attributes:
         factored: in its factored layers.
+        quantized: in its embeddings and heads that are tables of quantized rows.
         dense: in its dense linear layers, routers and heads among them.
         dense_model: in all of them, were they dense.
         experts: of each mixture that tokens reach, such as "2 of 8".
@@ -86,6 +96,7 @@ class ModelOperations:
     """
 
     factored: Operations
+    quantized: Operations
     dense: Operations
     dense_model: Operations
     experts: tuple[str, ...]
@@ -94,11 +105,11 @@ class ModelOperations:
     @property
     def total(self) -> Operations:
         """In all of its layers."""
-        return self.factored + self.dense
+        return self.factored + self.quantized + self.dense
 
     def summary(self) -> dict[str, Any]:
         """Return the counts as dictionaries, as a report holds them."""
-        kinds = ("factored", "dense", "total", "dense_model")
+        kinds = ("factored", "quantized", "dense", "total", "dense_model")
         counts = {kind: asdict(getattr(self, kind)) for kind in kinds}
         return {**counts, "experts": list(self.experts), "uncounted_weights": self.uncounted}
 
@@ -111,6 +122,7 @@ def count_operations(model: nn.Module) -> ModelOperations:
     """
     reach, uncounted = _Reach(model), 0
     factored: list[_Cost] = []
+    quantized: list[_Cost] = []
     dense: list[_Cost] = []
     dense_model: list[_Cost] = []
     for names, layers in shared_first_stages(model):
@@ -122,11 +134,23 @@ def count_operations(model: nn.Module) -> ModelOperations:
         shapes = list(_dense_shapes(module))
         for copies, in_features, out_features in shapes:
             dense.append((copies * reach.share(name), dense_operations(in_features, out_features)))
-        if not shapes and not isinstance(module, (DoubleBinaryLinear, nn.Embedding)):
+        if isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
+            quantized.append((reach.share(name), quantized_operations(module)))
+            if isinstance(module, QuantizedLinear):
+                dense_model.append(
+                    (reach.share(name), dense_operations(module.in_features, module.out_features))
+                )
+        elif not shapes and not isinstance(module, (DoubleBinaryLinear, nn.Embedding)):
             own = module.parameters(recurse=False)
             uncounted += sum(parameter.numel() for parameter in own if parameter.dim() > 1)
-    every = _mean(dense_model + dense)
-    return ModelOperations(_mean(factored), _mean(dense), every, reach.experts(), uncounted)
+    return ModelOperations(
+        factored=_mean(factored),
+        quantized=_mean(quantized),
+        dense=_mean(dense),
+        dense_model=_mean(dense_model + dense),
+        experts=reach.experts(),
+        uncounted=uncounted,
+    )
 
 
 _Cost = tuple[Fraction, Operations]  # the share of tokens that reaches it; more than 1 for several such
@@ -153,21 +177,18 @@ def shared_first_stages(model: nn.Module) -> Iterator[tuple[list[str], list[Doub
 def _dense_shapes(module: nn.Module) -> Iterator[tuple[int, int, int]]:
     """Yield (number of matrices, K, N) for the weights that a module multiplies by."""
     weight = module._parameters.get("weight")
-    if isinstance(module, QuantizedLinear):  # its codes are multiplied one by one
-        yield 1, module.in_features, module.out_features
-    elif is_conv1d(module):
+    if is_conv1d(module):
         yield 1, weight.shape[0], weight.shape[1]  # type: ignore[union-attr]
     elif weight is not None and weight.dim() == 2 and not isinstance(module, nn.Embedding):
         yield 1, weight.shape[1], weight.shape[0]  # routers of mixtures are no nn.Linear
     elif "down_proj" in module._parameters:  # experts in one tensor
         for parameter in module._parameters.values():
             if parameter is not None and parameter.dim() == 3:
-                number, first, second = parameter.shape
-                yield (
-                    (number, first, second)
-                    if getattr(module, "is_transposed", False)
-                    else (number, second, first)
+                number, *sizes = parameter.shape
+                in_features, out_features = (
+                    sizes if getattr(module, "is_transposed", False) else reversed(sizes)
                 )
+                yield number, in_features, out_features
 
 
 class _Reach:

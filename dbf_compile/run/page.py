@@ -90,9 +90,13 @@ def _file_parts(coverage: Coverage, bits: Bits) -> list[_Part]:
 
 def _operation_rows(facts: OperationFacts) -> list[tuple[str, OperationCounts]]:
     """Return what to write before the counts of each kind of layers; a kind that there is not is left out."""
-    kinds = [("factored", facts.factored), ("dense", facts.dense)]
+    kinds = [
+        ("factored", facts.factored),
+        ("tables of quantized rows", facts.quantized),
+        ("dense", facts.dense),
+    ]
     every = [("all", facts.total), ("all, in the dense model", facts.dense_model)]
-    return [(name, counts) for name, counts in kinds if counts.additions] + every
+    return [(name, counts) for name, counts in kinds if counts and counts.multiplications] + every
 
 
 def _layer_operations(layers: Sequence[LayerRow]) -> list[tuple[str, Operations, Operations]]:

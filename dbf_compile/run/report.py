@@ -156,6 +156,7 @@ class OperationFacts(_Part):
     dense: OperationCounts
     total: OperationCounts  # of the model
     dense_model: OperationCounts
+    quantized: OperationCounts | None = None
     experts: tuple[str, ...] | None = None
     uncounted_weights: Count | None = None
 

@@ -18,6 +18,7 @@ from dbf_compile.compression.operations import (
     shared_first_stages,
 )
 from dbf_compile.linear import DoubleBinaryLinear, is_conv1d
+from dbf_compile.tables import QuantizedRows, swap_tables_
 
 transformers = pytest.importorskip("transformers")
 
@@ -105,6 +106,22 @@ def test_a_token_reaches_some_experts(kind: str, linear: bool) -> None:
     assert counts.total == sum(
         [*attention, dense_operations(16, 16), router, head, expert, expert], Operations()
     )
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_tables_of_quantized_rows_are_counted_as_such(kind: str) -> None:
+    model = tiny_llama(layers=1)
+    dense = count_operations(model)
+    head, embedding = model.lm_head, model.model.embed_tokens
+    names = {"lm_head": head.weight, "model.embed_tokens": embedding.weight}
+    swap_tables_(model, {name: QuantizedRows.of(weight.detach(), kind) for name, weight in names.items()})
+    counts = count_operations(model)
+    columns, rows = head.in_features, head.out_features
+    groups = 1 if kind == "int8" else -(-columns // 32)
+    assert counts.dense_model == dense.dense_model and not counts.uncounted
+    assert counts.quantized.multiplications == rows * (columns + groups) + columns
+    assert counts.quantized.additions == counts.quantized.lookup_additions == rows * (columns - 1)
+    assert counts.dense + dense_operations(columns, rows) == dense.dense
 
 
 def test_of_experts_that_no_one_chooses_all_are_counted() -> None:
