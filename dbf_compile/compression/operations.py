@@ -131,16 +131,17 @@ def count_operations(model: nn.Module) -> ModelOperations:
         factored.append((share, factored_operations(first.in_features, first.mid_features, out_features)))
         dense_model.append((share, dense_operations(first.in_features, out_features)))
     for name, module in model.named_modules():
-        shapes = list(_dense_shapes(module))
-        for copies, in_features, out_features in shapes:
-            dense.append((copies * reach.share(name), dense_operations(in_features, out_features)))
+        if isinstance(module, DoubleBinaryLinear):
+            continue
+        share = reach.share(name)
         if isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
-            quantized.append((reach.share(name), quantized_operations(module)))
+            quantized.append((share, quantized_operations(module)))
             if isinstance(module, QuantizedLinear):
-                dense_model.append(
-                    (reach.share(name), dense_operations(module.in_features, module.out_features))
-                )
-        elif not shapes and not isinstance(module, (DoubleBinaryLinear, nn.Embedding)):
+                dense_model.append((share, dense_operations(module.in_features, module.out_features)))
+            continue
+        shapes = list(_dense_shapes(module))
+        dense += [(share * copies, dense_operations(*sizes)) for copies, *sizes in shapes]
+        if not shapes and not isinstance(module, nn.Embedding):
             own = module.parameters(recurse=False)
             uncounted += sum(parameter.numel() for parameter in own if parameter.dim() > 1)
     return ModelOperations(
