@@ -142,7 +142,6 @@ def test_a_counter_that_fails_or_stands_still_is_missing_and_not_zero(
 def test_without_a_counter_nothing_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(counters, "POWERCAP", tmp_path)
     monkeypatch.setattr(Meter.of, "__defaults__", (tmp_path, None))
     figures = energy_of_models(["no such model", "nor this"], 8, 16, device="cpu", progress=True)
     for one in figures.values():
