@@ -86,7 +86,10 @@ def measure_energy(
     if not meter.names:
         return _figures({name: [] for name in runs}, [], meter)
     short = max(1, new_tokens // _SHORT)
-    repeats = {name: _warmed_up(run, short, new_tokens) for name, run in runs.items()}
+    repeats = {}
+    for name, run in runs.items():
+        say(f"warming up {name}", progress)
+        repeats[name] = _warmed_up(run, short, new_tokens)
     idle: list[Use] = []
     pairs: dict[str, list[_Pair]] = {name: [] for name in runs}
     with bar("measuring energy", rounds * (1 + 2 * len(runs)), "run", progress) as moving:
