@@ -36,7 +36,7 @@ def _page(name: str) -> Iterator[str]:
     yield "| argument or option | default | meaning |"
     yield "|---|---|---|"
     for one in arguments:
-        yield f"| `{one.name.upper()}` | needed | {_plain(one.help)} |"
+        yield f"| `{one.name.upper()}` | {_default(one)} | {_plain(one.help)} |"
     for one in options:
         names = ", ".join(f"`{flag}`" for flag in (*one.opts, *one.secondary_opts))
         yield f"| {names} | {_default(one)} | {_plain(one.help)} |"
