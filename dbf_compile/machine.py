@@ -3,15 +3,48 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from dbf_compile.errors import OptionError
 
+_PARALLEL = 1 << 17  # elements that torch fills with several threads
+
 
 def cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def all_cores() -> Iterator[None]:
+    """Give torch every core of this process, with threads that soon sleep where they wait for each other.
+
+    A waiting thread of GNU's OpenMP spins for milliseconds, unless the library manages more threads than there are cores.
+    Beside other programs, spinning threads then hold the cores that those they wait for need. An idle team makes them
+    sleep: training a block of 192 features beside eight busy processes took 23.6 s of two cores' time without, 2.6 s with.
+    """
+    before = torch.get_num_threads()
+    formed, ended = threading.Event(), threading.Event()
+
+    def idle() -> None:
+        try:
+            torch.empty(_PARALLEL).fill_(0.0)  # forms a team, which lives as long as this thread
+        finally:
+            formed.set()
+        ended.wait()
+
+    try:
+        torch.set_num_threads(cores())
+        threading.Thread(target=idle, name="idle team", daemon=True).start()
+        formed.wait()
+        yield
+    finally:
+        ended.set()
+        torch.set_num_threads(before)
 
 
 def chosen_device(device: torch.device | str | None) -> torch.device:

@@ -1,6 +1,7 @@
 """What a process may use: cores that ranks share, and the device of each rank."""
 
 import os
+import threading
 
 import pytest
 import torch
@@ -53,3 +54,19 @@ def test_cores_are_those_that_the_process_may_use():
 def test_a_device_that_torch_does_not_know_is_refused(device):
     with pytest.raises(OptionError, match=f"device='{device}'.*'cpu'"):
         machine.chosen_device(device)
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_the_number_of_threads_is_restored_and_the_idle_team_ends(failing):
+    before = torch.get_num_threads()
+    try:
+        with machine.all_cores():
+            assert torch.get_num_threads() == machine.cores()
+            (team,) = (thread for thread in threading.enumerate() if thread.name == "idle team")
+            if failing:
+                raise OptionError("a", "b", "c")
+    except OptionError:
+        assert failing
+    team.join(10)
+    assert not team.is_alive()
+    assert torch.get_num_threads() == before

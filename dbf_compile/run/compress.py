@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
-import torch
 from torch import nn
 
 from dbf_compile.errors import CheckpointError, DBFError, OptionError
 from dbf_compile.keywords import CompressKeywords
-from dbf_compile.machine import cores
+from dbf_compile.machine import all_cores
 from dbf_compile.options import CompressionConfig, CompressOptions
 from dbf_compile.progress import say
 from dbf_compile.records import resolve
@@ -135,15 +134,12 @@ def _work_folder(output: Path) -> Path:
 
 
 def _finish(run: Run) -> None:
-    threads = torch.get_num_threads()
     try:
         # Sums depend on the number of threads. All workers use the same number, so that results do not.
-        torch.set_num_threads(cores())
-        run_steps(run)
+        with all_cores():
+            run_steps(run)
     except (OSError, DBFError):
         if (
             not run.request.output.exists()
         ):  # else another worker has finished, and removed the work under this one
             raise
-    finally:
-        torch.set_num_threads(threads)
