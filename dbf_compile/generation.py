@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, overload
@@ -21,12 +20,11 @@ from dbf_compile.calibration.model_io import (
     vocabulary_of,
 )
 from dbf_compile.errors import ConversionError, OptionError
-from dbf_compile.linear import DoubleBinaryLinear
 from dbf_compile.machine import chosen_device
 from dbf_compile.options import Sampling
 from dbf_compile.progress import over, say
 from dbf_compile.records import parse
-from dbf_compile.sampling import checked
+from dbf_compile.sampling import Sampler, checked
 from dbf_compile.text_stream import TextStream
 
 
@@ -42,6 +40,7 @@ class Generation:
         decode_seconds: time for the new tokens after the first.
         compile_seconds: time to compile, before all that; once for a model and its shapes.
         weight_bytes: bytes of parameters and buffers; tensors that layers share count once.
+        known_tokens: tokens at the start of the prompt that the call before had read already.
     """
 
     text: str
@@ -51,11 +50,12 @@ class Generation:
     decode_seconds: float
     compile_seconds: float
     weight_bytes: int
+    known_tokens: int = 0
 
     @property
     def prefill_rate(self) -> float:
-        """Tokens of the prompt a second."""
-        return self.prompt_tokens / max(self.prefill_seconds, 1e-9)
+        """Tokens of the prompt a second, of those that had to be read."""
+        return (self.prompt_tokens - self.known_tokens) / max(self.prefill_seconds, 1e-9)
 
     @property
     def decode_rate(self) -> float:
@@ -73,6 +73,10 @@ class TextGenerator:
 
     An encoder-decoder reads the prompt and writes an answer; decoder-only models continue it. There is one beam, whatever
     the generation settings of the model say.
+
+    Decoder-only models on a CPU run in a loop of our own (:mod:`dbf_compile.decoding`): several prompts decode together, and
+    what the call before has read is not read again. Other models, and options that the loop does not have, go to ``generate``
+    of transformers, one prompt after the other.
 
     Args:
         model: a model of transformers, its folder, or its name on the Hub.
@@ -106,6 +110,10 @@ class TextGenerator:
             )
         self.model = opened.to(chosen_device(device)).eval()
         self._compiled, self._progress = compiled, progress
+        self._weight_bytes = weight_bytes(self.model)
+        self._decoder: Any = None
+        self._fits = True  # our own loop, as far as is known
+        self._said: set[str] = set()
 
     @overload
     def generate(self, prompts: str | Tensor, **options: Any) -> Generation: ...
@@ -154,11 +162,75 @@ class TextGenerator:
         ids = [self._ids(text) for text in texts]
         for row in ids:
             _check_prompt(self.model, row, max_new_tokens)
-        results = []
-        for row in ids:
-            text = TextStream(self.tokenizer, stop, stream)
-            results.append(self._by_transformers(row, text, max_new_tokens, sampling, others))
+        streams = [TextStream(self.tokenizer, stop, stream) for _ in ids]
+        way = self._steps(sampling, others)
+        if way is None:
+            options = {key: value for key, value in asdict(sampling).items() if value is not None} | others
+            options["max_new_tokens"] = max_new_tokens
+            results = [
+                self._by_transformers(row, text, options) for row, text in zip(ids, streams, strict=True)
+            ]
+        else:
+            results = self._by_steps([row[0].tolist() for row in ids], streams, max_new_tokens, *way)
         return results if several else results[0]
+
+    def _steps(self, sampling: Sampling, others: dict[str, Any]) -> tuple[Sampling, set[int]] | None:
+        """Return how to choose tokens with our own loop, and which end a text; None where a model or an option does not fit it."""
+        from dbf_compile.decoding import Decoder
+        from dbf_compile.integrations.steps import UnsuitedError, sampling_of
+
+        try:
+            way = sampling_of(self.model, sampling, others)
+            if self._decoder is None and self._fits:
+                self._fits = False
+                self._decoder = Decoder(self.model, self._compiled, self._progress)
+        except UnsuitedError as reason:
+            message = f"decoding as transformers does, which is slower: {reason}"
+            say(message, self._progress and message not in self._said)
+            self._said.add(message)
+            return None
+        return None if self._decoder is None else way
+
+    def _by_steps(
+        self,
+        prompts: list[list[int]],
+        streams: list[TextStream],
+        max_new_tokens: int,
+        sampling: Sampling,
+        ends: set[int],
+    ) -> list[Generation]:
+        """Generate all texts together with our own loop."""
+        decoder = self._decoder
+        assert decoder is not None
+        compiling = decoder.prepare(len(prompts))
+        sampler = Sampler(sampling, len(prompts), self.model.device)
+        history, active = [list(tokens) for tokens in prompts], [True] * len(prompts)
+        began = time.perf_counter()
+        logits, known = decoder.read(prompts, max_new_tokens)
+        first = 0.0
+        for index in range(max_new_tokens):
+            if index > 0:
+                logits = decoder.follow([tokens[-1] for tokens in history], active)
+            tokens = sampler.choose(logits, history).tolist()
+            first = first or time.perf_counter()
+            for row, token in enumerate(tokens):
+                if active[row]:
+                    history[row].append(token)
+                    active[row] = not streams[row].put(token) and token not in ends
+            if not any(active):
+                break
+        times = (first - began, time.perf_counter() - first, compiling)
+        return [
+            Generation(text.end(), len(prompt), len(text.tokens), *times, self._weight_bytes, reused)
+            for text, prompt, reused in zip(streams, prompts, known, strict=True)
+        ]
+
+    def _by_transformers(self, ids: Tensor, text: TextStream, options: dict[str, Any]) -> Generation:
+        """Generate one text with ``model.generate``."""
+        from dbf_compile.integrations.generate import generate as run
+
+        times = run(self.model, ids, text, options, self._compiled, self._progress)
+        return Generation(text.end(), ids.shape[1], len(text.tokens), *times, self._weight_bytes)
 
     def _ids(self, prompt: str | Tensor) -> Tensor:
         ids: Tensor = prompt if isinstance(prompt, Tensor) else self._tokenized(prompt)
@@ -170,53 +242,6 @@ class TextGenerator:
 
             self.tokenizer = pretrained.tokenizer_of(None)
         return self.tokenizer(prompt, return_tensors="pt")["input_ids"]
-
-    def _by_transformers(
-        self, ids: Tensor, text: TextStream, max_new_tokens: int, sampling: Sampling, others: dict[str, Any]
-    ) -> Generation:
-        """Generate with ``model.generate``, which knows all models and options."""
-        chosen = {key: value for key, value in asdict(sampling).items() if value is not None}
-        seed = chosen.pop("seed", None)
-        settings = {"num_beams": 1, "max_new_tokens": max_new_tokens, **chosen, **others}
-        settings |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        settings |= _compilation(self.model, self._compiled)
-        with _in_our_words(others | chosen):
-            seconds = _warmed_up(self.model, settings, self._progress) if self._compiled else 0.0
-            if seed is not None:
-                torch.manual_seed(seed)
-            streamer = _Streamer(text)
-            began = time.perf_counter()
-            with torch.no_grad():
-                self.model.generate(**settings, streamer=streamer, stopping_criteria=[streamer])
-        ended = time.perf_counter()
-        written = text.end()
-        first = streamer.first or ended
-        times = (first - began, ended - first, seconds)
-        return Generation(written, ids.shape[1], len(text.tokens), *times, weight_bytes(self.model))
-
-
-class _Streamer:
-    """A streamer and a stopping criterion of transformers: passes tokens on, notes the time of the first, stops when told."""
-
-    def __init__(self, text: TextStream) -> None:
-        self._text = text
-        self._started = False
-        self.first: float | None = None
-
-    def put(self, value: Tensor) -> None:
-        """Receive the prompt (of an encoder-decoder, the decoder's), then one token after the other."""
-        if not self._started:
-            self._started = True
-            return
-        self.first = self.first or time.perf_counter()
-        self._text.put(int(value))
-
-    def end(self) -> None:
-        """Do nothing: the text is ended by its owner."""
-
-    def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        """Return whether a stop string has ended the text."""
-        return torch.full((ids.shape[0],), self._text.stopped, device=ids.device)
 
 
 def generate(
@@ -276,21 +301,6 @@ def _opened(model: nn.Module | str | Path, tokenizer: Any, trust: bool, shown: b
         return pretrained.open_any(folder, trust), tokenizer
 
 
-@contextmanager
-def _in_our_words(options: dict[str, Any]) -> Iterator[None]:
-    """Say of options of the caller's that transformers refuses them."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        if not options:
-            raise
-        raise OptionError(
-            f"options {options} of generate ({str(error).splitlines()[0]})",
-            "arguments of generate of transformers that go with one sequence and one beam",
-            "change or leave out what the message names",
-        ) from error
-
-
 def _check_options(max_new_tokens: int, stop: Sequence[str], options: dict[str, Any]) -> None:
     """Refuse what no way of generating does."""
     if max_new_tokens < 1:
@@ -325,15 +335,6 @@ def _check_prompt(model: nn.Module, ids: Tensor, max_new_tokens: int) -> None:
             f"the {limit} positions of {type(model).__name__}",
             "shorten the prompt, or ask for fewer new tokens",
         )
-
-
-def _warmed_up(model: Any, settings: dict[str, Any], shown: bool) -> float:
-    """Return the seconds that two tokens take. The cache gets the length of the real call: programs are compiled for its shape."""
-    say("compiling", shown)
-    began = time.perf_counter()
-    with torch.no_grad():
-        model.generate(**settings, stopping_criteria=[_AfterTwo()])
-    return time.perf_counter() - began
 
 
 def time_models(
@@ -381,23 +382,3 @@ def weight_bytes(model: nn.Module) -> int:
         for tensor in (*model.parameters(), *model.buffers())
     }
     return sum(storages.values())
-
-
-def _compilation(model: nn.Module, compiled: bool) -> dict[str, Any]:
-    if not compiled:
-        return {"disable_compile": True}
-    from dbf_compile.integrations import pretrained
-
-    factored = any(isinstance(layer, DoubleBinaryLinear) for layer in model.modules())
-    return pretrained.compile_options("dbf" if factored else "inductor", next(model.parameters()).device)
-
-
-class _AfterTwo:
-    """Stops after two new tokens: by then prefill and one step of decoding are compiled."""
-
-    def __init__(self) -> None:
-        self._calls = 0
-
-    def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        self._calls += 1
-        return torch.full((ids.shape[0],), self._calls >= 2, device=ids.device)

@@ -9,6 +9,8 @@
     dbf::sign_matmul_group(x, signs, in_scale?, fast)
         sign_matmul for several interleaved sign matrices, results side by side: compiled graphs call it for layers of one
         input on GPUs
+    dbf::prepared_layers(x, prepared, columns, dtype?, fast)
+        double_binary_linear of several layers of one input, results side by side: programs call it on CPUs
 
 Sums are as exact as in float32 (float64 for float64 x), whatever the dtype of x; ``fast`` allows a relative error of 1e-4.
 On a GPU, more tokens than ``regimes.DECODE_TOKENS`` go through tensor cores. In a 16-bit model these read the scaled
@@ -19,7 +21,7 @@ interleaved at every call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +55,11 @@ _library.define(
 
 _library.define(
     "sign_matmul_group(Tensor x, Tensor[] signs, Tensor? in_scale=None, bool fast=False) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+_library.define(
+    "prepared_layers(Tensor x, Tensor prepared, int columns, ScalarType? dtype=None, bool fast=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -178,7 +185,23 @@ def _group(x: Tensor, signs: list[Tensor], in_scale: _Vector = None, fast: bool 
     )
 
 
+def _prepared(
+    x: Tensor, prepared: Tensor, columns: int, dtype: torch.dtype | None = None, fast: bool = False
+) -> Tensor:
+    result = dtype if dtype in cpu_kernel.DTYPES else torch.float32
+    y = cpu_kernel.prepared_layers_cpu(x, prepared, columns, result, fast)
+    return y if dtype is None else y.to(dtype)
+
+
+def _prepared_fake(
+    x: Tensor, prepared: Tensor, columns: int, dtype: torch.dtype | None = None, fast: bool = False
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], columns), dtype=dtype or accumulator_dtype(x.dtype))
+
+
 _library.impl("sign_matmul", _default, "CompositeExplicitAutograd")
+_library.impl("prepared_layers", _prepared, "CPU")
+torch.library.register_fake("dbf::prepared_layers", _prepared_fake, lib=_library)
 _library.impl("sign_matmul", _cpu, "CPU")
 _library.impl("sign_matmul", _cuda, "CUDA")
 _library.impl("sign_matmul_transposed", sign_matmul_transposed_reference, "CompositeExplicitAutograd")
@@ -234,6 +257,30 @@ def double_binary_linear(
         h, signs_out, before, scale_out, bias, dtype, interleaved, fast
     )
     return result
+
+
+def prepared_bytes(factors: Sequence[Tensor], biases: Sequence[Tensor] = ()) -> int:
+    """Return how many bytes :func:`prepare_layers` takes for these tensors."""
+    vectors = [tensor.shape[0] for tensor in (*factors, *biases) if tensor.dim() == 1]
+    # A head and an entry for each layer, then vectors on lines of 64 bytes.
+    return 32 + 64 * (len(factors) // 5) + sum(4 * int(size) + 64 for size in vectors)
+
+
+def prepare_layers(
+    factors: Sequence[Tensor], biases: Sequence[Tensor] = (), interleaved: bool = True
+) -> Tensor:
+    """Gather what the CPU kernel needs of layers of one input in one tensor of bytes.
+
+    It has copies of scales and biases, and the addresses of signs: the tensors must stay where and what they are as long as it
+    is used.
+
+    Args:
+        factors: signs_in, signs_out, scale_in, scale_mid and scale_out of every layer, one layer after the other.
+        biases: one a layer, or none at all.
+        interleaved: whether the words of signs are interleaved.
+    """
+    out = torch.empty(prepared_bytes(factors, biases), dtype=torch.uint8)
+    return cpu_kernel.prepare_layers_cpu(factors, biases, interleaved, out)
 
 
 def _map_nested(x: Any, function: Callable[[Tensor], Tensor]) -> Tensor:

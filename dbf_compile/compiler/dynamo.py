@@ -62,6 +62,17 @@ def qualified_name(node: Node) -> str:
     return ".".join(re.findall(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", name)) or node.name
 
 
+def path_of(node: Node) -> str:
+    """Return where a placeholder stands in the arguments of the captured function, as in ``L['keys'][3]``."""
+    name = getattr(getattr(node, "_dynamo_source", None), "name", "")
+    return str(name() if callable(name) else name)  # a method until torch 2.11
+
+
+def mark_dynamic(tensor: Tensor, dimension: int) -> None:
+    """Let a dimension of a tensor be of any size in what is compiled for it."""
+    torch._dynamo.mark_dynamic(tensor, dimension)
+
+
 def add_static_input(graph: Graph, name: str, tensor: Tensor) -> tuple[Node, Tensor]:
     """Append a placeholder for a tensor that every call passes, as Dynamo passes parameters.
 
@@ -85,5 +96,6 @@ def add_static_input(graph: Graph, name: str, tensor: Tensor) -> tuple[Node, Ten
 
 def _fake_like(tensor: Tensor, mode: Any) -> Tensor:
     # As mode.from_tensor for a plain tensor of fixed sizes, but five times faster.
+    device = "cpu" if tensor.is_meta else tensor.device
     with mode:
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)

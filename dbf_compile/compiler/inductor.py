@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch._dynamo.backends.registry import lookup_backend as _lookup_backend
-from torch._inductor import config, list_mode_options
+from torch._inductor import config, list_mode_options, standalone_compile
+from torch._inductor.codecache import torch_key
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.standalone_compile import AOTCompiledArtifact
 from torch.fx import Graph, GraphModule
 
 from dbf_compile.errors import OptionError
@@ -38,10 +40,53 @@ def compile_graph(
     Returns:
         The compiled graph.
     """
-    users_pass = settings.get(_POST_GRAD_HOOK, getattr(config, _POST_GRAD_HOOK))
-    patches = {**settings, _POST_GRAD_HOOK: _PostGradPass(fingerprint, post_grad_passes, users_pass)}
+    patches = _patches(settings, fingerprint, post_grad_passes)
     compiled: Any = compile_fx(gm, list(inputs), config_patches=patches)
     return compiled  # type: ignore[no-any-return]
+
+
+def _patches(
+    settings: Mapping[str, Any], fingerprint: str, post_grad_passes: Callable[[Graph], None]
+) -> dict[str, Any]:
+    users_pass = settings.get(_POST_GRAD_HOOK, getattr(config, _POST_GRAD_HOOK))
+    return {**settings, _POST_GRAD_HOOK: _PostGradPass(fingerprint, post_grad_passes, users_pass)}
+
+
+def compile_artifact(
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    settings: Mapping[str, Any],
+    fingerprint: str,
+    post_grad_passes: Callable[[Graph], None],
+) -> Callable[..., Any]:
+    """Compile a graph as :func:`compile_graph` does, within a backend, to what :func:`artifact_bytes` can keep.
+
+    Its callers pass inputs of the right sizes: they are not checked at every call.
+    """
+    patches = _patches({"size_asserts": False, **settings}, fingerprint, post_grad_passes)
+    artifact: Any = standalone_compile(
+        gm,
+        list(inputs),
+        dynamic_shapes="from_tracing_context",
+        options={"config_patches": patches},
+        aot=True,
+    )
+    return artifact  # type: ignore[no-any-return]
+
+
+def artifact_bytes(artifact: Any) -> bytes:
+    """Return what :func:`load_artifact` makes the artifact of again, in another process with the same torch."""
+    content: bytes = artifact.serialize()
+    return torch_key() + content
+
+
+def load_artifact(content: bytes) -> Callable[..., Any] | None:
+    """Return the artifact of :func:`artifact_bytes`, or None if another torch has written it."""
+    key = torch_key()
+    if not content.startswith(key):
+        return None
+    artifact: Any = AOTCompiledArtifact.deserialize(content.removeprefix(key))
+    return artifact  # type: ignore[no-any-return]
 
 
 def mode_settings(mode: str | None) -> dict[str, Any]:

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
-from dbf_compile.compiler import ir
+import dbf_compile.attention_ops  # noqa: F401  # registers the operator
+from dbf_compile.compiler import ir, table_lowerings
 from dbf_compile.hashes import source_hash
+from dbf_compile.kernels.cached_attention import cpu_kernel as attention_kernel
 from dbf_compile.kernels.sign_matmul import cpu_kernel
 from dbf_compile.kernels.sign_matmul.reference import accumulator_dtype
 from dbf_compile.kernels.sign_matmul.regimes import Regime, choose_regime, operand_count, operand_dtype
@@ -26,6 +28,9 @@ def register() -> None:
     ir.register_lowering(torch.ops.dbf.sign_matmul.default, sign_matmul)
     ir.register_lowering(torch.ops.dbf.double_binary_linear.default, double_binary_linear)
     ir.register_lowering(torch.ops.dbf.sign_matmul_group.default, sign_matmul_group)
+    ir.register_lowering(torch.ops.dbf.row_matmul.default, table_lowerings.row_matmul)
+    ir.register_lowering(torch.ops.dbf.cached_attention.default, cached_attention)
+    ir.register_lowering(torch.ops.dbf.prepared_layers.default, prepared_layers)
 
 
 def fingerprint() -> str:
@@ -123,6 +128,45 @@ def sign_matmul(
 def sign_matmul_group(x: Any, signs: Sequence[Any], in_scale: Any = None, fast: bool = False) -> Any:
     """Lower ``dbf::sign_matmul_group``, which the passes emit for few tokens on a GPU, to one launch."""
     return _decode(x, signs, in_scale, None, None, torch.float32)
+
+
+def prepared_layers(
+    x: Any, prepared: Any, columns: int, dtype: torch.dtype | None = None, fast: bool = False
+) -> Any:
+    """Lower ``dbf::prepared_layers``, which programs have on a CPU, to one call."""
+    result = dtype or accumulator_dtype(x.get_dtype())
+    return ir.lower_to_out_call(
+        torch.ops.dbf_native.prepared_layers.out,
+        (x, prepared),
+        [*x.get_size()[:-1], columns],
+        result,
+        {"fast": fast},
+    )
+
+
+def cached_attention(
+    q: Any,
+    keys: Any,
+    values: Any,
+    positions: Any,
+    scale: float,
+    window: int = 0,
+    cap: float = 0.0,
+) -> Any:
+    """Lower ``dbf::cached_attention``: on a CPU to one call of the C++ kernel, else to the operator."""
+    on_cpu = q.get_device().type == "cpu" and not ir.emits_cpp_wrapper()
+    if not on_cpu or not attention_kernel.takes(q.get_dtype()):
+        return ir.lower_to_operator(
+            torch.ops.dbf.cached_attention.default, q, keys, values, positions, scale, window, cap
+        )
+    B, H, T, _ = q.get_size()
+    return ir.lower_to_out_call(
+        torch.ops.dbf_native.cached_attention.out,
+        (q, keys, values, positions),
+        [B, T, H, values.get_size()[-1]],
+        q.get_dtype(),
+        {"scale": scale, "window": window, "cap": cap},
+    )
 
 
 def _cpu_kernel_takes(x: Any, result: torch.dtype, vectors: Sequence[Any]) -> bool:

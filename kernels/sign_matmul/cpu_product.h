@@ -10,7 +10,7 @@
 // neither on threads nor on tiles nor on the instruction set; and entries can be split into bytes, of which a vector
 // register looks up 64 at once. An entry has `bits` bits: 24 (the error of a float32 sum) or 16 (about 1e-4).
 //
-// cpu_types.h <- cpu_portable.h, cpu_avx.h, cpu_neon.h (both around cpu_bytes.h) <- this file. None includes torch.
+// cpu_types.h <- cpu_portable.h, cpu_avx.h, cpu_neon.h (both around cpu_bytes.h) <- this file, cpu_team.h. None includes torch.
 
 #pragma once
 
@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "cpu_portable.h"
+#include "cpu_team.h"
 #include "cpu_types.h"
 #if defined(__x86_64__)
 #include "cpu_avx.h"
@@ -135,24 +136,27 @@ class TokenBlock {
     bits_ = bits;
     columns_ = columns;
     words_ = ceil_div(columns, kWordBits);
+    word_bytes_ = kernel.table_bytes(1, bits);
     stride_ = ceil_div(kernel.table_bytes(words_, bits), 64) * 64;
     tables_ = table_memory_.get(tokens * stride_);
-    values_ = value_memory_.get(tokens * words_ * kWordBits);
-    units_.resize(tokens);
-    finite_.resize(tokens);
+    if (static_cast<int64_t>(units_.size()) < tokens) units_.resize(tokens);
+    if (static_cast<int64_t>(infinite_.size()) < tokens) infinite_.resize(tokens);
   }
+  int64_t words() const { return words_; }
 
-  // The activations of a token, to be written before build(token).
-  float* values(int64_t token) { return values_ + token * words_ * kWordBits; }
-
-  void build(int64_t token) {
-    float* z = values(token);
+  // Builds the tables of the words [begin, end) of a token. `z` has its activations, and room for whole words; it is changed.
+  // Threads may build parts of one token, each from a copy of its own.
+  void build(int64_t token, float* z, int64_t begin, int64_t end) {
     const int64_t count = words_ * kWordBits, groups = words_ * kGroupsPerWord;
     std::fill(z + columns_, z + count, 0.0f);  // the columns that pad the last word
     Peaks peaks = kernel_->peaks(z, groups);
-    units_[token] = 0.0;
-    finite_[token] = peaks.value <= std::numeric_limits<float>::max();
-    if (!finite_[token]) return;
+    const bool finite = peaks.value <= std::numeric_limits<float>::max();
+    if (begin == 0) {
+      units_[token] = 0.0;
+      infinite_[token].clear();
+      if (!finite) infinite_[token].assign(z, z + columns_);
+    }
+    if (!finite) return;
     // Sums of very large values, and factors for very small ones, would overflow float32.
     const float range = peaks.value > 0x1p100f ? 0x1p-64f : peaks.value < 0x1p-60f ? 0x1p64f : 1.0f;
     if (range != 1.0f) {
@@ -164,18 +168,18 @@ class TokenBlock {
       // With 24 bits a power of two, so that values which are exact in float32 stay exact. 8388000 instead of 2^23 - 1
       // leaves room for the rounding of sums.
       factor = bits_ == 24 ? std::ldexp(1.0f, std::ilogb(8388000.0f / peaks.group)) : 32767.0f / peaks.group;
-      units_[token] = 1.0 / (static_cast<double>(factor) * range);
+      if (begin == 0) units_[token] = 1.0 / (static_cast<double>(factor) * range);
     }
-    for (int64_t k = 0; k < count; ++k) z[k] *= factor;
-    kernel_->build(z, words_, bits_, tables_ + token * stride_);
+    for (int64_t k = begin * kWordBits; k < end * kWordBits; ++k) z[k] *= factor;
+    kernel_->build(z + begin * kWordBits, end - begin, bits_, tables_ + token * stride_ + begin * word_bytes_);
   }
 
   Tables tables(int64_t token) const { return {tables_ + token * stride_, stride_, units_.data() + token}; }
 
   // The sum as float32 has it if an activation is infinite or NaN; the finite ones do not matter then.
-  bool finite(int64_t token) const { return finite_[token]; }
-  float sum_of_infinite(int64_t token, const Signs& signs, int64_t row) {
-    const float* z = values(token);
+  bool finite(int64_t token) const { return infinite_[token].empty(); }
+  float sum_of_infinite(int64_t token, const Signs& signs, int64_t row) const {
+    const float* z = infinite_[token].data();
     float sum = 0.0f;
     for (int64_t k = 0; k < columns_ && sum == sum; ++k) {
       if (std::fabs(z[k]) <= std::numeric_limits<float>::max()) continue;
@@ -188,56 +192,128 @@ class TokenBlock {
  private:
   const Kernel* kernel_ = nullptr;
   int bits_ = 0;
-  int64_t columns_ = 0, words_ = 0, stride_ = 0;
+  int64_t columns_ = 0, words_ = 0, word_bytes_ = 0, stride_ = 0;
   uint8_t* tables_ = nullptr;
-  float* values_ = nullptr;
   Scratch<uint8_t> table_memory_;
-  Scratch<float> value_memory_;
   std::vector<double> units_;
-  std::vector<char> finite_;
+  std::vector<std::vector<float>> infinite_;  // the activations of tokens that are not finite
 };
 
 constexpr int64_t kTableBudget = 1 << 20;   // bytes of tables at a time: half of a common second-level cache
-constexpr int64_t kLookUpsPerTask = 1 << 17;  // fewer do not pay for waking a thread
+constexpr int64_t kLookUpsPerTask = 1 << 16;  // fewer do not pay for waking a thread
+constexpr int64_t kWordsPerPart = 16;         // of a token whose tables several threads build
+constexpr int64_t kRangesPerThread = 4;       // of tiles, so that a thread that comes late has less to do
+constexpr int64_t kTilesPerRange = 16;
 
 inline int64_t tokens_per_block(const Kernel& kernel, int64_t columns, int bits) {
   const int64_t bytes = kernel.table_bytes(ceil_div(columns, kWordBits), bits);
   return std::clamp<int64_t>(kTableBudget / std::max<int64_t>(bytes, 1), 2, 64) & ~int64_t(1);
 }
 
-// One product for a block of tokens.
-//   read(token, values)                      writes the `columns` activations of a token to `values`
-//   write(token, row, count, sums)           takes the sums of `count` rows from `row` on; each row comes once
-//   parallel(count, grain, body(begin, end)) runs body over [0, count) on any number of threads
-template <typename Parallel, typename Read, typename Write>
-void multiply_block(const Kernel& kernel, const Signs& signs, int bits, int64_t tokens, TokenBlock& block,
-                    const Parallel& parallel, const Read& read, const Write& write) {
-  block.reserve(kernel, tokens, signs.columns, bits);
-  parallel(tokens, ceil_div(kLookUpsPerTask, std::max<int64_t>(signs.columns * 4, 1)), [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      read(t, block.values(t));
-      block.build(t);
+// Products of one block of tokens that need nothing of each other: several sign matrices, each with activations of its own.
+//   read(product, token, values)              writes the activations of a token to `values`
+//   write(product, token, row, count, sums)   takes the sums of `count` rows from `row` on; each row comes once
+template <typename Read, typename Write>
+class Level {
+ public:
+  Level(const Kernel& kernel, int bits, int64_t tokens, const std::vector<Signs>& signs, TokenBlock* blocks,
+        int64_t threads, Read read, Write write)
+      : kernel_(kernel), bits_(bits), tokens_(tokens), signs_(signs), blocks_(blocks), read_(read), write_(write) {
+    int64_t words = 1;
+    for (size_t i = 0; i < signs.size(); ++i) {
+      blocks[i].reserve(kernel, tokens, signs[i].columns, bits);
+      tiles_ += signs[i].tiles();
+      words = std::max(words, blocks[i].words());
     }
-  });
-  const int64_t work = std::max<int64_t>(kTileRows * signs.count * kGroupsPerWord * tokens, 1);
-  parallel(signs.tiles(), ceil_div(kLookUpsPerTask, work), [&](int64_t begin, int64_t end) {
+    parts_ = std::clamp<int64_t>(words / kWordsPerPart, 1, ceil_div(threads, tokens * count()));
+    // Every range that a thread takes costs the others a look at the counter.
+    const int64_t shares = std::clamp<int64_t>(tiles_ * tokens / (threads * kTilesPerRange), 1, kRangesPerThread);
+    ranges_ = std::min(tiles_, threads * shares);
+  }
+
+  void work(Team& team, int step) {
+    team.share(2 * step, count() * tokens_ * parts_, [&](int64_t item) { build(item); });
+    team.share(2 * step + 1, ranges_, [&](int64_t range) { multiply(range); });
+  }
+
+ private:
+  int64_t count() const { return static_cast<int64_t>(signs_.size()); }
+
+  void build(int64_t item) {
+    static thread_local Scratch<float> memory;
+    const int64_t part = item % parts_, token = item / parts_ % tokens_, product = item / parts_ / tokens_;
+    TokenBlock& block = blocks_[product];
+    const int64_t words = block.words(), begin = words * part / parts_, end = words * (part + 1) / parts_;
+    float* z = memory.get(words * kWordBits);
+    read_(product, token, z);
+    if (begin < end || part == 0) block.build(token, z, begin, end);
+  }
+
+  void multiply(int64_t range) {
     static thread_local Scratch<uint32_t> copies;
     alignas(64) float sums[kTokensAtOnce * kTileRows];
-    for (int64_t index = begin; index < end; ++index) {
-      const Tile tile = signs.tile(index, copies.get(signs.scratch_words()));
-      const int64_t first = index * kTileRows, rows = std::min(kTileRows, signs.rows - first);
-      for (int64_t t = 0; t < tokens; t += kTokensAtOnce) {
-        const int64_t count = std::min(kTokensAtOnce, tokens - t);
-        kernel.multiply(tile, block.tables(t), count, bits, sums);
-        for (int64_t i = 0; i < count; ++i) {
+    int64_t index = tiles_ * range / ranges_, product = 0;
+    const int64_t last = tiles_ * (range + 1) / ranges_;
+    int64_t before = 0;  // tiles of the products before
+    for (; index < last; ++index) {
+      while (index - before >= signs_[product].tiles()) before += signs_[product++].tiles();
+      const Signs& signs = signs_[product];
+      const TokenBlock& block = blocks_[product];
+      const int64_t first = (index - before) * kTileRows, rows = std::min(kTileRows, signs.rows - first);
+      const Tile tile = signs.tile(index - before, copies.get(signs.scratch_words()));
+      for (int64_t t = 0; t < tokens_; t += kTokensAtOnce) {
+        const int64_t at_once = std::min(kTokensAtOnce, tokens_ - t);
+        kernel_.multiply(tile, block.tables(t), at_once, bits_, sums);
+        for (int64_t i = 0; i < at_once; ++i) {
           float* y = sums + i * kTileRows;
           if (!block.finite(t + i))
             for (int64_t r = 0; r < rows; ++r) y[r] = block.sum_of_infinite(t + i, signs, first + r);
-          write(t + i, first, rows, y);
+          write_(product, t + i, first, rows, y);
         }
       }
     }
-  });
+  }
+
+  const Kernel& kernel_;
+  const int bits_;
+  const int64_t tokens_;
+  const std::vector<Signs>& signs_;
+  TokenBlock* blocks_;
+  Read read_;
+  Write write_;
+  int64_t tiles_ = 0, parts_ = 1, ranges_ = 1;
+};
+
+// How many threads pay for products of a block of tokens.
+inline int64_t threads_for(const std::vector<Signs>& signs, int64_t tokens, int64_t most) {
+  int64_t look_ups = 0;
+  for (const Signs& matrix : signs) look_ups += matrix.rows * matrix.count * kGroupsPerWord * tokens;
+  return std::clamp<int64_t>(look_ups / kLookUpsPerTask, 1, most);
+}
+
+// Runs levels one after the other, each with all threads. parallel(count, grain, body(begin, end)) runs body on up to `count`
+// threads.
+template <typename Parallel, typename... Levels>
+void run_levels(int64_t threads, const Parallel& parallel, Levels&... levels) {
+  Team team;
+  const auto work = [&] {
+    int step = 0;
+    (levels.work(team, step++), ...);
+  };
+  if (threads == 1) return work();
+  parallel(threads, 1, [&](int64_t, int64_t) { work(); });
+}
+
+// One product for a block of tokens.
+template <typename Parallel, typename Read, typename Write>
+void multiply_block(const Kernel& kernel, const Signs& signs, int bits, int64_t tokens, TokenBlock& block, int64_t most,
+                    const Parallel& parallel, const Read& read, const Write& write) {
+  const std::vector<Signs> matrices{signs};
+  const int64_t threads = threads_for(matrices, tokens, most);
+  const auto read_one = [&](int64_t, int64_t t, float* values) { read(t, values); };
+  const auto write_one = [&](int64_t, int64_t t, int64_t row, int64_t count, float* sums) { write(t, row, count, sums); };
+  Level level(kernel, bits, tokens, matrices, &block, threads, read_one, write_one);
+  run_levels(threads, parallel, level);
 }
 
 }  // namespace dbf

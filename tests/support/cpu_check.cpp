@@ -55,7 +55,7 @@ std::vector<float> run(const dbf::Kernel& kernel, const Case& c, const Problem& 
   };
   dbf::TokenBlock block;
   dbf::multiply_block(
-      kernel, signs, c.bits, c.tokens, block, in_parts,
+      kernel, signs, c.bits, c.tokens, block, part == INT64_MAX ? 1 : 4, in_parts,
       [&](int64_t t, float* values) { std::copy_n(problem.x.data() + t * c.columns, c.columns, values); },
       [&](int64_t t, int64_t row, int64_t count, const float* sums) {
         std::copy_n(sums, count, y.data() + t * c.rows + row);

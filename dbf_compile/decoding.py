@@ -1,0 +1,221 @@
+"""The loop of decoding: prompts are read into a cache that stays between calls, then tokens follow one after the other.
+
+A step is one compiled program, called without guards: see :mod:`dbf_compile.compiler.programs`. There are three, each made when
+it is first needed: for a part of a prompt of any length, for one token, and for one token each of several rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dbf_compile.compiler import programs
+from dbf_compile.files import cache_folder
+from dbf_compile.hashes import source_hash
+from dbf_compile.integrations import steps
+from dbf_compile.kernels.cached_attention import cpu_kernel as attention_kernel
+from dbf_compile.kernels.sign_matmul import cpu_kernel
+from dbf_compile.progress import say
+
+_PART = 512  # tokens of a prompt at a time; more do not make it faster, and take memory
+_MULTIPLE = 256  # positions by which the cache grows
+# Dimensions that differ from call to call, by argument.
+_LENGTHS = {"keys": [3], "values": [2]}
+_DYNAMIC = {
+    "part": {**_LENGTHS, "tokens": [1], "positions": [1]},
+    "token": _LENGTHS,
+    "rows": {"keys": [0, 3], "values": [0, 2], "tokens": [0], "positions": [0]},
+}
+# Sizes of examples: sizes that differ from call to call must differ from each other, else torch takes them for one.
+_EXAMPLES = {"part": (1, 24), "token": (1, 1), "rows": (3, 1)}
+
+
+class Decoder:
+    """Runs a model over a cache of its own.
+
+    Args:
+        model: of transformers, on a CPU.
+        compiled: False to run eagerly.
+        progress: say on stderr what goes on.
+
+    Raises:
+        UnsuitedError: the model does not fit; its own ``generate`` does.
+    """
+
+    def __init__(self, model: Any, compiled: bool, progress: bool) -> None:
+        reason = steps.why_unsuited(model)
+        if reason is not None:
+            raise steps.UnsuitedError(reason)
+        self._model, self._compiled, self._progress = model, compiled, progress
+        self._sizes = steps.probe(model)
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+        self._held: list[list[int]] = []  # the tokens whose keys and values a row has
+        self._programs: dict[str, programs.Program] = {}
+        self._calls: dict[str, _Call] = {}
+        self._compile_seconds = 0.0
+        # Results of layers are rounded to 16 bits then: by forty times the error of fast sums.
+        self._is_rounded = model.dtype in (torch.bfloat16, torch.float16)
+        self._prepare("token")
+
+    def prepare(self, rows: int) -> float:
+        """Make the programs for so many rows; return the seconds that this took, and what came before."""
+        for kind in ("token", "part", *(["rows"] if rows > 1 else [])):
+            self._prepare(kind)
+        seconds, self._compile_seconds = self._compile_seconds, 0.0
+        return seconds
+
+    def read(self, prompts: Sequence[list[int]], room: int) -> tuple[Tensor, list[int]]:
+        """Read prompts, and return the logits of what follows, float32 [B, vocabulary], and how many tokens were known.
+
+        Args:
+            prompts: of one token or more; what a row has read before is not read again.
+            room: tokens that will follow at most.
+        """
+        self._reserve(len(prompts), max(map(len, prompts)) + room)
+        logits, known = [], []
+        for row, tokens in enumerate(prompts):
+            held = self._held[row]
+            same = next(
+                (index for index, pair in enumerate(zip(held, tokens, strict=False)) if pair[0] != pair[1]),
+                min(len(held), len(tokens)),
+            )
+            start = min(same, len(tokens) - 1)  # the last one is read in any case, for its logits
+            del held[start:]
+            known.append(start)
+            for first in range(start, len(tokens), _PART):
+                part = tokens[first : first + _PART]
+                positions = torch.arange(first, first + len(part))[None]
+                last = self._step("token" if len(part) == 1 else "part", torch.tensor([part]), positions, row)
+                held += part
+            logits.append(last)
+        return torch.cat(logits), known
+
+    def follow(self, tokens: Sequence[int], active: Sequence[bool]) -> Tensor:
+        """Add a token to every row that is active, and return the logits of what follows, float32 [B, vocabulary]."""
+        positions = torch.tensor([[len(held)] for held in self._held])
+        logits = self._step(
+            "token" if len(tokens) == 1 else "rows", torch.tensor([list(tokens)]).T, positions
+        )
+        for held, token, goes_on in zip(self._held, tokens, active, strict=True):
+            if goes_on:
+                held.append(token)
+        return logits
+
+    def _step(self, kind: str, tokens: Tensor, positions: Tensor, row: int | None = None) -> Tensor:
+        last = torch.tensor([tokens.shape[1] - 1])
+        if not self._compiled:
+            rows = slice(None) if row is None else slice(row, row + 1)
+            keys, values = ([tensor[rows] for tensor in cache] for cache in (self._keys, self._values))
+            with torch.no_grad(), steps.our_attention(self._model):
+                return steps.step(self._model, tokens, positions, last, keys, values)
+        self._prepare(kind)
+        name = f"{kind} {row or 0}"
+        if name not in self._calls:
+            rows = slice(None) if kind == "rows" else slice(row or 0, (row or 0) + 1)
+            keys, values = ([tensor[rows] for tensor in cache] for cache in (self._keys, self._values))
+            arguments = {"model": self._model, "keys": keys, "values": values}
+            self._calls[name] = _Call(self._programs[kind], arguments, tokens, positions, last)
+        with torch.no_grad():
+            return self._calls[name](tokens, positions, last)
+
+    def _reserve(self, rows: int, length: int) -> None:
+        """Make room for rows and positions; what is held stays."""
+        old_rows, old_length = (self._keys[0].shape[0], self._keys[0].shape[3]) if self._keys else (0, 0)
+        if rows != old_rows or length > old_length:
+            length = max(old_length, -(-length // _MULTIPLE) * _MULTIPLE)
+            keys, values = steps.empty_cache(self._sizes, rows, length, self._model.device)
+            kept = min(rows, old_rows)
+            for new, old in zip(keys, self._keys, strict=False):
+                new[:kept, :, :, :old_length] = old[:kept]
+            for new, old in zip(values, self._values, strict=False):
+                new[:kept, :, :old_length] = old[:kept]
+            self._keys, self._values = keys, values
+            self._held = [*self._held[:kept], *([] for _ in range(rows - kept))]
+            self._calls = {}
+
+    def _prepare(self, kind: str) -> None:
+        if self._compiled and kind not in self._programs:
+            self._program(kind)
+
+    def _program(self, kind: str) -> None:
+        """Load a program, or compile it."""
+        began = time.perf_counter()
+        file = cache_folder() / "programs" / f"{kind}-{self._fingerprint()}.bin"
+        program = programs.load_program(file)
+        if program is None:
+            say("compiling; kept for the next start", self._progress)
+            rows, count = _EXAMPLES[kind]
+            keys, values = steps.empty_cache(self._sizes, rows, 2 * _MULTIPLE + 40, self._model.device)
+            arguments = {
+                "model": self._model,
+                "tokens": torch.zeros(rows, count, dtype=torch.int64),
+                "positions": torch.arange(count).expand(rows, count).contiguous(),
+                "last": torch.tensor([count - 1]),
+                "keys": keys,
+                "values": values,
+            }
+            try:
+                with steps.our_attention(self._model):
+                    program = programs.compile_program(
+                        steps.step, arguments, _DYNAMIC[kind], file, fast=self._is_rounded
+                    )
+            except Exception as error:  # whatever the code of a model has that cannot be traced whole
+                raise steps.UnsuitedError(
+                    f"it is not compiled as one ({str(error).splitlines()[0]})"
+                ) from error
+        self._programs[kind] = program
+        self._compile_seconds += time.perf_counter() - began
+
+    def _fingerprint(self) -> str:
+        parts = (
+            steps.fingerprint(self._model),
+            source_hash("dbf_compile"),
+            torch.__version__,
+            torch.backends.cpu.get_cpu_capability(),
+            torch.get_num_threads(),
+            cpu_kernel.available(),
+            attention_kernel.library.available(),
+        )
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+class _Call:
+    """A program with all of its inputs but those of one step."""
+
+    def __init__(
+        self,
+        program: programs.Program,
+        arguments: dict[str, Any],
+        tokens: Tensor,
+        positions: Tensor,
+        last: Tensor,
+    ) -> None:
+        self._function: Callable[..., Any] = program.function
+        step = {"tokens": tokens, "positions": positions, "last": last}
+        self._inputs = program.inputs(arguments | step)
+        self._places = {name: program.places(name) for name in step}
+        # Sizes of tokens and positions that differ from call to call are inputs of their own.
+        self._sizes = [
+            (index, path)
+            for index, path in enumerate(program.paths)
+            if path.startswith(("L['tokens'].", "L['positions']."))
+        ]
+        self._program = program
+
+    def __call__(self, tokens: Tensor, positions: Tensor, last: Tensor) -> Tensor:
+        """Run a step."""
+        inputs = self._inputs
+        step = {"tokens": tokens, "positions": positions, "last": last}
+        for name, places in self._places.items():
+            for place in places:
+                inputs[place] = step[name]
+        for place, path in self._sizes:
+            inputs[place] = self._program.value(path, step)
+        logits: Tensor = self._function(*inputs)[0]
+        return logits
