@@ -239,8 +239,7 @@ def inspect(
     from dbf_compile.cli_tables import LAYER_HEAD, layer_cells, operation_lines
     from dbf_compile.inspection import inspect as run
 
-    say(f"looking into {model}", progress)
-    facts = run(model, trust_remote_code)
+    facts = run(model, trust_remote_code, progress)
 
     def text() -> str:
         head = [

@@ -22,6 +22,7 @@ from dbf_compile.errors import CheckpointError, DBFError
 from dbf_compile.factors import stored_bits
 from dbf_compile.linear import DoubleBinaryLinear
 from dbf_compile.options import CompressionConfig
+from dbf_compile.progress import say
 from dbf_compile.records import parse
 from dbf_compile.run.report import Report, read_report
 from dbf_compile.tables import table_layers
@@ -29,12 +30,13 @@ from dbf_compile.tables import table_layers
 _DAMAGED = "the folder is damaged: compress the model again, or copy it again"
 
 
-def inspect(model: str | Path, trust_remote_code: bool = False) -> dict[str, Any]:
+def inspect(model: str | Path, trust_remote_code: bool = False, progress: bool = True) -> dict[str, Any]:
     """Return what of a model is compressed, from its configuration and its files, which are compared with what was written.
 
     Args:
         model: folder of a compressed model, or its name on the Hub.
         trust_remote_code: run code that comes with the model.
+        progress: say on stderr what goes on.
 
     Returns:
         "model"; "share" of the weights that is factored; "factored" and "file", bits per weight; "dense", what is not factored
@@ -46,11 +48,14 @@ def inspect(model: str | Path, trust_remote_code: bool = False) -> dict[str, Any
     Raises:
         CheckpointError: not compressed, or damaged.
     """
+    say(f"looking into {model}", progress)  # before transformers is imported, which takes a while
     from dbf_compile.integrations import content, pretrained, renaming
 
     folder = pretrained.local_folder(model)
     dense, factored, table = pretrained.empty_compressed(folder, trust_remote_code)
     files = sorted(folder.glob("model*.safetensors"))
+    megabytes = sum(path.stat().st_size for path in files) / 1e6
+    say(f"comparing {megabytes:,.0f} MB with what was written", progress)
     verified = content.check_content(files)
     report = read_report(folder)
     tables = {name: layer.kind for name, layer in table_layers(factored).items()}
