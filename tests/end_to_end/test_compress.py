@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.forked import Forked
 from support.models.pretrained import FAST, text_of, tiny_folder, weights_of
 from support.models.tiny import tiny_llama
 
@@ -20,7 +21,6 @@ transformers = pytest.importorskip("transformers")
 import dbf_compile  # noqa: E402
 from dbf_compile.errors import CheckpointError, ConversionError, OptionError, ResumeError  # noqa: E402
 
-# Most tests run in this process, since a new one takes seconds to import torch and transformers.
 RUN = """
 import json, sys
 import dbf_compile
@@ -29,14 +29,8 @@ dbf_compile.compress(model, output, **options)
 """
 
 
-def start(model, output, environment=None, **options):
-    arguments = json.dumps([str(model), str(output), {**FAST, **options}])
-    return subprocess.Popen(
-        [sys.executable, "-c", RUN, arguments],
-        env={**os.environ, **(environment or {})},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(model, output, before="", **options):
+    return Forked(before + RUN, json.dumps([str(model), str(output), {**FAST, **options}]))
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +98,7 @@ def test_killed_at_random_moments_it_goes_on_and_writes_the_same_files(dense, mo
     while kills < 5:
         process = start(dense, output, data=str(text_of(dense)), mode=mode)
         while not work.exists() and process.poll() is None:
-            time.sleep(0.005)  # waits for the imports
+            time.sleep(0.005)
         time.sleep(draw.uniform(0.0, 0.6))
         if process.poll() is None:
             process.kill()
@@ -113,8 +107,8 @@ def test_killed_at_random_moments_it_goes_on_and_writes_the_same_files(dense, mo
         if output.exists():  # it ended before it was killed
             assert weights_of(output) == weights_of(expected)
             shutil.rmtree(output)
-    process = start(dense, output, data=str(text_of(dense)), mode=mode)
-    assert process.wait() == 0, process.stderr.read()
+    done = start(dense, output, data=str(text_of(dense)), mode=mode).wait()
+    assert done.returncode == 0, done.stderr
     assert weights_of(output) == weights_of(expected)
     assert not work.exists()
 
@@ -218,12 +212,8 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, ROOM))
 
 @pytest.mark.slow
 def test_a_full_disk_is_a_clear_error_and_the_run_goes_on_when_there_is_room(dense, independent, tmp_path):
-    options = {**FAST, "data": str(text_of(dense)), "mode": "independent"}
-    arguments = json.dumps([str(dense), str(tmp_path / "made"), options])
-    code = FULL.replace("ROOM", "30000") + RUN  # enough for some results, not for the largest
-    done = subprocess.run(
-        [sys.executable, "-c", code, arguments], capture_output=True, text=True, check=False
-    )
+    full = FULL.replace("ROOM", "30000")  # enough for some results, not for the largest
+    done = start(dense, tmp_path / "made", full, data=str(text_of(dense)), mode="independent").wait()
     assert done.returncode != 0
     assert re.search(r"CheckpointError: writing .* failed .*make room", done.stderr), done.stderr[-2000:]
     assert not (tmp_path / "made").exists()

@@ -71,7 +71,7 @@ def test_zero_rows_and_columns_stay_zero(shape):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 1), (1, 50), (50, 1), (64, 32), (32, 64)], ids=str)
-@pytest.mark.parametrize("mid_features", [1, 3, 64])
+@pytest.mark.parametrize("mid_features", [1, 3, 17])
 def test_constants_are_factored_exactly(shape, mid_features):
     weight = torch.full(shape, -0.37)
     # float16 scales are off by up to 5e-4 each; the squared error is far below.
