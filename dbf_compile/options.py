@@ -19,6 +19,9 @@ from dbf_compile.records import Record, accept_aliases, option
 
 # Routers of mixtures are small, and an error in one sends tokens to other experts.
 DENSE_BY_DEFAULT = ("*router", "*router.*", "*mlp.gate", "*moe.gate", "*.gate.wg", "*shared_expert_gate")
+# Names of heads in modules that do not say which layer is theirs.
+HEADS = ("*lm_head", "*embed_out", "*predictions.decoder", "*output_projection", "*proj_out")
+USUAL_PATTERNS = HEADS + DENSE_BY_DEFAULT  # may match nothing
 TABLES = ("dense", "int8", "int6", "int4")  # what becomes of heads and embeddings
 MIN_BITS, MAX_BITS = 0.05, 16.0
 ACCURACIES = ("exact", "fast")

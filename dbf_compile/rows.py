@@ -192,16 +192,18 @@ def _best_scales(groups: Tensor, most: int) -> Tensor:
     There is one more code below zero than above it. So the sign of a scale is that with which the largest weight is below.
     """
     largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    unit = torch.where(largest == 0, 1, largest)  # squares of very large weights would overflow
+    groups = groups / unit
     best = torch.zeros_like(largest)
     least = torch.full_like(largest, torch.inf)
     for factor in _FACTORS:
-        codes = _rounded(groups, largest / (-most / factor), most)
+        codes = _rounded(groups, torch.full_like(unit, -factor / most), most)
         size = codes.square().sum(-1, keepdim=True)
         fitted = (codes * groups).sum(-1, keepdim=True) / size.clamp_min(1)  # of least squares
-        fitted = fitted.bfloat16().float()
+        fitted = (fitted * unit).bfloat16().float() / unit
         error = (groups - fitted * _rounded(groups, fitted, most)).square().sum(-1, keepdim=True)
         best, least = torch.where(error < least, fitted, best), torch.minimum(error, least)
-    return best
+    return (best * unit).bfloat16().float()
 
 
 def _packed(codes: Tensor, form: RowFormat) -> Tensor:

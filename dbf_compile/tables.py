@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dbf_compile import row_ops as row_ops  # registers the operator
 from dbf_compile.candidates.dense import dense_bias, dense_weight
+from dbf_compile.errors import KernelInputError, WeightError
 from dbf_compile.linear import WEIGHT_PLACEHOLDER, on_swap, replace_all
 from dbf_compile.rows import ROW_FORMATS, RowFormat, dequantize_rows, quantize_rows, read_rows
 from dbf_compile.stand_in import FactoredWeight, StandIn, WithoutWeight
@@ -179,6 +180,10 @@ class QuantizedEmbedding(ReadsRows, nn.Embedding):  # type: ignore[override]  # 
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the rows [..., K] for ids [...]."""
+        if input.dtype not in (torch.int32, torch.int64):
+            raise KernelInputError(
+                f"ids of dtype {input.dtype}", "int32 or int64", "pass ids of rows, as to nn.Embedding"
+            )
         form = ROW_FORMATS[self.kind]
         return read_rows(self.rows, input, self.embedding_dim, form, self.weight_dtype)
 
@@ -244,6 +249,9 @@ def quantize_tables(model: nn.Module, kinds: Mapping[str, str]) -> dict[str, Qua
     Args:
         model: has the layers, dense.
         kinds: names of layers to names of formats.
+
+    Raises:
+        WeightError: a weight is not finite.
     """
     tables: dict[str, QuantizedRows] = {}
     by_weight: dict[tuple[int, str], QuantizedRows] = {}
@@ -251,7 +259,14 @@ def quantize_tables(model: nn.Module, kinds: Mapping[str, str]) -> dict[str, Qua
         layer = model.get_submodule(name)
         key = (id(layer._parameters["weight"]), kind)
         if key not in by_weight:
-            by_weight[key] = QuantizedRows.of(_weight_of(layer), kind)
+            weight = _weight_of(layer)
+            if not bool(torch.isfinite(weight).all()):
+                raise WeightError(
+                    f"{name!r}: a weight with NaN or infinite entries",
+                    "finite weights",
+                    "check the model, or leave the layer dense: name it in skip=[...]",
+                )
+            by_weight[key] = QuantizedRows.of(weight, kind)
         tables[name] = by_weight[key]
     return tables
 

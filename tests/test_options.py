@@ -54,6 +54,8 @@ SHARE = (0.5, ("0.5", True, [0.5]))
 EXAMPLES: dict[Any, tuple[Any, tuple[Any, ...]]] = {
     "bits_per_weight": (1, ("2", None, True, [2.0])),
     "overrides": ({"*.down_proj": 3.0}, (None, 2.0, [("a", 2.0)], {"a": "2"}, {1: 2.0}, {"a": True})),
+    "head": ("int4", (None, [4], {"a": 1}, True)),
+    "embedding": ("int6", (None, 4.0, ["int4"])),
     "skip": (["*head"], ("lm_head", None, [1], {"a": 1})),
     "merge_shared_inputs": TRUTH,
     "preset": ("fast", (None, 3, True)),
@@ -301,10 +303,19 @@ def test_the_first_matching_override_wins() -> None:
     assert config.bits_for("layers.1.DOWN_PROJ") == 2.0  # case counts
 
 
-def test_heads_stay_dense_unless_asked_for() -> None:
-    assert CompressionConfig().skips("lm_head") and CompressionConfig().skips("model.lm_head")
+def test_skip_names_routers_and_heads_have_an_option_of_their_own() -> None:
+    assert CompressionConfig().skips("model.layers.0.mlp.gate") and CompressionConfig(
+        skip=["*lm_head"]
+    ).skips("lm_head")
     assert not CompressionConfig().skips("model.layers.0.mlp.up_proj")
-    assert not CompressionConfig(skip=()).skips("lm_head")
+    assert CompressionConfig().head == "int8"
+    assert CompressionConfig(head="4.5").head == 4.5  # as a command line gives it
+
+
+def test_a_head_is_a_kind_of_table_or_a_number_of_bits() -> None:
+    for value in ("int3", 0.0, 17, "nan"):
+        with pytest.raises(OptionError, match="head"):
+            CompressionConfig(head=value)
 
 
 @pytest.mark.parametrize("kind", KINDS)

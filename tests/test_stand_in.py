@@ -141,7 +141,7 @@ def test_compiled_code_looks_without_a_graph_break_and_is_told_too() -> None:
     layer, x = in_place_of(nn.Linear(K, N)), torch.randn(3, K, dtype=torch.float64)
     compiled = torch.compile(Looking(layer), backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), Looking(layer)(x)) and compiled(x).dtype == torch.float32
-    with pytest.raises(ConversionError, match="a factored layer in linear"):
+    with pytest.raises(ConversionError, match="a quantized table in linear"):
         torch.compile(Looking(layer, reads=True), backend="eager")(x.float())
     exported = torch.export.export(Looking(layer), (x,), strict=False).module()
     assert torch.equal(exported(x), compiled(x))

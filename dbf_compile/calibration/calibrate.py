@@ -29,13 +29,12 @@ from dbf_compile.calibration.model_io import attention_mask, call_model, to_devi
 from dbf_compile.calibration.moments import Moment
 from dbf_compile.calibration.offload import Recomputation, blocks_of, offloaded, without_kv_cache
 from dbf_compile.candidates.reasons import reasons_against
-from dbf_compile.candidates.tables import HEADS
 from dbf_compile.errors import ConversionError, DBFError
 from dbf_compile.factorizer.importance import Importance, diagonal_of
 from dbf_compile.keywords import CalibrationKeywords
 from dbf_compile.linear import dense_linears
 from dbf_compile.names import check_names, layer_names, plain_name
-from dbf_compile.options import DENSE_BY_DEFAULT, CalibrationConfig
+from dbf_compile.options import USUAL_PATTERNS, CalibrationConfig
 from dbf_compile.progress import over
 from dbf_compile.records import resolve
 
@@ -143,7 +142,7 @@ def _measure(
 
 def _is_whole(name: str, curvature: str, curvatures: Sequence[str]) -> bool:
     """Return whether a layer gets a matrix; heads, wide and dense by default, get vectors."""
-    return curvature in curvatures and not any(fnmatchcase(name, pattern) for pattern in HEADS + DENSE_BY_DEFAULT)
+    return curvature in curvatures and not any(fnmatchcase(name, pattern) for pattern in USUAL_PATTERNS)
 
 
 @dataclass

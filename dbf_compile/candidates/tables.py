@@ -17,9 +17,8 @@ from dbf_compile.candidates.references import held_elsewhere
 from dbf_compile.candidates.sources import parameters
 from dbf_compile.candidates.uses import weight_uses
 from dbf_compile.names import plain_name
+from dbf_compile.options import HEADS
 
-# Names of heads in modules that do not say which layer is theirs.
-HEADS = ("*lm_head", "*embed_out", "*predictions.decoder", "*output_projection", "*proj_out")
 # Smaller ones gain less than a megabyte: positions, types of tokens, vocabularies of characters.
 MIN_WEIGHTS = 1 << 20
 

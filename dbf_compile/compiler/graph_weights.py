@@ -18,7 +18,7 @@ from dbf_compile.compression.layers import LayerFactorizer
 from dbf_compile.errors import TrainingError
 from dbf_compile.hashes import tensor_hash
 from dbf_compile.names import plain_name
-from dbf_compile.options import DENSE_BY_DEFAULT, CompileOptions
+from dbf_compile.options import USUAL_PATTERNS, CompileOptions
 from dbf_compile.passes.graph import (
     FactorNodes,
     Weight,
@@ -134,7 +134,7 @@ class GraphWeights:
     @property
     def skipped(self) -> list[int]:
         """Positions of weights that stay dense because the user's own patterns skip them."""
-        patterns = [pattern for pattern in self.options.skip if pattern not in DENSE_BY_DEFAULT]
+        patterns = [pattern for pattern in self.options.skip if pattern not in USUAL_PATTERNS]
         return [
             self.positions[node]
             for node, name in self._names.items()

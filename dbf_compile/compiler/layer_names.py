@@ -16,7 +16,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from dbf_compile.names import check_names, is_adapter, layer_names, plain_name, scope_of, unmatched
-from dbf_compile.options import DENSE_BY_DEFAULT, CompileOptions
+from dbf_compile.options import USUAL_PATTERNS, CompileOptions
 
 _log = logging.getLogger(__name__)
 _MODULES = inspect.getfile(nn.Module)
@@ -57,7 +57,7 @@ def named_layers(
     """
     keys = {"importance": list(options.importance), "checkpoint": list(ready)}
     patterns = {
-        "skip": [pattern for pattern in options.skip if pattern not in DENSE_BY_DEFAULT],
+        "skip": [pattern for pattern in options.skip if pattern not in USUAL_PATTERNS],
         "overrides": list(options.overrides),
     }
     model, paths = _paths_in_model(weights)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dbf_compile import checkpoint
 from dbf_compile.candidates.reasons import listed, other_matrices, reasons_to_stay_dense, tell_left_dense
-from dbf_compile.candidates.tables import HEADS, heads
+from dbf_compile.candidates.tables import heads
 from dbf_compile.compression.budgets import Allocation
 from dbf_compile.compression.cache import CachedStore, FactorCache, importance_hash
 from dbf_compile.compression.jobs import FactorJob, joined, run_jobs
@@ -29,7 +29,7 @@ from dbf_compile.factors import DoubleBinaryFactors, mid_features_for
 from dbf_compile.keywords import CompressionKeywords
 from dbf_compile.linear import dense_linears, dense_weight, swap_
 from dbf_compile.names import Scope, check_names, layer_names, plain_name, scope_of
-from dbf_compile.options import DENSE_BY_DEFAULT, PRESETS, CompressionConfig
+from dbf_compile.options import HEADS, PRESETS, USUAL_PATTERNS, CompressionConfig
 from dbf_compile.records import resolve
 from dbf_compile.tables import QuantizedRows, swap_tables_
 
@@ -88,7 +88,7 @@ class LayerFactorizer:
         options: dict[str, Collection[str]] = {
             "importance": list(self._importance),
             "allocation": [name for names in self._mid_features or () for name in names.split(_AND)],
-            "skip": [pattern for pattern in self.config.skip if pattern not in DENSE_BY_DEFAULT],
+            "skip": [pattern for pattern in self.config.skip if pattern not in USUAL_PATTERNS],
             "overrides": list(self.config.overrides),
         }
         around = layer_names(model)
@@ -382,7 +382,7 @@ def convert_(
     else:
         factors = _in_model(factors, model)
         if "skip" in options:
-            patterns = [pattern for pattern in settings.skip if pattern not in DENSE_BY_DEFAULT]
+            patterns = [pattern for pattern in settings.skip if pattern not in USUAL_PATTERNS]
             check_names("skip", patterns, layer_names(model), type(model).__name__)
             factors = {name: layer for name, layer in factors.items() if not settings.skips(plain_name(name))}
         if {"head", "embedding"} & options.keys():

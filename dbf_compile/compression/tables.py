@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import nn
 
 from dbf_compile.candidates import tables as candidates
 from dbf_compile.names import layer_names, plain_name, scope_of
-from dbf_compile.options import DENSE_BY_DEFAULT, CompressionConfig
+from dbf_compile.options import USUAL_PATTERNS, CompressionConfig
 from dbf_compile.tables import QuantizedRows, quantize_tables
 
 DENSE = "dense"
@@ -67,7 +66,7 @@ def _is_meta(layer: nn.Module) -> bool:
 
 
 def _skips(model: nn.Module, config: CompressionConfig) -> _Skips:
-    patterns = [pattern for pattern in config.skip if pattern not in DENSE_BY_DEFAULT]
+    patterns = [pattern for pattern in config.skip if pattern not in USUAL_PATTERNS]
     return _Skips(config, scope_of({"skip": patterns}, layer_names(model)))
 
 
@@ -85,12 +84,9 @@ def _without_gain(
     model: nn.Module, kinds: dict[str, str], reasons: dict[str, str], names: list[str]
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Leave embeddings dense whose weight has to be kept for another reader."""
-    readers = candidates.readers_of(model, list(kinds))
-    kept = {
-        weight
-        for weight, layers in readers.items()
-        if any(layer not in kinds and layer not in _factored(names, kinds, reasons) for layer in layers)
-    }
+    factored = [name for name in names if name and name not in kinds and name not in reasons]
+    readers = candidates.readers_of(model, [*kinds, *factored])
+    kept = {weight for weight, layers in readers.items() if not {*layers} <= {*kinds, *factored}}
     result: dict[str, str] = {}
     for name, kind in kinds.items():
         layer = model.get_submodule(name)
@@ -99,7 +95,3 @@ def _without_gain(
         else:
             result[name] = kind
     return result, reasons
-
-
-def _factored(names: list[str], kinds: Mapping[str, str], reasons: Mapping[str, str]) -> set[str]:
-    return {name for name in names if name not in kinds and name not in reasons}

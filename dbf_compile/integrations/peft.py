@@ -19,6 +19,7 @@ from torch import nn
 
 from dbf_compile.errors import ConversionError
 from dbf_compile.linear import DoubleBinaryLinear
+from dbf_compile.tables import QuantizedLinear, table_layers
 
 _ALL_LINEAR = "all-linear"
 # Of what a LoraConfig can ask for, that which reads or changes the dense weight.
@@ -77,7 +78,8 @@ class _Dense:
     def get_base_layer(self) -> nn.Module:
         base = vars(self)["layer"].get_base_layer()
         dense = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-        dense.weight = nn.Parameter(base.factors.dense(), requires_grad=False)
+        weight = base.table.dense() if isinstance(base, QuantizedLinear) else base.factors.dense()
+        dense.weight = nn.Parameter(weight, requires_grad=False)
         dense.bias = base.bias
         return dense
 
@@ -113,7 +115,7 @@ _check_merge_allowed = lora_model.LoraModel._check_merge_allowed
 def _dispatch_factored(target: Any, adapter_name: str, **kwargs: Any) -> Any:
     """Return the layer with adapters that takes the place of ``target``, or None for one that is not known."""
     base = target.get_base_layer() if isinstance(target, tuners_utils.BaseTunerLayer) else target
-    if isinstance(base, DoubleBinaryLinear) and kwargs.get("parameter_name") is None:
+    if isinstance(base, (DoubleBinaryLinear, QuantizedLinear)) and kwargs.get("parameter_name") is None:
         return LoraDoubleBinaryLinear(target, adapter_name, **kwargs)
     return _dispatch(target, adapter_name, **kwargs)
 
@@ -134,7 +136,7 @@ def _prepare_targets(config: Any, model: Any) -> Any:
         config.target_modules |= {
             name for name, layer in layers.items() if layer is not head and not name.endswith(".base_layer")
         }
-    names = [name.removesuffix(".base_layer") for name in layers]
+    names = [name.removesuffix(".base_layer") for name in (*layers, *table_layers(model))]
     _refuse(config, [name for name in names if tuners_utils.check_target_module_exists(config, name)])
     _refuse_training(config, names)
     return config
@@ -179,8 +181,8 @@ def _refuse_training(config: Any, names: list[str]) -> None:
         for name in names:
             if f".{kept}." in f".{name}.":
                 raise ConversionError(
-                    f"modules_to_save={kept!r}, which holds the factored layer {name!r}",
-                    "dense modules; signs are not trained",
+                    f"modules_to_save={kept!r}, which holds the factored layer or table {name!r}",
+                    "dense modules; signs and quantized rows are not trained",
                     f"put an adapter on it: name it in target_modules, {_LEAVE_DENSE}",
                 )
 

@@ -2,7 +2,8 @@
 
 A model that ``convert_`` changed is saved as a compressed folder is, and ``from_pretrained`` loads it. Its configuration says
 what is factored as soon as layers have been replaced. Importing this file wraps ``PreTrainedModel.save_pretrained``, which
-alone sees a model as it is when it is saved, under the names of its files.
+alone sees a model as it is when it is saved, under the names of its files, and ``resize_token_embeddings``, which would make
+new rows of the old ones.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from dbf_compile.integrations.transformers import (
     record_,
 )
 from dbf_compile.linear import on_swap
+from dbf_compile.tables import QuantizedEmbedding, QuantizedLinear
 
 _save_pretrained = PreTrainedModel.save_pretrained
+_resize_token_embeddings = PreTrainedModel.resize_token_embeddings
 
 
 @wraps(_save_pretrained)
@@ -58,6 +61,27 @@ def _save(self: Any, *args: Any, **kwargs: Any) -> Any:
         quantize_config_(self.config, config)
 
 
+@wraps(_resize_token_embeddings)
+def _resize(self: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+    tables = [layer for layer in (self.get_input_embeddings(), self.get_output_embeddings()) if _reads_rows(layer)]
+    arguments = signature(_resize_token_embeddings).bind(self, new_num_tokens, *args, **kwargs).arguments
+    if not tables:
+        return _resize_token_embeddings(self, new_num_tokens, *args, **kwargs)
+    rows, multiple = len(tables[0].rows), arguments.get("pad_to_multiple_of") or 1
+    size = -(-(rows if new_num_tokens is None else new_num_tokens) // multiple) * multiple
+    if any(len(table.rows) != size for table in tables):
+        raise ConversionError(
+            f"a table of {rows} quantized rows to be resized to {size}",
+            "dense rows, of which new ones are made",
+            "resize the dense model, then compress it; or compress with head='dense' and embedding='dense'",
+        )
+    return self.get_input_embeddings()
+
+
+def _reads_rows(layer: object) -> bool:
+    return isinstance(layer, (QuantizedLinear, QuantizedEmbedding))
+
+
 def _refuse_adapters(model: Any, config: DBFConfig) -> None:
     is_adapted = any(name.endswith(".base_layer") for name in (*config.layers, *config.tables))
     if is_adapted and not getattr(
@@ -81,4 +105,5 @@ def _note(model: nn.Module) -> None:
 
 
 PreTrainedModel.save_pretrained = _save
+PreTrainedModel.resize_token_embeddings = _resize
 on_swap.append(_note)

@@ -39,7 +39,7 @@ def test_tied_layers_and_the_head_stay_dense_unasked() -> None:
         "two": "tied to another layer",
         "head": "the model's head",
     }
-    assert "head" not in reasons_to_stay_dense(Tied(), head_too=True)
+    assert "head" not in reasons_to_stay_dense(Tied(), heads=["head"])
     assert reasons_against(Tied()) == {}
 
 

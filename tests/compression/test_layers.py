@@ -114,7 +114,7 @@ def test_layers_that_stay_dense_say_why_once(caplog: pytest.LogCaptureFixture) -
     assert sorted(reasons.split("; ")) == [
         "1 on the meta device (gate_proj)",
         "1 skipped by name (v_proj)",
-        "1 that an embedding reads, too (tied)",
+        "1 the model's head (tied)",
         "1 too small to gain at 3 bits per weight (tiny)",
         "1 whose weight is used without a call in Reads.forward (up_proj)",
     ]

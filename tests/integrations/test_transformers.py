@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from support.forked import Forked
 from support.models.pretrained import FAST, tiny_folder, weights_of
 from support.models.tiny import error_of, tiny_gpt2
 
@@ -180,10 +179,7 @@ def load(**options):
 
 def run(path, *lines):
     """Return what happens in each line that loads: "loaded", the name of the missing quantizer, or the whole error."""
-    code = "\n".join([PROGRAM, *lines])
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False
-    )
+    done = Forked("\n".join([PROGRAM, *lines]), path).wait()
     assert done.returncode == 0, done.stderr
     results = [
         line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")
@@ -217,7 +213,7 @@ LAYER = "model.layers.0.mlp.down_proj"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(dbf_format_version=3), "dbf_format_version=3.*update"),
+        (lambda c: c.update(dbf_format_version=4), "dbf_format_version=4.*update"),
         (lambda c: c.update(layers=[]), "layers of type list"),
         (lambda c: c["layers"].update({"no.such": {"mid_features": 8}}), "no.such"),
         (lambda c: c["layers"][LAYER].update(mid_features=0), "mid_features of 1 or more"),
