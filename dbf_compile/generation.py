@@ -182,8 +182,11 @@ class TextGenerator:
         try:
             way = sampling_of(self.model, sampling, others)
             if self._decoder is None and self._fits:
-                self._fits = False
-                self._decoder = Decoder(self.model, self._compiled, self._progress)
+                try:
+                    self._decoder = Decoder(self.model, self._compiled, self._progress)
+                except UnsuitedError:  # an interruption says nothing of the model
+                    self._fits = False
+                    raise
         except UnsuitedError as reason:
             message = f"decoding as transformers does, which is slower: {reason}"
             say(message, self._progress and message not in self._said)

@@ -118,7 +118,9 @@ class Terminal:
         self.text = ""
 
     def type(self, text):
-        os.write(self._near, text.encode())
+        data = text.encode()
+        while data:
+            data = data[os.write(self._near, data) :]
 
     def expect(self, words, seconds=20):
         """Read until the words are there, and forget all up to them."""
