@@ -131,12 +131,12 @@ inline void pack(const int8_t (*digits)[kStep], int8_t* to) {
 #undef DBF_TARGET
 
 inline const Kernel& avx512_vnni_kernel() {
-  static const Kernel kernel{"avx512_vnni", kDigits * avx512_vnni::kDigitBytes, 128, avx512_vnni::pack,
+  static const Kernel kernel{"avx512_vnni", kDigits * avx512_vnni::kDigitBytes, avx512_vnni::pack,
                              avx512_vnni::multiply};
   return kernel;
 }
 inline const Kernel& avx2_kernel() {
-  static const Kernel kernel{"avx2", kDigits * avx2::kDigitBytes, 128, avx2::pack, avx2::multiply};
+  static const Kernel kernel{"avx2", kDigits * avx2::kDigitBytes, avx2::pack, avx2::multiply};
   return kernel;
 }
 

@@ -93,7 +93,7 @@ inline void pack(const int8_t (*digits)[kStep], int8_t* to) { std::memcpy(to, di
 }  // namespace portable
 
 inline const Kernel& portable_kernel() {
-  static const Kernel kernel{"portable", kDigits * portable::kDigitBytes, 128, portable::pack, portable::multiply};
+  static const Kernel kernel{"portable", kDigits * portable::kDigitBytes, portable::pack, portable::multiply};
   return kernel;
 }
 

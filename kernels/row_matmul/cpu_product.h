@@ -6,7 +6,7 @@
 // Activations become whole numbers of 24 bits in a unit of the token, as exact as float32 is for the largest of them.
 // Layout of the table: dbf_compile/rows.py.
 //
-// cpu_types.h <- cpu_portable.h, cpu_avx.h (both around cpu_block.h) <- this file. None includes torch.
+// cpu_types.h <- cpu_portable.h, cpu_avx.h, cpu_neon.h (all around cpu_block.h) <- this file. None includes torch.
 
 #pragma once
 
@@ -23,6 +23,8 @@
 #include "cpu_types.h"
 #if defined(__x86_64__)
 #include "cpu_avx.h"
+#elif defined(__aarch64__)
+#include "cpu_neon.h"
 #endif
 
 namespace dbf_rows {
@@ -45,7 +47,7 @@ inline std::vector<Choice> usable_kernels() {
   if (avx512) kernels.push_back({"avx512", vnni ? &avx512_vnni_kernel() : &avx2_kernel()});
   if (avx2) kernels.push_back({"avx2", &avx2_kernel()});
 #elif defined(__aarch64__)
-  kernels.push_back({"neon", &portable_kernel()});  // its loops become NEON, which all of these processors have
+  kernels.push_back({"neon", &neon_kernel()});
 #endif
   kernels.push_back({"portable", &portable_kernel()});
   return kernels;
@@ -137,7 +139,7 @@ class TokenDigits {
     const double factor = finite ? std::ldexp(1.0, power) : 0.0;
     units_[token] = std::ldexp(1.0f, -power);
     const int64_t unit_columns = format_.unit_steps() * kStep, group_columns = format_.group_units() * unit_columns;
-    const auto start = static_cast<int32_t>(format_.bits == 8 ? kernel_->byte_offset : int64_t(1) << (format_.bits - 1));
+    const int32_t zero = 1 << (format_.bits - 1);  // the code that stands for it
     for (int64_t step = 0; step < format_.steps(); ++step) {
       int8_t split[kDigits][kStep];
       int32_t* offset = offsets + step * kStep / group_columns * kDigits;
@@ -147,7 +149,7 @@ class TokenDigits {
         for (int64_t d = 0; d < kDigits; ++d) {
           split[d][j] = static_cast<int8_t>(value);
           value = (value - split[d][j]) >> 8;
-          offset[d] -= start * split[d][j];
+          offset[d] -= zero * split[d][j];
         }
       }
       kernel_->pack(split, digits + step * kernel_->step_bytes);

@@ -38,8 +38,7 @@ struct Token {
 // The functions of an instruction set, which has its own layout of digits.
 struct Kernel {
   const char* name;
-  int64_t step_bytes;   // of the digits of a step
-  int64_t byte_offset;  // that codes of 8 bits have when they are multiplied
+  int64_t step_bytes;  // of the digits of a step
   // Writes the digits of a step, digits[d][column], in the layout of the instruction set.
   void (*pack)(const int8_t (*digits)[kStep], int8_t* to);
   // y[t * kRows + r] = the sum over groups of scale * sum of row r, for a few tokens and the 16 rows of a block.
