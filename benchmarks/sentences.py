@@ -1,4 +1,4 @@
-"""Sentences written for the demo: one set for calibration, one for evaluation."""
+"""Sentences written for the encoder: one set for calibration, one for evaluation."""
 
 CALIBRATION = (
     "The ferry leaves at seven and the last bus meets it at the pier.",

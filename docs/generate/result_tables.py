@@ -261,7 +261,54 @@ def machine_code(target: str) -> str:
     )
 
 
+_LAPTOP = (
+    ("prefill_per_s", 1, "prefill, tokens/s"),
+    ("decode_per_s", 1, "decoding, tokens/s"),
+    ("decode_per_s", 8, "decoding, batch of 8"),
+    ("resident_mb", 1, "memory, MB"),
+    ("weights_mb", 1, "file, MB"),
+)
+
+
+def laptop(model: str, prompt: str, threads: str) -> str:
+    """Return the speed and the memory of one model, variant by variant."""
+    place = {"model": model, "prompt": prompt, "threads": threads}
+    rows = [row for row in read("laptop") if place.items() <= row.items()]
+    by_batch: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        by_batch.setdefault(row["variant"], {})[row["batch"]] = row
+    table = markdown(
+        ["variant", *(title for *_, title in _LAPTOP)],
+        (
+            [variant, *(_cell(batches.get(str(batch)), column) for column, batch, _ in _LAPTOP)]
+            for variant, batches in by_batch.items()
+        ),
+    )
+    rates = {
+        variant: float(figure(batches["1"]["decode_per_s"]))
+        for variant, batches in by_batch.items()
+        if "1" in batches
+    }
+    label = f"{model}: tokens/s, decoding after a prompt of {prompt} tokens, {threads} threads"
+    return charts.bars(rates, label, [name for name in rates if name.startswith("dbf")]) + "\n\n" + table
+
+
+def laptop_starts(model: str) -> str:
+    """Return the seconds from the start of a process to its first token."""
+    rows = [row for row in read("laptop") if row["model"] == model and row["cold_s"]]
+    return markdown(
+        ["variant", "first start, s", "second start, s"],
+        ([row["variant"], figure(row["cold_s"]), figure(row["warm_s"])] for row in rows),
+    )
+
+
+def _cell(row: Mapping[str, str] | None, column: str) -> str:
+    return figure(row[column]) if row and row[column] else "–"
+
+
 GENERATORS: dict[str, Callable[..., str]] = {
+    "laptop": laptop,
+    "laptop_starts": laptop_starts,
     "source": source,
     "rows": rows,
     "compress": compress,

@@ -16,6 +16,7 @@ SHOWS = {
     "budgets_and_importance": "importance kronecker  budget allocated",
     "compile_your_module": "compiled and eager differ by",
     "compress_language_model": "top1_agreement",
+    "sentence_encoder": "cosine with the dense embeddings",
     "train_lora": "at the end  loss",
 }
 
