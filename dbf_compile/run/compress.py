@@ -10,6 +10,7 @@ from typing import Any, Unpack
 
 from torch import nn
 
+from dbf_compile.compression.layers import LayerFactorizer, stacks_of
 from dbf_compile.errors import CheckpointError, DBFError, OptionError
 from dbf_compile.keywords import CompressKeywords
 from dbf_compile.machine import all_cores
@@ -113,11 +114,14 @@ def _compressed(request: Request) -> Compressed:
         raise OptionError(
             f"output {output}, which exists", "a path where nothing is", "remove it, or choose another"
         )
-    work = Work(_work_folder(output), fingerprint, settings.resume)
     say("looking at the layers", settings.progress)
     from dbf_compile.integrations.experts import linearize_experts_  # imports Dynamo
 
     linearize_experts_(request.model)
+    stacks_of(
+        request.model, LayerFactorizer(settings).for_model(request.model)
+    )  # refuses names that match nothing
+    work = Work(_work_folder(output), fingerprint, settings.resume)
     _finish(Run(request, work))
     report = read_report(output)
     if report is None:

@@ -299,6 +299,9 @@ def test_memory_depends_on_the_largest_block_and_not_on_the_model(tmp_path):
         ({"temper": 2.0}, OptionError, "temper=2.0"),
         ({"length": 10**6}, OptionError, "length=1000000"),
         ({"data": ["few words"]}, ConversionError, "source of"),
+        ({"skip": ["*nosuch"]}, OptionError, "skip: .*nosuch' matches no layer"),
+        ({"overrides": {"*nosuch": 3.0}}, OptionError, "overrides: .*nosuch' matches no layer"),
+        ({"skip": ["*"]}, ConversionError, "without a linear layer to factor"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_written(dense, tmp_path, options, error, message):
