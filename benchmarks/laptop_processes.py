@@ -34,7 +34,16 @@ class Processes:
         self._processes: dict[str, subprocess.Popen[str]] = {}
 
     def __enter__(self) -> Processes:
+        _LOG.parent.mkdir(parents=True, exist_ok=True)
         self._log = _LOG.open("w")
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _start(self) -> None:
         for variant, path in self._paths.items():
             command = _command(self._model, variant, path, self._threads)
             self._processes[variant] = subprocess.Popen(
@@ -46,7 +55,6 @@ class Processes:
                 env={**os.environ, "OMP_NUM_THREADS": str(self._threads)},
             )
             self._answer(variant)
-        return self
 
     def __exit__(self, *_: object) -> None:
         for process in self._processes.values():

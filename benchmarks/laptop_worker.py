@@ -47,12 +47,16 @@ class Torch:
         self._generator = TextGenerator(path, progress=False)
         # Every answer has all of its tokens.
         self._generator.model.generation_config.eos_token_id = None
+        self._calls = 0
 
     def run(self, batch: int, prompt: int, new: int) -> tuple[float, float]:
         import torch
 
         size = self._generator.model.config.vocab_size
-        tokens = torch.randint(size, (batch, prompt), generator=torch.Generator().manual_seed(0))
+        self._calls += (
+            1  # another prompt every time: the beginning of one that was read before is not read again
+        )
+        tokens = torch.randint(size, (batch, prompt), generator=torch.Generator().manual_seed(self._calls))
         prompts = [row[None] for row in tokens]
         began = time.perf_counter()
         results = self._generator.generate(prompts, max_new_tokens=new)
