@@ -23,12 +23,43 @@ sys.dont_write_bytecode = False
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["DBF_CACHE_DIR"] = str(_FOLDER / "dbf")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_FOLDER / "inductor")
+# Hundreds of kernels are compiled. Every process that compiles first tries, with six programs, whether the compiler knows
+# what the processor can do: a second of processor time for each.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+# A fifth of compiling a small kernel is linking it with the libraries of torch; gold takes a third of the time.
+if _IS_CONTROLLER and (_linker := shutil.which("ld.gold")):
+    (_FOLDER / "linker").mkdir()
+    (_FOLDER / "linker" / "ld").symlink_to(_linker)
+    os.environ.setdefault("COMPILER_PATH", str(_FOLDER / "linker"))
+
+
+# Files of more than 20 seconds, the longest first.
+LONGEST = (
+    "compiler/test_lowerings.py",
+    "end_to_end/test_compress.py",
+    "end_to_end/test_architectures.py",
+    "end_to_end/test_transformers.py",
+    "end_to_end/test_gpu_architectures.py",
+    "end_to_end/test_benchmarks.py",
+    "factorizer/test_factorize_quality.py",
+    "end_to_end/test_devices.py",
+    "end_to_end/test_processes.py",
+    "compiler/test_backend.py",
+    "kernels/sign_matmul/test_triton_kernel.py",
+    "integrations/test_transformers.py",
+    "test_cli.py",
+    "compiler/test_backend_sizes.py",
+    "compiler/test_graph_weights.py",
+    "end_to_end/test_packaging.py",
+    "kernels/sign_matmul/test_triton_kernel_sass.py",
+)
 
 
 def pytest_collection_modifyitems(items):
-    """Put the files with the most slow tests first: the last ones to run are short, and all workers end together."""
+    """Put the longest files first, then those of the most slow tests: the last ones are short, and all workers end together."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (places.get(item.path, len(LONGEST)), -slow[item.path]))
 
 
 @pytest.hookimpl(wrapper=True)

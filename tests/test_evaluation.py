@@ -129,10 +129,29 @@ metric_list: [{{metric: acc}}]
 """
 
 
-@pytest.mark.slow
-def test_a_task_of_lm_eval_gives_what_its_definition_says(tmp_path, monkeypatch):
-    """Accuracy of multiple choice: the choice whose tokens are likeliest after the question."""
+@pytest.fixture(scope="module")
+def indexed():
+    """lm-eval's index of its own tasks: reading their thousands of files takes seconds."""
     pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+@pytest.fixture
+def indexed_once(indexed, monkeypatch):
+    """lm-eval reads its own tasks once, and beside those of a folder not at all."""
+    from lm_eval.tasks import TaskManager
+
+    def manager(include_path):
+        return TaskManager(include_path=include_path, include_defaults=False) if include_path else indexed
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", manager)
+
+
+@pytest.mark.slow
+def test_a_task_of_lm_eval_gives_what_its_definition_says(tmp_path, monkeypatch, indexed_once):
+    """Accuracy of multiple choice: the choice whose tokens are likeliest after the question."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     folder = tiny_folder(tmp_path / "model")
@@ -170,8 +189,7 @@ def test_a_task_of_lm_eval_gives_what_its_definition_says(tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_a_task_that_is_not_there_is_named(tmp_path, monkeypatch):
-    pytest.importorskip("lm_eval")
+def test_a_task_that_is_not_there_is_named(tmp_path, monkeypatch, indexed_once):
     monkeypatch.setattr(pretrained, "open_any", lambda *_: pytest.fail("a model was loaded"))
     folder = tiny_folder(tmp_path / "model")
     with pytest.raises(OptionError, match=r"no_such_task.*include_path"):

@@ -3,12 +3,11 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.forked import Forked
 from support.models.tiny import error_of
 
 import dbf_compile
@@ -36,23 +35,21 @@ y = torch.compile(model, backend="dbf", options=OPTIONS)(x)
 hits = {name: counters[part][name] for part, name in (
     ("inductor", "fxgraph_cache_hit"), ("inductor", "fxgraph_cache_miss"), ("aot_autograd", "autograd_cache_hit"),
     ("aot_autograd", "autograd_cache_miss"), ("aot_autograd", "autograd_cache_bypass"))}
-print(json.dumps({"y": y.double().tolist(), "factored": len(factored), "imported before": before, **hits}))
+print(json.dumps({"y": y.double().tolist(), "factored": len(factored), "imported before": before,
+                  "package": sys.modules["dbf_compile"].__file__, **hits}))
 """
 
 
 def process(folder, *arguments):
     """Run the script with the package and the caches in ``folder``; return what it prints."""
-    environment = {
-        **os.environ,
-        "DBF_CACHE_DIR": str(folder / "dbf"),
-        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
-        "PYTHONPATH": os.pathsep.join([str(folder), str(Path(__file__).parents[1])]),
-        "PYTHONSAFEPATH": "1",
-    }
-    command = [sys.executable, "-c", SCRIPT, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder, check=False)
+    caches = {"DBF_CACHE_DIR": str(folder / "dbf"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+    done = Forked(
+        SCRIPT, *arguments, environment={**os.environ, **caches}, folder=folder, paths=(folder,)
+    ).wait()
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert Path(results.pop("package")).parent.parent == folder
+    return results
 
 
 @pytest.fixture(scope="module")

@@ -57,9 +57,27 @@ def run(code):
     ).stdout.strip()
 
 
+REGISTERED = """
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+dbf_compile.convert_(model, bits=4.0, iterations=2, progress=False)
+adapted = get_peft_model(model, LoraConfig(target_modules=["0"]))
+print("dbf" in AUTO_QUANTIZER_MAPPING, type(adapted.base_model.model[0]).__name__)
+"""
+
+
 @pytest.mark.slow
-def test_transformers_learns_the_method_in_either_order_and_is_not_imported_for_it():
-    registered = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; print('dbf' in m)"
-    imported = "print('transformers' in sys.modules)"
-    assert run(f"import dbf_compile, sys; {imported}; {registered}") == "False\nTrue"
-    assert run(f"import transformers.quantizers.auto, dbf_compile; {registered}") == "True"
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import dbf_compile, sys; assert not {'transformers', 'peft'} & sys.modules.keys()",
+        "import dbf_compile, peft.tuners.lora",
+        "import importlib.util; importlib.util.find_spec('peft'); import peft, dbf_compile",
+    ],
+    ids=["before", "before a part", "after"],
+)
+def test_transformers_and_peft_learn_of_layers_in_either_order_and_are_not_imported_for_it(imports):
+    pytest.importorskip("peft")
+    assert run(imports + REGISTERED) == "True LoraDoubleBinaryLinear"

@@ -1,8 +1,6 @@
 """Adapters of PEFT on factored layers: every way to make and to load them, right gradients, and clear refusals."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -267,17 +265,3 @@ def test_on_conv1d_adapters_lie_as_on_the_dense_layer():
             part["default"].weight.data.fill_(0.01)
     x = torch.randn(3, layer.in_features)
     assert error_of(one(x), other["c_attn"](x)) < 1e-5
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("imports", ["peft, dbf_compile", "dbf_compile, peft.tuners.lora"])
-def test_peft_knows_the_layer_in_either_order_of_imports(imports):
-    code = (
-        f"import importlib.util; importlib.util.find_spec('peft')\nimport {imports}, torch\n"
-        "from peft import LoraConfig, get_peft_model\n"
-        "model = torch.nn.Sequential(torch.nn.Linear(64, 64))\n"
-        "dbf_compile.convert_(model, bits=4.0, iterations=2, progress=False)\n"
-        "print(type(get_peft_model(model, LoraConfig(target_modules=['0'])).base_model.model[0]).__name__)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == LoraDoubleBinary.__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
@@ -18,7 +19,9 @@ FLAGS = [flag for flag in cpp_build.FLAGS if flag != "-O3"]
 
 def build(compiler: str, path: Path, *flags: str, headers: Path = HEADERS) -> Path:
     command = [compiler, *FLAGS, "-Wall", "-Wextra", *flags, f"-I{headers}", str(CHECK), "-o", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # A compiler for another processor would take the linker of this one from COMPILER_PATH.
+    environment = {name: value for name, value in os.environ.items() if name != "COMPILER_PATH"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     return path
 

@@ -81,7 +81,7 @@ ARCHITECTURE_TOKENS = {
     **dict.fromkeys(("bert", "vit", "whisper"), 24),
 }
 NO_FOLDING = {"joint_graph_constant_folding": False}  # it would compute constants on the device
-TUNING = {"max_autotune": True, "compile_threads": 1}  # other processes have no pretended device
+TUNING = {"max_autotune": True}
 COMBINED = {"combo_kernels": True}  # Inductor combines independent kernels into one
 
 
@@ -92,7 +92,7 @@ class Program:
     Attributes:
         call: the Python method that launches, ``call(self, args)``.
         kernels: sources of the Triton kernels by name.
-        cubins: machine code, in hexadecimal, of those that read signs.
+        cubins: machine code, in hexadecimal, of those that read signs; not of whole models, which launch what layers do.
         copied: shapes of the inputs that a replay of its CUDA graph would copy, because other calls pass other tensors.
         obstacle: why Inductor would record no CUDA graph; "" if it would.
     """
@@ -105,8 +105,8 @@ class Program:
 
 
 def generate_all(what: str) -> dict[str, Program]:
-    """Compile all "layers" or all "architectures" in a process of their own."""
-    programs = run_program(Path(__file__), text=what)
+    """Compile all "layers" or all "architectures" in a process of their own, which starts no others."""
+    programs = run_program(Path(__file__), text=what, TORCHINDUCTOR_COMPILE_THREADS="1")
     return {name: Program(**fields) for name, fields in programs.items()}
 
 
@@ -175,7 +175,7 @@ def _generate_architecture(name: str, M: int) -> Program:
         step = torch.compile(
             model, backend="dbf", options={"inductor": NO_FOLDING}, fullgraph=True, dynamic=False
         )
-        return _program(lambda _: step(**batch, **settings_of(name)), None)
+        return _program(lambda _: step(**batch, **settings_of(name)), None, machine_code=False)
 
 
 def _generate_layer(case: Case, inductor: dict[str, Any] | None = None) -> Program:
@@ -202,7 +202,8 @@ def _generate_llama(backend: str, M: int, settings: dict[str, Any] | None = None
         heads, size = model.config.num_key_value_heads, model.config.head_dim
         cache.early_initialization(1, heads, size, torch.bfloat16, tokens.device)
         positions = torch.empty_like(tokens)
-        return _program(lambda ids: step(ids, past_key_values=cache, position_ids=positions), tokens)
+        call = functools.partial(step, past_key_values=cache, position_ids=positions)
+        return _program(call, tokens, machine_code=False)
 
 
 def _generate(
@@ -265,7 +266,7 @@ def _tuning() -> Iterator[None]:
         yield
 
 
-def _program(compiled: Any, x: torch.Tensor) -> Program:
+def _program(compiled: Any, x: torch.Tensor, machine_code: bool = True) -> Program:
     source, copied, obstacle = _lowered(compiled, x)
     kernels = re.findall(r"(\w+) = async_compile\.triton\('(\w+)', '''\n(.*?)'''", source, re.S)
     return Program(
@@ -274,7 +275,7 @@ def _program(compiled: Any, x: torch.Tensor) -> Program:
         cubins={
             name: _cubin(symbol, text).hex()
             for name, symbol, text in kernels
-            if name.startswith("triton_tem")
+            if machine_code and name.startswith("triton_tem")
         },
         copied=copied,
         obstacle=obstacle,

@@ -85,7 +85,6 @@ def _run_layers(programs: dict[str, Program]) -> dict[str, float]:
             for M in LLAMA_TOKENS:
                 name = f"llama of {M}"
                 worst[name] = _worst_of_llama(M, programs[name], Path(folder, name))
-            worst["combined llama"] = _worst_of_llama(1, programs["combined llama"], Path(folder, "combined"))
     return worst
 
 
