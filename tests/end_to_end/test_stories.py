@@ -53,7 +53,7 @@ def test_perplexity_at_four_and_two_bits(windows, record_property):
     perplexities = {}
     for bits in (4.0, 2.0):
         model = load()
-        options = {"bits_per_weight": bits, "importance": importance, "preset": "fast", "progress": False}
+        options = {"bits_per_weight": bits, "importance": importance, "iterations": 40, "progress": False}
         run = torch.compile(model, backend="dbf", fullgraph=True, options=options)
         perplexities[bits] = perplexity(run, windows)
         eager = dbf_compile.convert_(load(), **options)
