@@ -38,7 +38,7 @@ def evaluate(
     """Measure a model: perplexity and distance from the dense model on text, and tasks of lm-eval.
 
     Args:
-        model: folder of a model, compressed or not, its name on the Hub, or the model itself, which is left as it was.
+        model: folder of a model, compressed or not, a GGUF file, its name on the Hub, or the model itself, which is left as it was.
         data: cut into windows that do not overlap; as for ``token_batches``. None: tasks alone.
         dense: the dense model, for KL and top-1 agreement.
         tokenizer: of the model; None for that of its folder.

@@ -79,7 +79,7 @@ class TextGenerator:
     of transformers, one prompt after the other.
 
     Args:
-        model: a model of transformers, its folder, or its name on the Hub.
+        model: a model of transformers, its folder, a GGUF file, or its name on the Hub.
         tokenizer: of the model; None for that of its folder.
         compiled: False to run eagerly.
         device: where to compute; None for a GPU if there is one.
@@ -261,7 +261,7 @@ def generate(
     """Generate text once; see :class:`TextGenerator` for more than one call.
 
     Args:
-        model: a model of transformers, its folder, or its name on the Hub.
+        model: a model of transformers, its folder, a GGUF file, or its name on the Hub.
         prompt: the text to continue, or its token ids, int64 [1, T], or a sequence of such.
         tokenizer: of the model; None for that of its folder.
         max_new_tokens: 1 or more.

@@ -69,7 +69,7 @@ def compress(
     so do the ranks of torchrun.
 
     Args:
-        model: the folder of a model, its name on the Hub, or the model itself.
+        model: the folder of a model, a GGUF file, its name on the Hub, or the model itself.
         output: the folder to write; it does not exist yet.
         config: a ``CompressOptions``, or another record of the same fields.
         data: what to calibrate with: path of a file of text or rows, a folder, a data set of the Hub or in memory, texts, or
