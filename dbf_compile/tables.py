@@ -95,11 +95,12 @@ class ReadsRows(WithoutWeight):
 
     @property
     def weight(self) -> Tensor:
-        """What the dense weight looks like; on the meta device the empty parameter, which is loaded and offloaded."""
-        if self._empty.is_meta:
+        """What the dense weight looks like; of a layer that is loaded or offloaded the empty parameter itself."""
+        if self._empty.is_meta or "_hf_hook" in vars(self):
             return self._empty
         weight: Any = super().weight
         weight._is_param = True  # whoever ties weights asks for parameters
+        weight._is_hf_initialized = True  # else transformers would fill it with random numbers
         return weight  # type: ignore[no-any-return]
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -73,7 +73,9 @@ def insert_layers_(model: nn.Module, layers: Layers) -> None:
         # What the file has in place of the dense weight; loaded for its dtype, which is float32 where others are not.
         layer._buffers[WEIGHT_PLACEHOLDER] = torch.empty(rows, 0, dtype=layer.weight_dtype, device="meta")
     ties: Any = model
-    ties.all_tied_weights_keys = {**(getattr(model, "all_tied_weights_keys", None) or {}), **shared}
+    replaced = {f"{name}.{WEIGHT_PLACEHOLDER}" for name in layers}
+    known = getattr(model, "all_tied_weights_keys", None) or {}
+    ties.all_tied_weights_keys = {key: tied for key, tied in known.items() if key not in replaced} | shared
     # Some classes, such as Wav2Vec2ForCTC, tie nothing: finish_layers_ does, and nothing is missing there either.
     ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     ties._keys_to_ignore_on_load_missing = {*ignored, *(f"^{re.escape(name)}$" for name in shared)}

@@ -134,8 +134,6 @@ def tables_in(
     suffix = f".{WEIGHT_PLACEHOLDER}"
     for key, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         name, other = key.removesuffix(suffix), source.removesuffix(suffix)
-        if name in inside:
-            name, other = other, name
         if other in inside and name in dense and name not in inside and name not in others:
             inside[name] = {"kind": inside[other]["kind"], _OWNER: inside[other][_OWNER] or other}
     return inside

@@ -38,7 +38,7 @@ def small_tables_count() -> Iterator[None]:
         yield
 
 
-def llama(tied: bool = True) -> LlamaForCausalLM:
+def llama(tied: bool = True, dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=100,
@@ -49,7 +49,7 @@ def llama(tied: bool = True) -> LlamaForCausalLM:
         max_position_embeddings=32,
         tie_word_embeddings=tied,
     )
-    return LlamaForCausalLM(config).bfloat16().eval()
+    return LlamaForCausalLM(config).to(dtype).eval()
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_inspection_counts_tables(folder: Path) -> None:
     ],
 )
 def test_pairs_of_options_come_back(tied: bool, options: dict[str, Any], tmp_path: Path) -> None:
-    model = dbf_compile.convert_(llama(tied), **FAST, **options)
+    model = dbf_compile.convert_(llama(tied, torch.float32), **FAST, **options)
     expected = model(IDS).logits
     model.save_pretrained(tmp_path / "saved")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
@@ -211,7 +211,7 @@ def test_a_damaged_table_is_refused(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_trained_model_keeps_its_tables() -> None:
-    model = dbf_compile.convert_(llama().float(), **FAST).train()
+    model = dbf_compile.convert_(llama(dtype=torch.float32), **FAST).train()
     norm: nn.Parameter = model.model.norm.weight
     before = model.model.embed_tokens.rows.clone()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
