@@ -60,7 +60,10 @@ def _attached(layer: nn.Module) -> frozenset[str]:
 
 
 class FactoredWeight(Tensor):
-    """The ``weight`` of a factored layer: dtype, device and shape of the dense weight, and no values."""
+    """The ``weight`` of a factored layer: dtype, device and shape of the dense weight, and no values.
+
+    Where the layer has a parameter without entries in its place, the attribute ``empty`` is this one.
+    """
 
     @classmethod
     def __torch_function__(
@@ -78,8 +81,11 @@ class FactoredWeight(Tensor):
         kwargs = kwargs or {}
         if func in _SAME or (func in _FREEZE and not any((*args[1:], *kwargs.values()))):
             return args[0]
-        if func is Tensor.data_ptr and getattr(args[0], "_is_param", False):
-            return 0  # as of any empty tensor: who looks for tied parameters compares addresses
+        empty = getattr(args[0], "empty", None) if args else None
+        if empty is not None and func is Tensor.data_ptr:
+            return id(empty)  # accelerate looks for tied parameters so; all that have no data lie at 0
+        if empty is not None and _moves(func, args):
+            return func(empty, *args[1:], **kwargs)
         if func in _ASKS:
             return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         if func in _BUILDS or (func in _LIKE_ANOTHER and not isinstance(args[0], FactoredWeight)):
@@ -110,6 +116,11 @@ def _without_values(value: Any) -> Any:
     if not isinstance(value, FactoredWeight):
         return value
     return torch.empty((), dtype=value.dtype, device=value.device).expand(value.shape)
+
+
+def _moves(func: Callable[..., Any], args: Sequence[Any]) -> bool:
+    """Return whether somebody moves a parameter to a device."""
+    return func is Tensor.to and len(args) == 2 and isinstance(args[1], (torch.device, str, int))
 
 
 def _used(func: Callable[..., Any]) -> ConversionError:

@@ -99,6 +99,7 @@ class ReadsRows(WithoutWeight):
         if self._empty.is_meta or "_hf_hook" in vars(self):
             return self._empty
         weight: Any = super().weight
+        weight.empty = self._empty
         weight._is_param = True  # whoever ties weights asks for parameters
         weight._is_hf_initialized = True  # else transformers would fill it with random numbers
         return weight  # type: ignore[no-any-return]
@@ -106,9 +107,10 @@ class ReadsRows(WithoutWeight):
     def __setattr__(self, name: str, value: Any) -> None:
         if name != WEIGHT_PLACEHOLDER:
             nn.Module.__setattr__(self, name, value)
-        elif isinstance(value, FactoredWeight):
-            pass  # tied to a layer that reads a table, too
-        elif isinstance(value, nn.Parameter) and value.shape == self._empty.shape:
+            return
+        if isinstance(value, FactoredWeight):  # tied to a layer that reads a table, too
+            value = getattr(value, "empty", value)
+        if isinstance(value, nn.Parameter) and value.shape == self._empty.shape:
             self._parameters[WEIGHT_PLACEHOLDER] = value
         else:
             super().__setattr__(name, value)
