@@ -58,6 +58,7 @@ class Decoder:
         self._held: list[list[int]] = []  # the tokens whose keys and values a row has
         self._programs: dict[str, programs.Program] = {}
         self._calls: dict[str, _Call] = {}
+        self._weights: list[tuple[int, int]] = []
         self._compile_seconds = 0.0
         # Results of layers are rounded to 16 bits then: by forty times the error of fast sums.
         self._is_rounded = model.dtype in (torch.bfloat16, torch.float16)
@@ -77,6 +78,9 @@ class Decoder:
             prompts: of one token or more; what a row has read before is not read again.
             room: tokens that will follow at most.
         """
+        weights = _weights_of(self._model)
+        if weights != self._weights:  # what was read, and inputs that were gathered, are of others
+            self._weights, self._calls, self._held = weights, {}, [[] for _ in self._held]
         self._reserve(len(prompts), max(map(len, prompts)) + room)
         logits, known = [], []
         for row, tokens in enumerate(prompts):
@@ -183,6 +187,14 @@ class Decoder:
             attention_kernel.library.available(),
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _weights_of(model: Any) -> list[tuple[int, int]]:
+    """Return what changes when weights do: where they lie, and how often they were written to."""
+    return [
+        (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+        for tensor in (*model.parameters(), *model.buffers())
+    ]
 
 
 class _Call:

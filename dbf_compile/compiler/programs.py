@@ -18,6 +18,8 @@ from torch.fx import GraphModule, Node
 
 from dbf_compile.compiler import dynamo, inductor, lowerings
 from dbf_compile.files import atomic_write
+from dbf_compile.kernels.cached_attention import cpu_kernel as attention_kernel
+from dbf_compile.kernels.row_matmul import cpu_kernel as row_kernel
 from dbf_compile.kernels.sign_matmul import cpu_kernel
 from dbf_compile.ops import prepare_layers
 from dbf_compile.passes.allow_fast_sums import allow_fast_sums
@@ -29,6 +31,8 @@ _STEP = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.([A-Za-z_]\w*)(\(\))?")
 
 
 _PREPARED = "prepared "
+# Programs call their operators by name: they are to be loaded.
+_LIBRARIES = (cpu_kernel.available, attention_kernel.library.available, row_kernel.library.available)
 
 
 class Program:
@@ -163,6 +167,7 @@ def load_program(file: Path) -> Program | None:
         paths, _, content = file.read_bytes().partition(b"\0")
     except OSError:
         return None
-    lowerings.register()
+    if not all(library() for library in _LIBRARIES):
+        return None  # it was compiled where they are
     artifact = inductor.load_artifact(content)
     return None if artifact is None else Program(artifact, paths.decode().split("\n"))

@@ -23,7 +23,11 @@ DBF_TARGET inline Floats load(const T* from) {
   } else {
     Halves bits;
     std::memcpy(&bits, from, sizeof(bits));
+#ifdef DBF_WIDEN
+    const Words wide = DBF_WIDEN(bits);
+#else
     const Words wide = __builtin_convertvector(bits, Words);
+#endif
     if constexpr (T::is_bfloat16) return reinterpret_cast<Floats>(wide << 16);
     // The exponents of float16 are 112 less than those of float32; a product moves subnormal ones, too.
     const Words size = wide & 0x7FFF;
@@ -99,12 +103,16 @@ DBF_TARGET inline Floats exponential(Floats x) {
 DBF_TARGET inline float weigh(float* scores, int64_t begin, int64_t end, float cap) {
   if (cap > 0.0f)
     for (int64_t k = begin; k < end; ++k) scores[k] = cap * std::tanh(scores[k] / cap);
-  float largest = -std::numeric_limits<float>::infinity();
-  for (int64_t k = begin; k < end; ++k) largest = scores[k] > largest ? scores[k] : largest;
+  float lanes[kLanes];
+  std::fill(lanes, lanes + kLanes, -std::numeric_limits<float>::infinity());
+  int64_t k = begin;
+  for (; k + kLanes <= end; k += kLanes)
+    for (int64_t i = 0; i < kLanes; ++i) lanes[i] = scores[k + i] > lanes[i] ? scores[k + i] : lanes[i];
+  for (; k < end; ++k) lanes[0] = scores[k] > lanes[0] ? scores[k] : lanes[0];
+  float largest = *std::max_element(lanes, lanes + kLanes);
   if (largest == -std::numeric_limits<float>::infinity()) largest = 0.0f;  // of NaN alone
   Floats sums{};
-  int64_t k = begin;
-  for (; k < end; k += kLanes) {
+  for (k = begin; k < end; k += kLanes) {
     const int64_t rest = end - k;
     Floats x;
     if (rest >= kLanes) {
@@ -152,13 +160,16 @@ DBF_TARGET void attend(const Problem& problem, const T* keys, const T* values, c
       inner_begin = std::max(inner_begin, spans[q + i].begin);
       inner_end = std::min(inner_end, spans[q + i].end);
     }
+    // Whole registers are faster than the last keys one by one. What stands behind the last of them is not used.
+    const int64_t aligned_end = std::min((end + kBlock - 1) / kBlock * kBlock, L), aligned_begin = begin / kBlock * kBlock;
     float* own = scores + q * stride;
     const float* a = queries + q * D;
     float* y = out + q * V;
-    for (int64_t i = 0; i < rows; ++i) std::fill(own + i * stride + begin, own + i * stride + end, 0.0f);
+    for (int64_t i = 0; i < rows; ++i) std::fill(own + i * stride + aligned_begin, own + i * stride + aligned_end, 0.0f);
     std::fill(y, y + rows * V, 0.0f);
     const auto score = [&](auto at_once) DBF_TARGET {
-      add_products<T, decltype(at_once)::value>(a, D, keys + begin, L, D, end - begin, own + begin, stride);
+      add_products<T, decltype(at_once)::value>(a, D, keys + aligned_begin, L, D, aligned_end - aligned_begin,
+                                                own + aligned_begin, stride);
     };
     for_rows(rows, score);
     float sums[kRowsAtOnce];

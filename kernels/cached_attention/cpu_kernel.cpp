@@ -9,12 +9,18 @@
 #include <vector>
 
 #include "cpu_types.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace dbf_attention {
 #if defined(__x86_64__)
 namespace avx512 {
 #define DBF_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")))
+// Compilers split the conversion of 16 numbers into four otherwise.
+#define DBF_WIDEN(bits) reinterpret_cast<Words>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(bits)))
 #include "cpu_attention.h"
+#undef DBF_WIDEN
 #undef DBF_TARGET
 }  // namespace avx512
 namespace avx2 {

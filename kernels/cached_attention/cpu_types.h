@@ -12,6 +12,7 @@
 namespace dbf_attention {
 
 constexpr int64_t kLanes = 16;
+constexpr int64_t kBlock = 4 * kLanes;  // keys whose scores are computed together
 constexpr int64_t kRowsAtOnce = 4;  // queries that read keys and values together
 constexpr int64_t kQueries = 16;    // of a task: their scores stay in the second-level cache
 

@@ -94,6 +94,7 @@ def prepare_layers_cpu(
     factors: Sequence[Tensor], biases: Sequence[Tensor], interleaved: bool, out: Tensor
 ) -> Tensor:
     """Write what :func:`prepared_layers_cpu` needs of layers to bytes; see ``dbf_compile.ops.prepare_layers``."""
+    available()  # loads the operators
     result: Tensor = torch.ops.dbf_native.prepare_layers.out(
         list(factors), list(biases), interleaved=interleaved, out=out
     )

@@ -1,0 +1,45 @@
+"""Programs: inputs are looked up by path, those of prepared layers are made of others, and files of another torch are no programs."""
+
+import pytest
+import torch
+from support.models.tiny import factored, tiny_llama
+
+from dbf_compile.compiler import programs
+
+
+def doubled(x, parts):
+    return (x * 2 + parts[0],)
+
+
+@pytest.mark.slow
+def test_a_program_is_kept_and_takes_other_sizes(tmp_path):
+    file = tmp_path / "programs" / "doubled.bin"
+    arguments = {"x": torch.ones(7, 3), "parts": [torch.ones(3)]}
+    program = programs.compile_program(doubled, arguments, {"x": [0]}, file)
+    loaded = programs.load_program(file)
+    assert loaded is not None and loaded.paths == program.paths
+    for item in (program, loaded):
+        other = {"x": torch.full((5, 3), 2.0), "parts": [torch.arange(3.0)]}
+        (y,) = item.function(*item.inputs(other))
+        assert torch.equal(y, doubled(**other)[0])
+    assert program.places("x") and not program.places("parts")
+
+
+def test_inputs_of_prepared_layers_are_made_of_their_tensors():
+    layer = factored(tiny_llama(layers=1)).model.layers[0].mlp.down_proj
+    names = ("signs_in", "signs_out", "scale_in", "scale_mid", "scale_out")
+    factors = " ".join(f"L['model']._parameters['{name}']" for name in names)
+    program = programs.Program(lambda: None, [f"prepared {factors}||True", "L['x'].size()[1]"])
+    prepared, size = program.inputs({"model": layer, "x": torch.ones(2, 9)})
+    assert size == 9
+    x = torch.randn(1, 3, layer.in_features)
+    y = torch.ops.dbf.prepared_layers(x, prepared, layer.out_features, torch.float32)
+    assert torch.equal(y, layer(x))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"L['x']\0not a program"])
+def test_what_is_no_program_of_this_torch_is_none(tmp_path, content):
+    file = tmp_path / "program.bin"
+    if content is not None:
+        file.write_bytes(content)
+    assert programs.load_program(file) is None
