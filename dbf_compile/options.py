@@ -45,7 +45,8 @@ class CompressionConfig(Record):
         skip: Name patterns of layers that stay dense, heads and embeddings among them. Matrices too small to gain always do.
         head: What becomes of the layer that computes logits: "int8", "int6" or "int4", rows of so many bits and scales; "dense";
             or a number, the bits per weight to factor it with.
-        embedding: The same of embeddings. One that the head reads, too, is stored once if both say the same.
+        embedding: The same of embeddings. One that the head reads, too, is stored once if both say the same. The backend alone
+            makes no tables: there both stay dense, but for a head with a number.
         merge_shared_inputs: Factor layers that read one input (q/k/v, gate/up) as one stacked weight.
         preset: How long the factorizer searches: "fast", "balanced" or "best", about 1 : 2.4 : 24.
         iterations: ADMM iterations of the factorizer; None for those of the preset.

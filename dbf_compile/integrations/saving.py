@@ -63,7 +63,9 @@ def _save(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 @wraps(_resize_token_embeddings)
 def _resize(self: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
-    tables = [layer for layer in (self.get_input_embeddings(), self.get_output_embeddings()) if _reads_rows(layer)]
+    tables = [
+        layer for layer in (self.get_input_embeddings(), self.get_output_embeddings()) if _reads_rows(layer)
+    ]
     arguments = signature(_resize_token_embeddings).bind(self, new_num_tokens, *args, **kwargs).arguments
     if not tables:
         return _resize_token_embeddings(self, new_num_tokens, *args, **kwargs)
