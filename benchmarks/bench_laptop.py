@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import laptop_llama
 from laptop_bars import BARS, print_bars
-from laptop_processes import Processes, first_token_seconds
+from laptop_processes import Processes, StoppedError, first_token_seconds
 from laptop_sizes import FOLDER, SIZES, SMOLLM, megabytes, prepared
 from measure import commit, processor, versions, write_results
 
@@ -128,20 +128,21 @@ def measure(cases: Sequence[Case], variants: Sequence[str], rounds: int) -> None
 def measure_case(processes: Processes, case: Case, paths: dict[str, Any], rounds: int) -> None:
     print(f"\n{case.model}, {case.threads} threads, batch {case.batch}, prompt {case.prompt}", flush=True)
     request = {"batch": case.batch, "prompt": case.prompt, "new": NEW}
+    there = []
     for variant in paths:
-        processes.run(variant, request)  # compiles, and reads what is not in memory yet
-    for turn in range(rounds):
-        for variant in rotated(list(paths), turn):
+        try:
+            processes.run(variant, request)  # compiles, and reads what is not in memory yet
+            there.append(variant)
+        except StoppedError as error:
+            print(f"    left out: {error}", flush=True)
+    for turn in range(rounds if there else 0):
+        for variant in rotated(there, turn):
             done = processes.run(variant, request)
-            row = {
-                **case._asdict(),
-                "variant": variant,
-                "commit": commit(),
-                "weights_mb": megabytes(paths[variant]),
-            }
+            row = {**case._asdict(), "variant": variant, "commit": commit()}
             row["prefill_per_s"] = case.batch * case.prompt / done["prefill_s"]
             row["decode_per_s"] = case.batch * (NEW - 1) / done["decode_s"]
-            add_row({**row, "resident_mb": done["resident_mb"]})
+            row |= {"resident_mb": done["resident_mb"], "weights_mb": megabytes(paths[variant])}
+            add_row(row)
             rates = f"prefill {row['prefill_per_s']:8.1f}/s   decode {row['decode_per_s']:7.1f}/s"
             print(f"    {variant:18} {rates}   {done['resident_mb']:6.0f} MB", flush=True)
 

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,13 @@ from laptop_sizes import FOLDER
 _WORKER = Path(__file__).with_name("laptop_worker.py")
 _LOG = FOLDER / "workers.log"
 _CACHES = ("DBF_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+
+
+class StoppedError(Exception):
+    """The process of a variant has stopped."""
+
+    def __init__(self, variant: str) -> None:
+        super().__init__(f"{variant} has stopped: see {_LOG}")
 
 
 class Processes:
@@ -59,17 +67,25 @@ class Processes:
     def __exit__(self, *_: object) -> None:
         for process in self._processes.values():
             if process.stdin is not None:
-                process.stdin.close()
+                with suppress(OSError):  # what a process that has stopped did not read
+                    process.stdin.close()
             process.terminate()
             process.wait()
         self._log.close()
 
     def run(self, variant: str, case: Mapping[str, int]) -> dict[str, Any]:
-        """Let a variant run a case, and return its times."""
-        pipe = self._processes[variant].stdin
-        assert pipe is not None
-        pipe.write(json.dumps(case) + "\n")
-        pipe.flush()
+        """Let a variant run a case, and return its times.
+
+        Raises:
+            StoppedError: its process has stopped, now or before; the others go on.
+        """
+        process = self._processes[variant]
+        assert process.stdin is not None
+        try:
+            process.stdin.write(json.dumps(case) + "\n")
+            process.stdin.flush()
+        except OSError as error:
+            raise StoppedError(variant) from error
         return self._answer(variant)
 
     def _answer(self, variant: str) -> dict[str, Any]:
@@ -77,7 +93,7 @@ class Processes:
         assert pipe is not None
         line = pipe.readline()
         if not line:
-            raise SystemExit(f"{variant} of {self._model} has stopped: see {_LOG}")
+            raise StoppedError(variant)
         return dict(json.loads(line))
 
 
