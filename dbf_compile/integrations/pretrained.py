@@ -7,8 +7,7 @@ takes no memory of its own: weights are read from the disk when they are used.
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -244,36 +243,6 @@ def compile_options(backend: str, device: torch.device) -> dict[str, Any]:
     )
     config._compile_all_devices = True  # transformers leaves the CPU out otherwise
     return {"cache_implementation": "static", "compile_config": config}
-
-
-class _TimedStreamer(transformers.TextStreamer):
-    """Passes text on as it is generated, and notes the time of every token."""
-
-    def __init__(self, tokenizer: Any, stream: Callable[[str], object] | None) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._stream = stream
-        self.prompt_tokens = 0
-        self.times: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        """Receive the prompt, then one token after the other."""
-        if self.prompt_tokens:
-            self.times.append(time.perf_counter())
-        self.prompt_tokens = self.prompt_tokens or value.numel()
-        super().put(value)
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Pass on text that is final."""
-        if self._stream is not None:
-            self._stream(text)
-
-
-def timed_streamer(tokenizer: Any, stream: Callable[[str], object] | None) -> _TimedStreamer:
-    """Return a streamer for ``generate`` that notes the time of every new token in ``times``.
-
-    ``prompt_tokens`` is how many tokens stand before the new ones: of an encoder-decoder, those of the decoder.
-    """
-    return _TimedStreamer(tokenizer, stream)
 
 
 def tokenizer_of(folder: Path | None, trust_remote_code: bool = False) -> Any:
