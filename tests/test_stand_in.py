@@ -105,7 +105,8 @@ USES: dict[str, Callable[[Any], object]] = {
 @pytest.mark.parametrize("use", USES)
 def test_whoever_uses_values_is_told_the_way_out(kind: str, use: str) -> None:
     with pytest.raises(
-        ConversionError, match=r"the weight of a factored layer or a quantized table in .*; allowed: its dtype.*skip="
+        ConversionError,
+        match=r"the weight of a factored layer or a quantized table in .*; allowed: its dtype.*skip=",
     ):
         USES[use](KINDS[kind]().weight)
 

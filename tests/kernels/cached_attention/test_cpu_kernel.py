@@ -53,7 +53,12 @@ def test_bits_depend_on_nothing_beside_a_query(dtype):
         torch.set_num_threads(2)
         for row in range(2):
             for part in (slice(0, 1), slice(5, 9), slice(30, 33)):
-                tensors = (q[row, None, :, part], keys[row, None], values[row, None], positions[row, None, part])
+                tensors = (
+                    q[row, None, :, part],
+                    keys[row, None],
+                    values[row, None],
+                    positions[row, None, part],
+                )
                 y = cpu_kernel.cached_attention_cpu(*tensors, 0.2)
                 assert torch.equal(y, whole[row, None, part])
     finally:
