@@ -1,7 +1,7 @@
 """The loop of decoding: prompts are read into a cache that stays between calls, then tokens follow one after the other.
 
-A step is one compiled program, called without guards: see :mod:`dbf_compile.compiler.programs`. Each is made when
-it is first needed: for a part of a prompt of any length, for one token, and for one token each of so many rows.
+A step is one compiled program, called without guards: see :mod:`dbf_compile.compiler.programs`. There are three, each made when
+it is first needed: for a part of a prompt of any length, for one token, and for one token each of several rows.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ _MULTIPLE = 256  # positions by which the cache grows
 _LENGTHS = {"keys": [3], "values": [2]}
 _DYNAMIC = {
     "part": {**_LENGTHS, "tokens": [1], "positions": [1]},
+    "token": _LENGTHS,
+    "rows": {"keys": [0, 3], "values": [0, 2], "tokens": [0], "positions": [0]},
 }
-_EXAMPLE_PART = 24  # tokens of the example of a part: another number than the positions of its cache
+# Rows and tokens of examples: a size of one would be taken to stay one.
+_EXAMPLES = {"part": (1, 24), "token": (1, 1), "rows": (3, 1)}
 
 
 class Decoder:
@@ -63,7 +66,7 @@ class Decoder:
 
     def prepare(self, rows: int) -> float:
         """Make the programs for so many rows; return the seconds that this took, and what came before."""
-        for kind in {"token", "part", _of_rows(rows)}:
+        for kind in ("token", "part", *(["rows"] if rows > 1 else [])):
             self._prepare(kind)
         seconds, self._compile_seconds = self._compile_seconds, 0.0
         return seconds
@@ -100,7 +103,8 @@ class Decoder:
     def follow(self, tokens: Sequence[int], active: Sequence[bool]) -> Tensor:
         """Add a token to every row that is active, and return the logits of what follows, float32 [B, vocabulary]."""
         positions = torch.tensor([[len(held)] for held in self._held])
-        logits = self._step(_of_rows(len(tokens)), torch.tensor([[token] for token in tokens]), positions)
+        kind = "token" if len(tokens) == 1 else "rows"
+        logits = self._step(kind, torch.tensor([[token] for token in tokens]), positions)
         for held, token, goes_on in zip(self._held, tokens, active, strict=True):
             if goes_on:
                 held.append(token)
@@ -116,7 +120,7 @@ class Decoder:
         self._prepare(kind)
         name = f"{kind} {row or 0}"
         if name not in self._calls:
-            rows = slice(None) if row is None else slice(row, row + 1)
+            rows = slice(None) if kind == "rows" else slice(row or 0, (row or 0) + 1)
             keys, values = ([tensor[rows] for tensor in cache] for cache in (self._keys, self._values))
             arguments = {"model": self._model, "keys": keys, "values": values}
             self._calls[name] = _Call(self._programs[kind], arguments, tokens, positions, last)
@@ -149,7 +153,7 @@ class Decoder:
         program = programs.load_program(file)
         if program is None:
             say("compiling; kept for the next start", self._progress)
-            rows, count = (1, _EXAMPLE_PART) if kind == "part" else (int(kind.partition("-")[2] or 1), 1)
+            rows, count = _EXAMPLES[kind]
             keys, values = steps.empty_cache(self._sizes, rows, 2 * _MULTIPLE + 40, self._model.device)
             arguments = {
                 "model": self._model,
@@ -162,7 +166,7 @@ class Decoder:
             try:
                 with steps.our_attention(self._model):
                     program = programs.compile_program(
-                        steps.step, arguments, _DYNAMIC.get(kind, _LENGTHS), file, fast=self._is_rounded
+                        steps.step, arguments, _DYNAMIC[kind], file, fast=self._is_rounded
                     )
             except Exception as error:  # whatever the code of a model has that cannot be traced whole
                 raise steps.UnsuitedError(
@@ -182,11 +186,6 @@ class Decoder:
             attention_kernel.library.available(),
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-
-
-def _of_rows(rows: int) -> str:
-    """Return the name of the program that reads one token each of several rows."""
-    return "token" if rows == 1 else f"tokens-{rows}"
 
 
 def _weights_of(model: Any) -> list[tuple[int, int]]:

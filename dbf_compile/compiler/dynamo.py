@@ -9,6 +9,7 @@ import re
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
@@ -71,6 +72,13 @@ def path_of(node: Node) -> str:
 def mark_dynamic(tensor: Tensor, dimension: int) -> None:
     """Let a dimension of a tensor be of any size in what is compiled for it."""
     torch._dynamo.mark_dynamic(tensor, dimension)
+
+
+def assumed_sizes() -> list[str]:
+    """Return what the compilation that goes on has assumed of sizes that may change: guards that other sizes would not pass."""
+    env: Any = TracingContext.get().fake_mode.shape_env  # type: ignore[union-attr]
+    fixed = [f"{symbol} = {value}" for symbol, value in env.replacements.items() if value.is_number]
+    return fixed + [str(guard.expr) for guard in env.guards if env.simplify(guard.expr) is not sympy.true]
 
 
 def add_static_input(graph: Graph, name: str, tensor: Tensor) -> tuple[Node, Tensor]:

@@ -23,6 +23,7 @@ from dbf_compile.kernels.row_matmul import cpu_kernel as row_kernel
 from dbf_compile.kernels.sign_matmul import cpu_kernel
 from dbf_compile.ops import prepare_layers
 from dbf_compile.passes.allow_fast_sums import allow_fast_sums
+from dbf_compile.passes.graph import example_value
 from dbf_compile.passes.pipeline import run_post_grad_pipeline
 from dbf_compile.passes.prepare_layers import prepare_layers as prepare_layers_of
 
@@ -101,16 +102,22 @@ def compile_program(
 
     def backend(gm: Any, examples: list[Any]) -> Callable[..., Any]:
         copy = dynamo.copy_graph(gm)
-        paths, inputs = _prepared(copy, examples, fast)
+        paths, inputs = _prepared(copy, fast)
         artifact = inductor.compile_artifact(
             copy, inputs, {}, lowerings.fingerprint(), run_post_grad_pipeline
         )
+        # Nobody asks at a call whether its sizes pass the guards.
+        assumed = dynamo.assumed_sizes()
+        if assumed:
+            raise RuntimeError(f"sizes that may change are assumed to be others': {', '.join(assumed)}")
         if file is not None:
             _save(artifact, paths, file)
         programs.append(Program(artifact, paths))
         raise _Compiled
 
-    compiled = torch.compile(function, backend=backend, fullgraph=True)
+    # What is not marked is static, whatever other calls of the function had: a size that is a symbol by chance would be taken to
+    # equal another one that is as large in the example.
+    compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
     try:
         with torch.no_grad():
             compiled(**arguments)
@@ -119,10 +126,11 @@ def compile_program(
     return programs[0]
 
 
-def _prepared(gm: GraphModule, examples: Sequence[Any], fast: bool) -> tuple[list[str], list[Any]]:
+def _prepared(gm: GraphModule, fast: bool) -> tuple[list[str], list[Any]]:
     """Rewrite a graph of Dynamo for one caller; return the paths of its inputs, and examples of them."""
     graph = gm.graph
-    inputs = dict(zip(graph.find_nodes(op="placeholder"), examples, strict=True))
+    # What Dynamo knows of them: of real tensors, torch would take sizes for symbols that no call passes.
+    inputs = {node: example_value(node) for node in graph.find_nodes(op="placeholder")}
     paths = {node: dynamo.path_of(node) for node in inputs}
     unknown = sorted(path for path in paths.values() if not path.startswith("L["))
     if unknown:

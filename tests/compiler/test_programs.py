@@ -25,6 +25,39 @@ def test_a_program_is_kept_and_takes_other_sizes(tmp_path):
     assert program.places("x") and not program.places("parts")
 
 
+def rows_of_heads(cache, index):
+    return (cache[0].index_copy_(2, index, torch.ones(*cache[0].shape[:2], 1, cache[0].shape[3])).sum(1) * 2,)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", [3, 5])
+def test_a_size_that_equals_another_in_the_example_is_another(heads):
+    def arguments(rows, length):
+        return {
+            "cache": [torch.arange(rows * heads * length * 4.0).view(rows, heads, length, 4)],
+            "index": torch.tensor([1]),
+        }
+
+    program = programs.compile_program(rows_of_heads, arguments(3, 4), {"cache": [0, 2]}, None)
+    for rows, length in ((3, 4), (8, 6), (2, 33)):
+        (y,) = program.function(*program.inputs(arguments(rows, length)))
+        assert torch.equal(y, rows_of_heads(**arguments(rows, length))[0])
+
+
+def halved_where_long(x):
+    return (x / 2 if x.shape[0] > 4 else x,)
+
+
+def of_seven(x):
+    return (x + torch.ones(7, 1),)
+
+
+@pytest.mark.parametrize("function", [halved_where_long, of_seven])
+def test_a_program_of_one_size_alone_is_refused(function):
+    with pytest.raises(Exception, match="sizes that may change"):
+        programs.compile_program(function, {"x": torch.ones(7, 3)}, {"x": [0]}, None)
+
+
 def test_inputs_of_prepared_layers_are_made_of_their_tensors():
     layer = factored(tiny_llama(layers=1)).model.layers[0].mlp.down_proj
     names = ("signs_in", "signs_out", "scale_in", "scale_mid", "scale_out")
