@@ -8,9 +8,10 @@ from option_tables import cell
 
 from dbf_compile.passes import pipeline
 from dbf_compile.passes.allow_fast_sums import allow_fast_sums
+from dbf_compile.passes.prepare_layers import prepare_layers
 
 _PIPELINES = {
-    "dynamo": (*pipeline.PIPELINE, allow_fast_sums),
+    "dynamo": (*pipeline.PIPELINE, allow_fast_sums, prepare_layers),
     "inductor": pipeline.POST_GRAD_PIPELINE,
 }
 

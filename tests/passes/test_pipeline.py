@@ -10,6 +10,7 @@ from support.strategies import seeds
 import dbf_compile.passes
 from dbf_compile.passes.allow_fast_sums import allow_fast_sums
 from dbf_compile.passes.pipeline import PIPELINE, POST_GRAD_PIPELINE, run_pipeline
+from dbf_compile.passes.prepare_layers import prepare_layers
 from dbf_compile.testing import assert_close
 
 
@@ -67,6 +68,6 @@ def test_a_graph_without_linear_layers_is_left_alone():
 def test_every_pass_is_a_file_of_its_name_and_in_the_pipeline():
     folder = Path(dbf_compile.passes.__file__).parent
     files = {path.stem for path in folder.glob("*.py")} - {"__init__", "graph", "pipeline"}
-    passes = (*PIPELINE, *POST_GRAD_PIPELINE, allow_fast_sums)
+    passes = (*PIPELINE, *POST_GRAD_PIPELINE, allow_fast_sums, prepare_layers)
     assert files == {step.__name__ for step in passes}
     assert all(step.__module__ == f"dbf_compile.passes.{step.__name__}" for step in passes)
