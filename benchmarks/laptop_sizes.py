@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from decode_cpu import random_factors
+
 FOLDER = Path(__file__).parents[1] / "out" / "laptop"
 SMOLLM = "smollm2-135m"
 POSITIONS = 2048
@@ -91,28 +93,6 @@ def write_factored(dense: Path, bits: float, folder: Path) -> None:
     model.save_pretrained(folder)
     for path in dense.glob("*token*"):
         shutil.copy(path, folder)
-
-
-def random_factors(layer: Any, bits: float) -> Any:
-    """Return random factors of a layer at ``bits`` per weight."""
-    import torch
-
-    from dbf_compile import DoubleBinaryFactors
-    from dbf_compile.factors import mid_features_for
-    from dbf_compile.signs import pack_signs
-
-    K, N = layer.in_features, layer.out_features
-    R = mid_features_for(bits, K, N)
-    R = R // 32 * 32 or R  # whole words, as `compress` chooses
-    signs = [
-        # Rows of whole words are random words; others are packed, for bits behind the last column are zero.
-        torch.randint(-(2**31), 2**31, (rows, columns // 32), dtype=torch.int32)
-        if columns % 32 == 0
-        else pack_signs(torch.randint(0, 2, (rows, columns), dtype=torch.int8) * 2 - 1)
-        for rows, columns in ((R, K), (N, R))
-    ]
-    size = (0.02 / (R**0.5)) ** (1 / 3)
-    return DoubleBinaryFactors(*signs, *(torch.full((count,), size).half() for count in (K, R, N)))
 
 
 def tokenizer() -> Any:

@@ -6,50 +6,19 @@ the fastest one of the processor is used. All give the same bits.
 
 from __future__ import annotations
 
-import os
-import threading
-import warnings
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dbf_compile.errors import BuildError
-from dbf_compile.kernels.cpp_build import build
+from dbf_compile.kernels.cpp_build import Library
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@cache
-def available() -> bool:
-    """Build and load the kernel; return False, with one warning, if this machine cannot build or load it."""
-    # Of several threads one builds and loads: a second copy of the library would register its operators again.
-    with _lock:
-        return _load()
-
-
-_lock = threading.Lock()
-
-
-def _renew_lock() -> None:
-    global _lock
-    _lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):  # another thread may be building while this one forks
-    os.register_at_fork(after_in_child=_renew_lock)
-
-
-@cache
-def _load() -> bool:
-    try:
-        torch.ops.load_library(build(Path(__file__).with_suffix(".cpp")))
-    except (BuildError, OSError) as error:  # OSError: the loader refuses the library
-        warnings.warn(f"dbf_compile falls back to its slow reference kernel: {error}", stacklevel=3)
-        return False
-    return True
+library = Library(Path(__file__).with_suffix(".cpp"))
+available = library.available
 
 
 def takes(*tensors: Tensor | None) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -116,13 +115,9 @@ def test_scales_that_do_not_fit_are_refused(vectors: dict[str, Tensor], message:
 
 
 @pytest.fixture
-def fresh() -> Iterator[None]:
-    """Forget whether the kernel is available, before the test and after it."""
-    cpu_kernel.available.cache_clear()
-    cpu_kernel._load.cache_clear()
-    yield
-    cpu_kernel.available.cache_clear()
-    cpu_kernel._load.cache_clear()
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget whether the kernel is available, until the end of the test."""
+    monkeypatch.setattr(cpu_kernel.library, "_is_loaded", None)
 
 
 @pytest.mark.usefixtures("fresh")
@@ -141,7 +136,7 @@ def test_a_library_that_cannot_be_loaded_counts_as_none(
 ) -> None:
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"\x7fELF and nothing more")
-    monkeypatch.setattr(cpu_kernel, "build", lambda source: broken)
+    monkeypatch.setattr(cpp_build, "build", lambda source: broken)
     with pytest.warns(UserWarning, match="slow reference kernel"):
         assert not cpu_kernel.available()
 
@@ -151,6 +146,6 @@ def test_errors_of_the_build_are_part_of_the_warning(monkeypatch: pytest.MonkeyP
     def fail(source: Path) -> Path:
         raise BuildError("broken compiler", "a good one", "install it")
 
-    monkeypatch.setattr(cpu_kernel, "build", fail)
+    monkeypatch.setattr(cpp_build, "build", fail)
     with pytest.warns(UserWarning, match="broken compiler; allowed: a good one"):
         assert not cpu_kernel.available()
