@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Unpack
@@ -11,16 +11,18 @@ import torch
 from torch import nn
 
 from dbf_compile.calibration.batches import windows_for
-from dbf_compile.calibration.compare import compare
+from dbf_compile.calibration.compare import compare, compare_kinds
+from dbf_compile.calibration.kinds import by_kind
 from dbf_compile.calibration.limits import checked, positions_of
 from dbf_compile.calibration.model_io import check_reads_tokens, to_device
 from dbf_compile.calibration.offload import offloaded
-from dbf_compile.errors import OptionError
+from dbf_compile.errors import DBFError, OptionError
 from dbf_compile.keywords import EvaluationKeywords
 from dbf_compile.machine import chosen_device
 from dbf_compile.options import EvaluationConfig
 from dbf_compile.progress import over, say
 from dbf_compile.records import resolve
+from dbf_compile.run.report import read_report
 
 Model = str | Path | nn.Module
 _LENGTH = 2048  # tokens of a window, as usual in evaluations of perplexity
@@ -39,7 +41,8 @@ def evaluate(
 
     Args:
         model: folder of a model, compressed or not, a GGUF file, its name on the Hub, or the model itself, which is left as it was.
-        data: cut into windows that do not overlap; as for ``token_batches``. None: tasks alone.
+        data: cut into windows that do not overlap; as for ``token_batches``, or a mapping from kind of text to such data
+            (:func:`~dbf_compile.calibration.kinds.by_kind`), which are judged one by one. None: tasks alone.
         dense: the dense model, for KL and top-1 agreement.
         tokenizer: of the model; None for that of its folder.
         config: context length, windows, tasks, device.
@@ -47,7 +50,9 @@ def evaluate(
 
     Returns:
         With data: "context_length", "windows", "perplexity", "compressed" (nats a token), "measure"; with a dense model also
-        "dense" (nats a token), "kl" (nats) and "top1_agreement". With tasks: their metrics by "task/metric".
+        "kl" (nats), "nats_lost", "top1_agreement" and "dense" (nats a token). Of several kinds of text these are means, "kinds"
+        has the figures of each, and "worst_kind" its name. "calibrated_with_one_kind": the text that a folder was calibrated
+        with, if it was of one kind alone. With tasks: their metrics by "task/metric".
 
     Raises:
         OptionError: neither data nor tasks; lm-eval is missing or does not know a task; an unknown or ill-typed option; a
@@ -69,39 +74,81 @@ def evaluate(
     with bars_of_transformers(settings.progress):
         if tokenizer is None:
             tokenizer = _tokenizer_of(model, settings.trust_remote_code)
-        # lm-eval puts the end-of-text token in front of what has nothing in front.
-        if settings.tasks and tokenizer.eos_token_id is None:
-            raise OptionError(
-                f"tasks={list(settings.tasks)} with a tokenizer of {_name(model)} that has no end-of-text token",
-                "a tokenizer with eos_token",
-                "set eos_token in its tokenizer_config.json",
-            )
+        if settings.tasks:
+            _check_end_of_text(model, tokenizer, settings)
         with _ready(model, settings) as opened:
-            results = {} if data is None else _on_data(opened, dense, data, tokenizer, settings)
+            results: dict[str, Any] = {}
+            if data is not None:
+                results = _on_data(opened, dense, data, tokenizer, settings) | _one_kind(model)
             if settings.tasks:
                 positions = positions_of(opened)
                 results |= lm_eval.run_tasks(opened, tokenizer, manager, settings, positions)
     return results
 
 
+def _check_end_of_text(model: Model, tokenizer: Any, settings: EvaluationConfig) -> None:
+    """Refuse a tokenizer without end-of-text token: lm-eval puts it in front of what has nothing in front."""
+    if tokenizer.eos_token_id is None:
+        raise OptionError(
+            f"tasks={list(settings.tasks)} with a tokenizer of {_name(model)} that has no end-of-text token",
+            "a tokenizer with eos_token",
+            "set eos_token in its tokenizer_config.json",
+        )
+
+
 def _on_data(
     model: nn.Module, dense: Model | None, data: Any, tokenizer: Any, settings: EvaluationConfig
 ) -> dict[str, Any]:
-    """Return perplexity, and the distance from the dense model."""
+    """Return perplexity, and the distance from the dense model, of every kind of text if the data has kinds."""
     check_reads_tokens(model)
-    windows = windows_for(model, data, tokenizer, settings, _LENGTH, settings.windows)
+    kinds = by_kind(data, settings.column)
+    windows = _windows(model, {"": data} if kinds is None else kinds, tokenizer, settings)
     with ExitStack() as stack:
         other = None
         if dense is not None:
             say(f"opening {_name(dense)}", settings.progress)
             other = stack.enter_context(_ready(dense, settings))
-            checked(other, windows)
+            for part in windows.values():
+                checked(other, part)
         device = chosen_device(settings.device)
-        batches = (
-            to_device(batch, device) for batch in over(windows, "evaluating", "window", settings.progress)
+        batches = {
+            kind: (
+                to_device(batch, device)
+                for batch in over(part, f"evaluating {kind}".strip(), "window", settings.progress)
+            )
+            for kind, part in windows.items()
+        }
+        measured = (
+            compare(other, model, batches[""]) if kinds is None else compare_kinds(other, model, batches)
         )
-        measured = compare(other, model, batches)
-    return {"context_length": windows[0]["input_ids"].shape[1], "windows": len(windows), **measured}
+    for kind, figures in measured.get("kinds", {}).items():
+        measured["kinds"][kind] = {"windows": len(windows[kind]), **figures}
+    every = [window for part in windows.values() for window in part]
+    return {"context_length": every[0]["input_ids"].shape[1], "windows": len(every), **measured}
+
+
+def _windows(
+    model: nn.Module, kinds: Mapping[str, Any], tokenizer: Any, settings: EvaluationConfig
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the windows of every kind of text; what cannot be read is named by its kind."""
+    windows = {}
+    for kind, source in kinds.items():
+        try:
+            windows[kind] = windows_for(model, source, tokenizer, settings, _LENGTH, settings.windows)
+        except DBFError as error:
+            raise (error.inside(kind) if kind else error) from error.__cause__
+    return windows
+
+
+def _one_kind(model: Model) -> dict[str, str]:
+    """Return what a compressed folder was calibrated with, if that is text of one kind alone."""
+    if isinstance(model, nn.Module):
+        return {}
+    from dbf_compile.integrations import pretrained
+
+    report = read_report(pretrained.local_folder(model))
+    kind = None if report is None or report.data is None else report.data.one_kind
+    return {} if kind is None else {"calibrated_with_one_kind": kind}
 
 
 def evaluate_folder(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -22,6 +23,10 @@ from dbf_compile.calibration.model_io import (
 )
 from dbf_compile.errors import ConversionError
 
+_AT_A_TIME = 2**24  # logits; those of a long window take gigabytes in float32
+# The divergence comes first: text that a model predicts badly says little by its cross-entropy.
+MEASURES = ("kl", "nats_lost", "top1_agreement", "dense", "compressed", "error")
+
 
 def divergence(dense: Tensor, compressed: Tensor, batch: Any) -> Tensor:
     """Return KL(dense ‖ compressed) in nats at every position that is no padding, as a vector.
@@ -31,10 +36,16 @@ def divergence(dense: Tensor, compressed: Tensor, batch: Any) -> Tensor:
         compressed: logits of the compressed model, the same shape.
         batch: its ``attention_mask``, where it has one, marks padding.
     """
+    rows = max(1, _AT_A_TIME // dense.shape[-1])
+    parts = zip(dense.flatten(0, -2).split(rows), compressed.flatten(0, -2).split(rows), strict=True)
+    kl = torch.cat([_divergence(*part) for part in parts]).view(dense.shape[:-1])
+    return _without_padding(kl, batch)
+
+
+def _divergence(dense: Tensor, compressed: Tensor) -> Tensor:
     log_dense = torch.log_softmax(dense.float(), -1)
     log_compressed = torch.log_softmax(compressed.float(), -1)
-    kl = (log_dense.exp() * (log_dense - log_compressed)).sum(-1)
-    return _without_padding(kl, batch)
+    return (log_dense.exp() * (log_dense - log_compressed)).sum(-1)
 
 
 def agreement(dense: Tensor, compressed: Tensor, batch: Any) -> Tensor:
@@ -64,16 +75,16 @@ def compare(dense: nn.Module | None, compressed: nn.Module, batches: Iterable[An
         batches: as for ``calibrate``; windows of tokens for language models.
 
     Returns:
-        "compressed", "dense": cross-entropy in nats a token, of causal language models. "perplexity": of the compressed
-        model. "kl": mean KL(dense ‖ compressed) in nats, of models that predict tokens. "top1_agreement": share of
-        positions where both predict the same token, 0 to 1. "error": relative squared error of the output, of other
-        models. "measure": what was measured, and of how many predictions.
+        "kl": mean KL(dense ‖ compressed) in nats, of models that predict tokens. "nats_lost": what the compressed model's
+        cross-entropy is above the dense one's, nats a token. "top1_agreement": share of positions where both predict the same
+        token, 0 to 1. "compressed", "dense": cross-entropy in nats a token, of causal language models. "perplexity": of the
+        compressed model. "error": relative squared error of the output, of other models. "measure": what was measured, and of
+        how many predictions.
 
     Raises:
         ConversionError: the models predict tokens of different vocabularies.
     """
-    sums: dict[str, float] = {}
-    predictions = positions = 0
+    sums = _Sums()
     causal, generates = is_causal(compressed), predicts_tokens(compressed)
     for batch in batches:
         batch = with_decoder_inputs(compressed, batch)
@@ -82,33 +93,100 @@ def compare(dense: nn.Module | None, compressed: nn.Module, batches: Iterable[An
         ids = token_ids(batch) if causal else predicted_ids(batch)
         if ids is None or not _predicts(output, ids):
             if reference is not None:
-                _add_error(sums, first_tensor(reference), first_tensor(output))
+                sums.add_error(first_tensor(reference), first_tensor(output))
             continue
         logits = logits_of(output)
-        labels = _labels(batch, ids, causal) if generates else None
-        if labels is not None:
-            predictions += int((labels != -100).sum())
-            _add(sums, "compressed", _nats(logits, labels))
-        if reference is not None:
-            target = logits_of(reference)
+        target = None if reference is None else logits_of(reference)
+        if target is not None:
             _check_vocabularies(target, logits)
-            kl = divergence(target, logits, batch)
-            positions += kl.numel()
-            _add(sums, "kl", float(kl.sum()))
-            _add(sums, "top1_agreement", float(agreement(target, logits, batch).sum()))
-            if labels is not None:
-                _add(sums, "dense", _nats(target, labels))
-    result: dict[str, Any] = {}
-    if "power" in sums:
-        result |= {"error": sums["lost"] / sums["power"], "measure": "relative squared error of the output"}
-    if positions:
-        result |= {name: sums[name] / positions for name in ("kl", "top1_agreement")}
-        result["measure"] = f"{positions} predictions"
-    if predictions:
-        result |= {name: sums[name] / predictions for name in ("dense", "compressed") if name in sums}
-        result["perplexity"] = math.exp(min(result["compressed"], 690.0))
-        result["measure"] = f"nats a token, {predictions} predictions"
-    return result
+        sums.add_predictions(target, logits, _labels(batch, ids, causal) if generates else None, batch)
+    return sums.result()
+
+
+def compare_kinds(
+    dense: nn.Module | None, compressed: nn.Module, batches: Mapping[str, Iterable[Any]]
+) -> dict[str, Any]:
+    """Measure a compressed model on several kinds of text, as :func:`compare` does on one.
+
+    Args:
+        dense, compressed: as for :func:`compare`.
+        batches: of each kind, by its name.
+
+    Returns:
+        "kinds": what :func:`compare` gives, by kind. Beside it, under the same names, the means over the kinds, each of which
+        counts alike, and "worst_kind": the one with the largest divergence, or cross-entropy, or error. Kinds without batches
+        are left out.
+    """
+    kinds = {kind: compare(dense, compressed, part) for kind, part in batches.items()}
+    kinds = {kind: measured for kind, measured in kinds.items() if measured}
+    if not kinds:
+        return {}
+    every = list(kinds.values())
+    names = [name for name in MEASURES if all(name in measured for measured in every)]
+    result: dict[str, Any] = {name: fmean(measured[name] for measured in every) for name in names}
+    if "compressed" in result:
+        result["perplexity"] = _perplexity(result["compressed"])
+    result["measure"] = f"mean of {len(kinds)} kinds of text" if len(kinds) > 1 else every[0]["measure"]
+    judge = next((name for name in ("kl", "compressed", "error") if name in names), None)
+    if judge is not None:
+        result["worst_kind"] = max(kinds, key=lambda kind: float(kinds[kind][judge]))
+    return {**result, "kinds": kinds}
+
+
+class _Sums:
+    """Sums over positions, and what follows from them."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._predictions = self._positions = 0
+
+    def add_predictions(
+        self, target: Tensor | None, logits: Tensor, labels: Tensor | None, batch: Any
+    ) -> None:
+        """Add the logits [batch, tokens, vocabulary] of a batch, and those of the dense model."""
+        if labels is not None:
+            self._predictions += int((labels != -100).sum())
+            self._add("compressed", _nats(logits, labels))
+        if target is None:
+            return
+        kl = divergence(target, logits, batch)
+        self._positions += kl.numel()
+        self._add("kl", float(kl.sum()))
+        self._add("top1_agreement", float(agreement(target, logits, batch).sum()))
+        if labels is not None:
+            self._add("dense", _nats(target, labels))
+
+    def add_error(self, target: Tensor | None, output: Tensor | None) -> None:
+        """Add the squared error of an output that is no prediction of tokens."""
+        if target is not None and output is not None:
+            self._add("lost", float((output.float() - target.float()).square().sum()))
+            self._add("power", float(target.float().square().sum()))
+
+    def result(self) -> dict[str, Any]:
+        """Return what :func:`compare` does."""
+        sums, result = self._sums, {}
+        if "power" in sums:
+            result = {
+                "error": sums["lost"] / sums["power"],
+                "measure": "relative squared error of the output",
+            }
+        if self._positions:
+            result |= {name: sums[name] / self._positions for name in ("kl", "top1_agreement")}
+            result["measure"] = f"{self._positions} predictions"
+        if self._predictions:
+            nats = {name: sums[name] / self._predictions for name in ("dense", "compressed") if name in sums}
+            if "dense" in nats:
+                result["nats_lost"] = nats["compressed"] - nats["dense"]
+            result |= {**nats, "perplexity": _perplexity(nats["compressed"])}
+            result["measure"] = f"nats a token, {self._predictions} predictions"
+        return {name: result[name] for name in (*MEASURES, "perplexity", "measure") if name in result}
+
+    def _add(self, name: str, amount: float) -> None:
+        self._sums[name] = self._sums.get(name, 0.0) + amount
+
+
+def _perplexity(nats: float) -> float:
+    return math.exp(min(nats, 690.0))
 
 
 def _check_vocabularies(target: Tensor, logits: Tensor) -> None:
@@ -118,16 +196,6 @@ def _check_vocabularies(target: Tensor, logits: Tensor) -> None:
             "the model that was compressed",
             "name the dense model that this one was made from",
         )
-
-
-def _add_error(sums: dict[str, float], target: Tensor | None, output: Tensor | None) -> None:
-    if target is not None and output is not None:
-        _add(sums, "lost", float((output.float() - target.float()).square().sum()))
-        _add(sums, "power", float(target.float().square().sum()))
-
-
-def _add(sums: dict[str, float], name: str, amount: float) -> None:
-    sums[name] = sums.get(name, 0.0) + amount
 
 
 def _predicts(output: Any, ids: Tensor) -> bool:

@@ -23,6 +23,7 @@ from dbf_compile.errors import CheckpointError
 from dbf_compile.machine import cores
 
 REPORT, PAGE = "dbf_report.json", "dbf_report.html"
+BATCHES, RANDOM_TOKENS = "batches", "random tokens"  # sources that are no text
 _MAKE_AGAIN = "dbf_report.json is damaged: compress the model again"
 
 # Comparisons, not math.isfinite: JSON knows whole numbers that no float can hold.
@@ -55,13 +56,30 @@ class ModelFacts(_Part):
 
 
 @dataclass(frozen=True)
+class DataPart(_Part):
+    """Text of one kind that was calibrated with: where it came from, its windows and tokens."""
+
+    source: str | None = None
+    windows: Count | None = None
+    tokens: Count | None = None
+
+
+@dataclass(frozen=True)
 class DataFacts(_Part):
-    """What was calibrated with: where it came from, its hash, windows and tokens."""
+    """What was calibrated with: where it came from, its hash, windows and tokens; of texts also by kind."""
 
     source: str | None = None
     hash: str | None = None
     windows: Count | None = None
     tokens: Count | None = None
+    kinds: dict[str, DataPart] | None = None
+
+    @property
+    def one_kind(self) -> str | None:
+        """What text was calibrated with if it was of one kind alone: the kind, or the source if no kind was said; else None."""
+        if self.kinds:
+            return next(iter(self.kinds)) if len(self.kinds) == 1 else None
+        return None if self.source in (None, BATCHES, RANDOM_TOKENS) else self.source
 
 
 @dataclass(frozen=True)
@@ -123,19 +141,28 @@ class StageRow(_Part):
 
 
 @dataclass(frozen=True)
-class Evaluation(_Part):
-    """The distance from the dense model on text kept back, as :func:`~dbf_compile.calibration.compare.compare` gives it.
+class KindEvaluation(_Part):
+    """The distance from the dense model, as :func:`~dbf_compile.calibration.compare.compare` gives it."""
+
+    measure: str | None = None
+    kl: Number | None = None
+    nats_lost: Number | None = None
+    top1_agreement: Amount | None = None
+    dense: Number | None = None
+    compressed: Number | None = None
+    perplexity: Number | None = None
+    error: Amount | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation(KindEvaluation):
+    """The distance on text kept back. Of several kinds of text it is the mean, and there are the figures of each kind.
 
     It is empty where nothing was judged.
     """
 
-    measure: str | None = None
-    dense: Number | None = None
-    compressed: Number | None = None
-    perplexity: Number | None = None
-    kl: Number | None = None
-    top1_agreement: Amount | None = None
-    error: Amount | None = None
+    worst_kind: str | None = None
+    kinds: dict[str, KindEvaluation] | None = None
 
 
 @dataclass(frozen=True)
