@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from dbf_compile import cli_text
+from dbf_compile.calibration.kinds import OTHER, parse_sources
 from dbf_compile.cli_options import (
     AsJson,
     Folder,
@@ -43,7 +44,8 @@ Data = Annotated[
     typer.Option(
         help="Text to calibrate, or to judge, with: a file of text or of rows (txt, jsonl, json, csv, tsv, parquet, arrow, "
         "also compressed), a folder or a pattern of such files, or a data set of the Hub as name or name:configuration. "
-        "May be repeated."
+        "May be repeated, and told apart by kind of text as kind=source: encyclopedia, web, stories, code, dialogues, or a name "
+        "of your own."
     ),
 ]
 _INTERRUPTED = 130
@@ -123,6 +125,8 @@ def compress(
 
     dbf-compile eval qwen-2bit --data wiki.test.txt --dense Qwen/Qwen3-0.6B
 
+    dbf-compile eval qwen-2bit --data web=pages.jsonl --data code=src.py --dense Qwen/Qwen3-0.6B
+
     dbf-compile eval qwen-2bit --tasks arc_easy,piqa
 """,
 )
@@ -140,9 +144,9 @@ def evaluate(
     tasks = tuple(name for names in options.tasks for name in names.split(","))
     with results_alone(as_json):
         results = run(model, _source(data), dense=dense, config=replace(options, tasks=tasks))
-    _print(
-        as_json, results, lambda: "\n".join(f"{key:>16}  {_figure(value)}" for key, value in results.items())
-    )
+    from dbf_compile.cli_tables import evaluation_lines
+
+    _print(as_json, results, lambda: "\n".join(evaluation_lines(results)))
 
 
 app.command(
@@ -281,11 +285,14 @@ def doctor(progress: Progress = True, as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-def _source(data: list[str] | None) -> str | list[Path] | None:
-    """Return one path or name, which may be one of the Hub, or several paths."""
+def _source(data: list[str] | None) -> Any:
+    """Return one path or name, which may be one of the Hub, several paths, or paths by kind of text."""
     if not data:
         return None
-    return data[0] if len(data) == 1 else [Path(path) for path in data]
+    kinds = parse_sources(data)
+    if list(kinds) == [OTHER]:
+        return data[0] if len(data) == 1 else [Path(path) for path in data]
+    return {kind: [Path(path) for path in paths] for kind, paths in kinds.items()}
 
 
 def _print(as_json: bool, facts: dict[str, Any], text: Callable[[], str]) -> None:

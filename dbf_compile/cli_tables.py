@@ -1,9 +1,11 @@
-"""Tables of figures that the command line prints: operations of a token, and the energy of one."""
+"""Tables of figures that the command line prints: quality by kind of text, operations of a token, and the energy of one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from dbf_compile.run.report import one_kind_note
 
 _OPERATIONS = ("additions", "lookups", "lookup_additions", "multiplications")
 _KINDS = {
@@ -14,6 +16,29 @@ _KINDS = {
     "dense_model": "all, in the dense model",
 }
 LAYER_HEAD = f"{'additions':>13} {'look-ups':>13} {'multiplic.':>13} {'dense':>13}"
+
+
+def evaluation_lines(results: Mapping[str, Any]) -> list[str]:
+    """Return what an evaluation found, a figure a line; figures of several kinds of text in a column each.
+
+    Args:
+        results: as :func:`dbf_compile.evaluation.evaluate` gives them.
+    """
+    kinds = results.get("kinds", {})
+    columns = {**kinds, "mean": results, "worst": kinds[results["worst_kind"]]} if len(kinds) > 1 else {}
+    table = [_row("", columns)] if columns else []
+    lines = []
+    for name, value in results.items():
+        if columns and name != "measure" and all(name in figures for figures in columns.values()):
+            table.append(_row(name, (_figure(figures[name]) for figures in columns.values())))
+        elif name not in ("kinds", "calibrated_with_one_kind"):
+            lines.append(f"{name:>16}  {_figure(value)}")
+    note = results.get("calibrated_with_one_kind")
+    return [*table, *lines, *([] if note is None else [one_kind_note(note)])]
+
+
+def _row(name: str, cells: Iterable[str]) -> str:
+    return f"{name:>16}  " + " ".join(f"{cell:>12}" for cell in cells)
 
 
 def operation_lines(operations: Mapping[str, Any]) -> list[str]:
@@ -63,8 +88,10 @@ def energy_lines(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
+def _figure(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "-" if value is None else str(value)
 
 
 def layer_cells(operations: Mapping[str, int]) -> str:

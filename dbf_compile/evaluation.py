@@ -22,7 +22,8 @@ from dbf_compile.machine import chosen_device
 from dbf_compile.options import EvaluationConfig
 from dbf_compile.progress import over, say
 from dbf_compile.records import resolve
-from dbf_compile.run.report import read_report
+from dbf_compile.run.page import update_evaluation
+from dbf_compile.run.report import Report, read_report
 
 Model = str | Path | nn.Module
 _LENGTH = 2048  # tokens of a window, as usual in evaluations of perplexity
@@ -62,6 +63,7 @@ def evaluate(
     settings = resolve(EvaluationConfig, config, options)
     if data is None and not settings.tasks:
         raise OptionError("neither data nor tasks", "one of them", "pass --data text.txt, or --tasks piqa")
+    report = _report_of(model, data, settings)
     manager = None
     if settings.tasks:
         say("looking the tasks up in lm-eval", settings.progress)
@@ -79,10 +81,12 @@ def evaluate(
         with _ready(model, settings) as opened:
             results: dict[str, Any] = {}
             if data is not None:
-                results = _on_data(opened, dense, data, tokenizer, settings) | _one_kind(model)
+                results = _on_data(opened, dense, data, tokenizer, settings) | _one_kind(report)
             if settings.tasks:
                 positions = positions_of(opened)
                 results |= lm_eval.run_tasks(opened, tokenizer, manager, settings, positions)
+    if settings.update_report and report is not None:
+        update_evaluation(Path(str(model)), report, results)
     return results
 
 
@@ -140,13 +144,20 @@ def _windows(
     return windows
 
 
-def _one_kind(model: Model) -> dict[str, str]:
-    """Return what a compressed folder was calibrated with, if that is text of one kind alone."""
-    if isinstance(model, nn.Module):
-        return {}
-    from dbf_compile.integrations import pretrained
+def _report_of(model: Model, data: Any, settings: EvaluationConfig) -> Report | None:
+    """Return the report of the compression that wrote a folder; of a model in memory or on the Hub there is none."""
+    report = None if isinstance(model, nn.Module) else read_report(Path(model))
+    if settings.update_report and (report is None or data is None):
+        raise OptionError(
+            f"update_report=True for {_name(model)} {'without data' if report else 'without a report'}",
+            "a folder that compress wrote, and data",
+            "leave update_report out",
+        )
+    return report
 
-    report = read_report(pretrained.local_folder(model))
+
+def _one_kind(report: Report | None) -> dict[str, str]:
+    """Return what a model was calibrated with, if that is text of one kind alone."""
     kind = None if report is None or report.data is None else report.data.one_kind
     return {} if kind is None else {"calibrated_with_one_kind": kind}
 

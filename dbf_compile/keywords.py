@@ -85,6 +85,7 @@ class EvaluationKeywords(TypedDict, total=False):
     tasks: Sequence[str]
     include_path: str | Path | None
     limit: float | None
+    update_report: bool
     device: torch.device | str | None
     trust_remote_code: bool
     progress: bool

@@ -257,12 +257,13 @@ class EvaluationConfig(Record):
 
     Args:
         length: Context length: tokens of a window; None for 2048, or for as many as the model has positions.
-        windows: Windows at most; they do not overlap.
+        windows: Windows at most, of every kind of text; they do not overlap.
         column: Column of the data to read; None for the first that is known, such as text or messages.
         split: Split of the data to read, such as test; needed where there are several.
         tasks: Names of tasks of lm-eval, whose package must be installed.
         include_path: Folder with tasks of your own, as YAML files of lm-eval.
         limit: Examples of a task at most: their number, or below 1 their share.
+        update_report: Write what was measured on text into the report of the compressed folder, and into its page.
         device: Where to compute, such as cuda or cpu; None for a GPU if there is one.
         trust_remote_code: Run code that comes with the model.
         progress: Show progress bars.
@@ -275,6 +276,7 @@ class EvaluationConfig(Record):
     tasks: tuple[str, ...] = ()
     include_path: str | None = None
     limit: float | None = None
+    update_report: bool = False
     device: torch.device | str | None = None
     trust_remote_code: bool = False
     progress: bool = option(True, changes_results=False)

@@ -109,6 +109,16 @@ def test_data_is_named_as_in_python(made, dense, tmp_path):
     assert "data without splits" in str(run("eval", made, "--data", rows, "--split", "test").exception)
 
 
+def test_eval_prints_a_column_for_every_kind_of_text(made, dense):
+    kinds = ("--data", f"web={text_of(dense)}", "--data", f"code={text_of(dense)}")
+    done = run("eval", made, *kinds, "--dense", dense, "--length", 32, "--windows", 2, "--no-progress")
+    assert done.exit_code == 0, done.output
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert lines[0] == ["web", "code", "mean", "worst"]
+    assert [line[0] for line in lines[1:3]] == ["windows", "kl"] and len(lines[2]) == 5
+    assert "Calibrated with one kind of text alone" in done.stdout
+
+
 def test_results_are_on_stdout_and_progress_on_stderr(made, dense):
     arguments = ("eval", made, "--data", text_of(dense), "--length", 32, "--windows", 3, "--json")
     done = run(*arguments)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.models.pretrained import WORDS, text_of, tiny_folder
 from support.models.tiny import tiny_llama
+from support.reports import report
 
 from dbf_compile.errors import ConversionError, OptionError
 from dbf_compile.evaluation import evaluate, evaluate_folder
@@ -36,6 +37,32 @@ def test_a_model_is_judged_as_its_folder_is_and_data_may_be_texts(tmp_path):
         evaluate(folder)
     with pytest.raises(ConversionError, match="a model without a folder"):
         evaluate(model, text_of(folder), **options)
+
+
+def test_kinds_of_text_are_judged_one_by_one(tmp_path):
+    folder = tiny_folder(tmp_path / "model")
+    options = {"dense": folder, "length": 32, "windows": 2, "progress": False}
+    text = text_of(folder).read_text()
+    measured = evaluate(folder, {"web": text_of(folder), "code": [text[500:]]}, **options)
+    assert measured["windows"] == 4 and list(measured["kinds"]) == ["web", "code"]
+    alone = evaluate(folder, text_of(folder), **options)
+    same = ("windows", "kl", "compressed", "perplexity", "top1_agreement")
+    assert {name: measured["kinds"]["web"][name] for name in same} == {name: alone[name] for name in same}
+    with pytest.raises(ConversionError, match=r"code: 'no such file.txt', which cannot be read"):
+        evaluate(folder, {"web": text_of(folder), "code": "no such file.txt"}, **options)
+
+
+def test_a_report_is_updated_where_there_is_one(tmp_path):
+    folder = tiny_folder(tmp_path / "model")
+    with pytest.raises(OptionError, match=r"update_report=True for .* without a report"):
+        evaluate(folder, text_of(folder), update_report=True)
+    (folder / "dbf_report.json").write_text(json.dumps(report()))
+    with pytest.raises(OptionError, match="without data"):
+        evaluate(folder, tasks=["piqa"], update_report=True)
+    measured = evaluate(folder, {"code": text_of(folder)}, length=32, windows=1, update_report=True)
+    assert measured["calibrated_with_one_kind"] == "text.txt"
+    kept = json.loads((folder / "dbf_report.json").read_text())["evaluation"]["kinds"]["code"]
+    assert kept["compressed"] == measured["kinds"]["code"]["compressed"]
 
 
 def test_the_callers_model_is_left_as_it_was(tmp_path):

@@ -96,6 +96,7 @@ EXAMPLES: dict[Any, tuple[Any, tuple[Any, ...]]] = {
     "tasks": (["piqa"], ("piqa", None, [1])),
     "include_path": PATH,
     "limit": SHARE,
+    "update_report": (True, (0, "yes", None)),
     "do_sample": (True, (0, "yes")),
     "temperature": SHARE,
     "top_k": MAYBE_COUNT,

@@ -164,7 +164,8 @@ class _Sums:
 
     def result(self) -> dict[str, Any]:
         """Return what :func:`compare` does."""
-        sums, result = self._sums, {}
+        sums = self._sums
+        result: dict[str, Any] = {}
         if "power" in sums:
             result = {
                 "error": sums["lost"] / sums["power"],
@@ -174,10 +175,12 @@ class _Sums:
             result |= {name: sums[name] / self._positions for name in ("kl", "top1_agreement")}
             result["measure"] = f"{self._positions} predictions"
         if self._predictions:
-            nats = {name: sums[name] / self._predictions for name in ("dense", "compressed") if name in sums}
-            if "dense" in nats:
-                result["nats_lost"] = nats["compressed"] - nats["dense"]
-            result |= {**nats, "perplexity": _perplexity(nats["compressed"])}
+            result |= {
+                name: sums[name] / self._predictions for name in ("dense", "compressed") if name in sums
+            }
+            if "dense" in result:
+                result["nats_lost"] = result["compressed"] - result["dense"]
+            result["perplexity"] = _perplexity(result["compressed"])
             result["measure"] = f"nats a token, {self._predictions} predictions"
         return {name: result[name] for name in (*MEASURES, "perplexity", "measure") if name in result}
 

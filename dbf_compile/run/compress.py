@@ -18,7 +18,7 @@ from dbf_compile.options import CompressionConfig, CompressOptions
 from dbf_compile.progress import say
 from dbf_compile.records import resolve
 from dbf_compile.run.context import Run
-from dbf_compile.run.report import Report, read_report
+from dbf_compile.run.report import Report, one_kind_note, read_report
 from dbf_compile.run.request import Request
 from dbf_compile.run.steps import run_steps
 from dbf_compile.run.work import Work
@@ -45,10 +45,18 @@ class Compressed:
             return lines[0]
         if judged.kl is not None:
             lines.append(f"{judged.measure}: KL {judged.kl:.4f}, top-1 agreement {judged.top1_agreement:.1%}")
+        if judged.kinds and judged.worst_kind is not None and len(judged.kinds) > 1:
+            worst = judged.kinds[judged.worst_kind]
+            lines.append(
+                f"the worst kind is {judged.worst_kind}"
+                + (f": KL {worst.kl:.4f}" if worst.kl is not None else "")
+            )
         if judged.compressed is not None and judged.dense is not None:
             lines.append(f"dense {judged.dense:.4f}, compressed {judged.compressed:.4f} nats a token")
         if judged.error is not None:
             lines.append(f"{judged.measure}: {judged.error:.4f}")
+        if self.report.data is not None and self.report.data.one_kind is not None:
+            lines.append(one_kind_note(self.report.data.one_kind))
         return "\n".join(lines)
 
 

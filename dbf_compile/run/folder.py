@@ -78,7 +78,7 @@ def write_folder(run: Run, plan: Plan, distilled: Mapping[str, Any] | None) -> N
             coverage=_coverage(plan.coverage),
             layers=_layer_rows(run, plan),
             stages=_stage_rows(run, plan, distilled),
-            evaluation=Evaluation(**evaluation),
+            evaluation=Evaluation.of(evaluation),
             operations=OperationFacts.of(count_operations(student).summary()),
             time=run.seconds,
             **environment(request.device),

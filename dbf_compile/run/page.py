@@ -9,15 +9,28 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from dbf_compile.compression.operations import Operations, dense_operations, factored_operations
 from dbf_compile.errors import CheckpointError
-from dbf_compile.files import atomic_write
+from dbf_compile.files import atomic_write, write_text
 from dbf_compile.run.charts import MARKS, layer_charts, series_of, short_name, stage_gains
-from dbf_compile.run.report import Bits, Coverage, LayerRow, OperationCounts, OperationFacts, Report
+from dbf_compile.run.report import (
+    PAGE,
+    REPORT,
+    Bits,
+    Coverage,
+    DataFacts,
+    Evaluation,
+    LayerRow,
+    OperationCounts,
+    OperationFacts,
+    Report,
+    one_kind_note,
+)
 
 
 def write_report(report: Report | Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -42,6 +55,22 @@ def write_report(report: Report | Mapping[str, Any], path: str | os.PathLike[str
         ) from error
 
 
+def update_evaluation(folder: Path, report: Report, measured: Mapping[str, Any]) -> None:
+    """Replace the evaluation in the report of a compressed folder, and draw its page anew.
+
+    Args:
+        folder: where report and page lie.
+        report: as it is there.
+        measured: as :func:`~dbf_compile.calibration.compare.compare` or ``compare_kinds`` gives it; other keys are left out.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    report = replace(report, evaluation=Evaluation.of(measured))
+    write_report(report, folder / PAGE)
+    write_text(folder / REPORT, json.dumps(report, indent=1) + "\n")
+
+
 def report_html(report: Report | Mapping[str, Any]) -> str:
     """Return the page of a report; sections that the report lacks are left out.
 
@@ -62,6 +91,8 @@ def report_html(report: Report | Mapping[str, Any]) -> str:
         file_parts=report.coverage and _file_parts(report.coverage, report.bits),
         operation_rows=report.operations and _operation_rows(report.operations),
         layer_operations=_layer_operations(report.layers),
+        quality=_quality_rows(report.evaluation, report.data),
+        one_kind=report.data and report.data.one_kind and one_kind_note(report.data.one_kind),
         time_parts=report.time and _time_parts(report.time),
     )
     return page
@@ -86,6 +117,36 @@ def _file_parts(coverage: Coverage, bits: Bits) -> list[_Part]:
     if bits.file is None or not factored < bits.file:
         return []
     return _parts([("factored", factored / bits.file)], 1.0, "everything else", _percent)
+
+
+# What stands in the table of kinds of text: the figure, what to write before it, and how.
+_QUALITY: dict[str, tuple[str, Callable[[float], str]]] = {
+    "kl": ("KL divergence from the dense model", "{:.3g}".format),
+    "nats_lost": ("nats a token lost", "{:.3g}".format),
+    "top1_agreement": ("same first choice", lambda share: _percent(share)),
+    "dense": ("nats a token, dense", "{:.4g}".format),
+    "compressed": ("nats a token, compressed", "{:.4g}".format),
+    "error": ("error of the output", "{:.3g}".format),
+}
+
+
+def _quality_rows(evaluation: Evaluation | None, data: DataFacts | None) -> list[list[str]]:
+    """Return a head and the rows of the table of kinds of text, a column a kind; empty if no kinds were told apart."""
+    if evaluation is None or not evaluation.kinds:
+        return []
+    kinds = evaluation.kinds
+    columns = [*kinds.values(), evaluation]
+    rows = [
+        [title, *("–" if column.get(name) is None else text(column[name]) for column in columns)]
+        for name, (title, text) in _QUALITY.items()
+        if any(column.get(name) is not None for column in columns)
+    ]
+    worst = evaluation.worst_kind if len(kinds) > 1 else None
+    head = ["", *(f"{kind} (worst)" if kind == worst else kind for kind in kinds), "mean"]
+    if data is not None and data.kinds:
+        windows = [data.kinds[kind].windows if kind in data.kinds else 0 for kind in kinds]
+        rows.append(["windows of the kind calibrated with", *map(_count, windows), _count(data.windows)])
+    return [head, *rows]
 
 
 def _operation_rows(facts: OperationFacts) -> list[tuple[str, OperationCounts]]:

@@ -164,6 +164,12 @@ class Evaluation(KindEvaluation):
     worst_kind: str | None = None
     kinds: dict[str, KindEvaluation] | None = None
 
+    @staticmethod
+    def of(measured: Mapping[str, Any]) -> Evaluation:
+        """Return what ``compare`` or ``compare_kinds`` gives as a record; other keys are left out."""
+        evaluation: Evaluation = _parse_record(Evaluation, measured, "evaluation")
+        return evaluation
+
 
 @dataclass(frozen=True)
 class OperationCounts(_Part):
@@ -240,6 +246,11 @@ def read_report(folder: Path) -> Report | None:
         return Report.parse(json.loads((folder / REPORT).read_text()))
     except (OSError, ValueError):  # CheckpointError and JSON's errors are ValueErrors
         return None
+
+
+def one_kind_note(kind: str) -> str:
+    """Return what to know of a model that was calibrated with one kind of text alone."""
+    return f"Calibrated with one kind of text alone ({kind}): other kinds may have lost more than the one that was judged."
 
 
 def environment(device: torch.device) -> dict[str, Any]:

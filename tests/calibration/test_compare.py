@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from support.models.tiny import tiny_bert, tiny_llama
 from torch import nn
 
-from dbf_compile.calibration.compare import agreement, compare, divergence
+from dbf_compile.calibration import compare as comparison
+from dbf_compile.calibration.compare import agreement, compare, compare_kinds, divergence
 from dbf_compile.errors import ConversionError
 
 
@@ -109,3 +110,27 @@ def test_models_of_different_vocabularies_are_not_compared():
     other = tiny_llama(vocab_size=300)
     with pytest.raises(ConversionError, match="logits of 300 tokens for one of 256"):
         compare(other, tiny_llama(), windows(count=1))
+
+
+def test_every_kind_counts_alike_and_the_worst_is_named():
+    dense, other = tiny_llama(), tiny_llama()
+    with torch.no_grad():
+        other.lm_head.weight.mul_(-1)
+    parts = {"web": windows(count=1), "code": windows(count=3)[1:]}
+    measured = compare_kinds(dense, other, parts)
+    assert measured["kinds"] == {kind: compare(dense, other, part) for kind, part in parts.items()}
+    for name in ("kl", "nats_lost", "top1_agreement", "compressed"):
+        assert measured[name] == pytest.approx(sum(part[name] for part in measured["kinds"].values()) / 2)
+    assert measured["perplexity"] == pytest.approx(math.exp(measured["compressed"]))
+    assert measured["worst_kind"] == max(parts, key=lambda kind: measured["kinds"][kind]["kl"])
+    alone = compare_kinds(None, other, parts)
+    assert "kl" not in alone and "nats_lost" not in alone
+    assert alone["worst_kind"] == max(parts, key=lambda kind: alone["kinds"][kind]["compressed"])
+    assert compare_kinds(dense, other, {"web": []}) == {}
+
+
+def test_a_divergence_does_not_depend_on_the_pieces_it_is_computed_in(monkeypatch):
+    dense, compressed = torch.randn(2, 5, 7), torch.randn(2, 5, 7)
+    whole = divergence(dense, compressed, {})
+    monkeypatch.setattr(comparison, "_AT_A_TIME", 21)
+    assert torch.equal(divergence(dense, compressed, {}), whole)

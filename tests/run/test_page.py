@@ -11,7 +11,8 @@ import pytest
 from support.reports import Page, charts, report
 
 from dbf_compile.errors import CheckpointError
-from dbf_compile.run.page import report_html, write_report
+from dbf_compile.run.page import report_html, update_evaluation, write_report
+from dbf_compile.run.report import Report, read_report
 
 HEADINGS = {
     "stages": "What each stage gained",
@@ -57,6 +58,52 @@ HEADINGS = {
 )
 def test_the_page_says(fact: str) -> None:
     assert fact in Page(report_html(report())).text.replace("\u202f", " ")
+
+
+def by_kind() -> dict[str, Any]:
+    """Return a report whose evaluation has two kinds of text, one of which was calibrated with."""
+    content = report()
+    content["data"]["kinds"] = {"web": {"source": "web.txt", "windows": 64, "tokens": 32768}}
+    code = {"kl": 0.9, "nats_lost": 0.8, "top1_agreement": 0.5, "measure": "80 predictions"}
+    web = {"kl": 0.3, "nats_lost": 0.2, "top1_agreement": 0.7, "measure": "80 predictions"}
+    means = {"kl": 0.6, "nats_lost": 0.5, "top1_agreement": 0.6, "measure": "mean of 2 kinds of text"}
+    content["evaluation"] = {**means, "worst_kind": "code", "kinds": {"web": web, "code": code}}
+    return content
+
+
+def test_every_kind_of_text_has_a_column() -> None:
+    text = Page(report_html(by_kind())).text.replace("\u202f", " ")
+    for fact in (
+        "web code (worst) mean KL divergence from the dense model 0.3 0.9 0.6",
+        "nats a token lost 0.2 0.8 0.5 same first choice 70.0 % 50.0 % 60.0 %",
+        "windows of the kind calibrated with 64 0 64",
+        "Calibrated with one kind of text alone (web): other kinds may have lost more",
+        "Text of the kind web source web.txt windows 64 tokens 32,768",
+    ):
+        assert fact in text
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"source": "wiki.txt"}, True),
+        ({"source": "batches"}, False),
+        ({"source": "random tokens"}, False),
+        ({"source": "a, b", "kinds": {"web": {}, "code": {}}}, False),
+        (None, False),
+    ],
+)
+def test_one_kind_of_text_alone_is_said(data: dict[str, Any] | None, said: bool) -> None:
+    content = {**report(), "data": data}
+    assert ("one kind of text alone" in report_html(content)) == said
+
+
+def test_an_evaluation_is_written_into_report_and_page(tmp_path: Path) -> None:
+    before, measured = Report.parse(report()), by_kind()["evaluation"]
+    update_evaluation(tmp_path, before, {"context_length": 512, "windows": 4, **measured})
+    after = read_report(tmp_path)
+    assert after is not None and after.evaluation == measured and after.layers == before.layers
+    assert (tmp_path / "dbf_report.html").read_text() == report_html(after)
 
 
 def test_every_layer_and_every_block_of_a_stage_is_drawn() -> None:
