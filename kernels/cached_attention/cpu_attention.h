@@ -82,12 +82,11 @@ DBF_TARGET inline void add_products(const float* a, int64_t a_stride, const T* b
   }
 }
 
-// exp(x) for x <= 0 with a relative error of 2e-7: 2^n times a polynomial of the rest (Cephes' expf).
+// exp(x) for x <= 0 with a relative error of 2e-7, and NaN for NaN: 2^n times a polynomial of the rest (Cephes' expf).
 DBF_TARGET inline Floats exponential(Floats x) {
   const Floats low = Floats{} - 87.0f;
-  x = reinterpret_cast<Floats>(
-      (reinterpret_cast<Words>(x) & reinterpret_cast<Words>(x > low)) |
-      (reinterpret_cast<Words>(low) & ~reinterpret_cast<Words>(x > low)));
+  const auto is_low = reinterpret_cast<Words>(x < low);
+  x = reinterpret_cast<Floats>((reinterpret_cast<Words>(low) & is_low) | (reinterpret_cast<Words>(x) & ~is_low));
   const Floats whole = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
   const Floats r = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;
   Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -109,8 +108,7 @@ DBF_TARGET inline float weigh(float* scores, int64_t begin, int64_t end, float c
   for (; k + kLanes <= end; k += kLanes)
     for (int64_t i = 0; i < kLanes; ++i) lanes[i] = scores[k + i] > lanes[i] ? scores[k + i] : lanes[i];
   for (; k < end; ++k) lanes[0] = scores[k] > lanes[0] ? scores[k] : lanes[0];
-  float largest = *std::max_element(lanes, lanes + kLanes);
-  if (largest == -std::numeric_limits<float>::infinity()) largest = 0.0f;  // of NaN alone
+  const float largest = *std::max_element(lanes, lanes + kLanes);
   Floats sums{};
   for (k = begin; k < end; k += kLanes) {
     const int64_t rest = end - k;

@@ -99,8 +99,12 @@ struct Table {
     if (format.bits == 4) return nibble - 8;
     return nibble + static_cast<int32_t>(word(row, first + 2) >> (shift + 2 * step) & 3) * 16 - 32;
   }
-  bool scale_is_negative(int64_t row, int64_t group) const {
-    return format.group == 0 ? word(row, 0) >> 31 : word(row, group / 2) >> (group % 2 == 0 ? 15 : 31) & 1;
+  float scale(int64_t row, int64_t group) const {
+    uint32_t bits = word(row, format.group == 0 ? 0 : group / 2);
+    if (format.group != 0) bits = group % 2 == 0 ? bits << 16 : bits & 0xFFFF0000;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
   }
 };
 
@@ -166,8 +170,7 @@ class TokenDigits {
     for (int64_t k = 0; k < format_.columns && sum == sum; ++k) {
       if (std::fabs(x[k]) <= std::numeric_limits<float>::max()) continue;
       const auto code = static_cast<float>(table.code(row, k));
-      const int64_t group = format_.group == 0 ? 0 : k / format_.group;
-      sum += (table.scale_is_negative(row, group) ? -code : code) * x[k];
+      sum += table.scale(row, format_.group == 0 ? 0 : k / format_.group) * code * x[k];
     }
     return sum;
   }

@@ -268,8 +268,9 @@ Tensor prepare_layers_out(std::vector<Tensor> factors, std::vector<Tensor> biase
   auto* bytes = static_cast<char*>(out.mutable_data_ptr());
   const int64_t columns = factors[2].size(0);
   const PreparedHead head{kMark, static_cast<int64_t>(layers), columns, interleaved};
-  std::memcpy(bytes, &head, sizeof(head));
   int64_t end = sizeof(PreparedHead) + layers * sizeof(PreparedLayer);
+  STD_TORCH_CHECK(end <= out.numel(), "dbf_native got too few bytes to prepare layers in");
+  std::memcpy(bytes, &head, sizeof(head));
   const auto add = [&](const Tensor& vector, int64_t size, const char* name) {
     check_vector(vector, size, name);
     end = dbf::ceil_div(end, 64) * 64;

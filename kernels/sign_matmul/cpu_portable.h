@@ -17,7 +17,7 @@ inline Peaks portable_peaks(const float* values, int64_t groups) {
   Peaks peaks{0.0f, 0.0f};
   for (const float* v = values; v < values + groups * kGroup; v += kGroup) {
     for (int j = 0; j < kGroup; ++j)
-      if (!(std::fabs(v[j]) <= peaks.value)) peaks.value = std::fabs(v[j]);  // true for NaN, which then stays
+      if (std::fabs(v[j]) > peaks.value || std::isnan(v[j])) peaks.value = std::fabs(v[j]);  // nothing is above NaN
     peaks.group = std::max(peaks.group, (std::fabs(v[0]) + std::fabs(v[1])) + (std::fabs(v[2]) + std::fabs(v[3])));
   }
   return peaks;
