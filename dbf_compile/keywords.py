@@ -43,7 +43,11 @@ class CompressKeywords(CompressionKeywords, total=False):
 
     mode: str
     length: int | None
-    windows: int
+    windows: int | None
+    shares: Mapping[str, float]
+    own_text: float | None
+    own_temperature: float
+    own_top_k: int
     column: str | None
     split: str | None
     holdout: int

@@ -136,10 +136,16 @@ class CompressOptions(CompressionConfig):
         mode: "independent": statistics once, then every weight on its own. "sequential": block after block, with inputs
             from the compressed prefix and targets from the dense model. "auto": sequential where there is data.
         length: Tokens of a window of text; None for 512, or for as many as the model has positions.
-        windows: Windows to calibrate and train with.
+        windows: Windows to calibrate and train with; None for 64, or for as many as 262,144 tokens are.
+        shares: Shares of the kinds of data, any numbers: ``{"code": 2}`` gives code twice the windows of any other kind.
+        own_text: Share of the windows that the model writes itself, 0 to 1. None: all of them where there is neither data nor
+            batches, half of them beside data; models that write no text have none.
+        own_temperature: Above 1 flattens, below 1 sharpens the distribution that the model's own text is drawn from.
+        own_top_k: The model's own text is drawn from so many likeliest tokens; 0 for all.
         column: Column of the data to read; None for the first that is known, such as text or messages.
         split: Split of the data to read, such as train; needed where there are several.
-        holdout: Windows after those to judge with; 0 to judge nothing.
+        holdout: Windows to judge with, of every kind of text its share; no stage of training is kept that loses on them. 0 to
+            judge nothing.
         curvature: Form of the importance: "diagonal", "input" or "kronecker"; see ``calibrate``.
         temper: Power of the spectrum of importances; None to leave them as measured, 0.5 is a usual value.
         budget: "equal" bits for all weights, or "allocated" by measured error curves.
@@ -156,7 +162,11 @@ class CompressOptions(CompressionConfig):
 
     mode: str = option("auto", choices=MODES)
     length: int | None = option(None, low=2)
-    windows: int = option(64, low=1)
+    windows: int | None = option(None, low=1)
+    shares: Mapping[str, float] = option({})
+    own_text: float | None = option(None, low=0, high=1)
+    own_temperature: float = option(1.0, low=0.01)
+    own_top_k: int = option(50, low=0)
     column: str | None = None
     split: str | None = None
     holdout: int = option(8, low=0)

@@ -19,6 +19,10 @@ from dbf_compile.progress import over
 RANDOM_WINDOWS = 16
 
 
+class NoWindowError(ConversionError):
+    """A source holds less than one window."""
+
+
 def token_batches(
     source: str | Path | Iterable[Any],
     tokenizer: Any,
@@ -66,6 +70,46 @@ def token_batches(
         )
     stream = _Tokens(source, tokenizer, column, split)
     return _batched(stream.windows(length, count), batch_size)
+
+
+def alternating_batches(
+    sources: Iterable[Any], tokenizer: Any, *, length: int, count: int, column: str | None, split: str | None
+) -> Iterator[dict[str, Tensor]]:
+    """Yield batches of one window of several sources, a window of each in turn; those too short for one are joined.
+
+    Args:
+        sources: each as for :func:`token_batches`; no more are opened than there are windows.
+        tokenizer, length, count, column, split: as for :func:`token_batches`.
+
+    Raises:
+        OptionError, ConversionError: as for :func:`token_batches`.
+    """
+    options = {"length": length, "column": column, "split": split}
+    left, short = count, []
+    streams = ((source, token_batches(source, tokenizer, count=count, **options)) for source in sources)
+    while left:
+        longer = []
+        for source, stream in streams:
+            try:
+                yield next(stream)
+            except StopIteration:
+                continue
+            except NoWindowError:
+                short.append(source)
+                continue
+            longer.append((source, stream))
+            left -= 1
+            if not left:
+                return
+        if not longer:
+            break
+        streams = iter(longer)
+    if short:
+        try:
+            yield from token_batches(short, tokenizer, count=left, **options)
+        except NoWindowError:
+            if left == count:
+                raise
 
 
 def windows_for(
@@ -163,7 +207,7 @@ class _Tokens:
                     return
             pending = pending[place:]
         if not windows:
-            raise ConversionError(
+            raise NoWindowError(
                 f"a source of {tokens} tokens",
                 f"at least one window of {length}",
                 "give more text, or a smaller length",
@@ -178,7 +222,7 @@ class _Tokens:
                 "text without a tokenizer", "a tokenizer for the text", "pass tokenizer=..."
             )
         if first:
-            self._start = _start_of(self._tokenizer)
+            self._start = start_of(self._tokenizer)
         text = content if first else joint + content
         try:
             return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -186,7 +230,7 @@ class _Tokens:
             return list(self._tokenizer(text)["input_ids"])
 
 
-def _start_of(tokenizer: Any) -> list[int]:
+def start_of(tokenizer: Any) -> list[int]:
     """Return the ids that a tokenizer puts in front of a text."""
     try:
         plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])

@@ -13,6 +13,7 @@ from typing import Any
 
 # Five kinds that differ in words, in form and in what follows from what. A name of one's own serves as well.
 KINDS = ("encyclopedia", "web", "stories", "code", "dialogues")
+OWN_TEXT = "own text"  # of the model, which writes many kinds
 OTHER = "other"  # sources whose kind was not said, beside others whose was
 _KIND_AND_SOURCE = re.compile(r"([A-Za-z][A-Za-z0-9_-]*)=(.+)", re.DOTALL)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -75,6 +76,32 @@ def end_of_turn(tokenizer: Any) -> int | None:
     tail = str(rendered).rpartition("answer")[2]
     ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
     return next((token for token in ids if tokenizer.decode([token]) in controls), None)
+
+
+def before_messages(tokenizer: Any, turns: int) -> list[list[int]] | None:
+    """Return what the template writes before every message of a conversation, as tokens; None without a template for one.
+
+    The first piece begins the conversation and the user's message, the second ends that and begins the answer, and so on.
+
+    Args:
+        tokenizer: of transformers.
+        turns: questions, each with its answer.
+    """
+    mark = chr(_PRIVATE_USE[0])
+    messages = [{"role": role, "content": mark} for _ in range(turns) for role in ("user", "assistant")]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=on_a_fixed_day))
+    except Exception:  # as above
+        return None
+    pieces = text.split(mark)[:-1]
+    if len(pieces) != len(messages):
+        return None
+    return [list(tokenizer(piece, add_special_tokens=False)["input_ids"]) for piece in pieces]
+
+
+def on_a_fixed_day(form: str) -> str:
+    """Return a date for templates that write today's: text to calibrate with is to be the same tomorrow."""
+    return datetime(2024, 7, 26, tzinfo=UTC).strftime(form)
 
 
 def _rendered(tokenizer: Any, messages: list[dict[str, str]], settings: Mapping[str, Any]) -> str:

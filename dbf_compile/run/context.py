@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from torch import nn
 from tqdm import tqdm
 
-from dbf_compile.calibration.compare import compare
+from dbf_compile.calibration.compare import compare, compare_kinds
 from dbf_compile.calibration.offload import offloaded
 from dbf_compile.compression.jobs import FactorJob
 from dbf_compile.compression.layers import factorizer_config
@@ -111,6 +111,11 @@ class Run:
         yield
         self.seconds[step] = round(time.perf_counter() - began, 3)
 
+    def write_own_text(self) -> None:
+        """Let the model write what it is to write itself; from then on it is part of the data."""
+        config = self.request.config
+        self.request = replace(self.request, data=self.request.data.written(self.work, config.progress))
+
     @cached_property
     def tables(self) -> dict[str, QuantizedRows]:
         """The tables of embeddings and heads, by layer."""
@@ -130,8 +135,19 @@ class Run:
     def judge(self, student: nn.Module, blocks: Iterable[str]) -> dict[str, Any]:
         """Compare the compressed model with the dense one on the batches kept back."""
         with self.offloaded(student, blocks):
-            batches = over(self.request.judging, "judging", "batch", self.request.config.progress)
-            return compare(self.request.model, student, batches)
+            kinds = self.request.data.judging
+            bars = {
+                kind: over(
+                    batches,
+                    f"judging {kind}" if len(kinds) > 1 else "judging",
+                    "batch",
+                    self.request.config.progress,
+                )
+                for kind, batches in kinds.items()
+            }
+            if len(kinds) > 1:
+                return compare_kinds(self.request.model, student, bars)
+            return compare(self.request.model, student, next(iter(bars.values()), ()))
 
     @contextmanager
     def offloaded(self, student: nn.Module, blocks: Iterable[str]) -> Iterator[None]:

@@ -67,7 +67,7 @@ def write_folder(run: Run, plan: Plan, distilled: Mapping[str, Any] | None) -> N
         size = model_folder.write_model(folder, compressed, options.max_shard_size, options.progress)
         report = Report(
             model=request.model_facts,
-            data=request.data,
+            data=request.data.facts(),
             fingerprint=fingerprint,
             settings=fingerprint["settings"],
             bits=Bits(

@@ -19,6 +19,7 @@ from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin, get_
 
 import torch
 
+from dbf_compile.calibration.kinds import OWN_TEXT
 from dbf_compile.errors import CheckpointError
 from dbf_compile.machine import cores
 
@@ -78,7 +79,7 @@ class DataFacts(_Part):
     def one_kind(self) -> str | None:
         """What text was calibrated with if it was of one kind alone: the kind, or the source if no kind was said; else None."""
         if self.kinds:
-            return next(iter(self.kinds)) if len(self.kinds) == 1 else None
+            return next(iter(self.kinds)) if len(self.kinds) == 1 and OWN_TEXT not in self.kinds else None
         return None if self.source in (None, BATCHES, RANDOM_TOKENS) else self.source
 
 

@@ -13,19 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from dbf_compile.calibration.batches import windows_for
-from dbf_compile.calibration.limits import checked
-from dbf_compile.calibration.model_io import check_reads_tokens, to_device, token_ids
-from dbf_compile.calibration.sources import name_of
+from dbf_compile.calibration.mixture import interleaved
+from dbf_compile.calibration.model_io import to_device
 from dbf_compile.errors import ConversionError, OptionError
-from dbf_compile.hashes import batches_hash, model_hash, source_hash
+from dbf_compile.hashes import model_hash, source_hash
 from dbf_compile.machine import chosen_device
 from dbf_compile.options import CompressOptions
 from dbf_compile.progress import say
-from dbf_compile.run.report import DataFacts, ModelFacts
+from dbf_compile.run.calibration_data import CalibrationData
+from dbf_compile.run.report import ModelFacts
 from dbf_compile.run.verification import differences
-
-_LENGTH = 512  # tokens of a window, as usual in calibration
 
 
 @dataclass(frozen=True)
@@ -77,20 +74,16 @@ class Request:
         output: the folder to write.
         config: with its mode resolved: "independent" or "sequential".
         tokenizer: saved with a model that has no folder; may be None.
-        calibrating: batches to calibrate and train with, on ``device``; may be empty.
-        judging: batches to judge with, on ``device``; may be empty.
+        data: what to calibrate, train and judge with; may be empty.
         device: where to compute.
-        data: facts about the batches, for the report.
     """
 
     source: Source
     output: Path
     config: CompressOptions
     tokenizer: Any
-    calibrating: list[Any]
-    judging: list[Any]
+    data: CalibrationData
     device: torch.device
-    data: DataFacts
 
     @staticmethod
     def of(
@@ -111,33 +104,24 @@ class Request:
         say(f"opening {_name_of_model(model)}, and hashing its weights", config.progress)
         source = Source.of(model, config.trust_remote_code)
         _check_place(source, output, config, tokenizer)
-        windows = [] if batches is None else list(checked(source.model, batches))
-        if data is not None:
-            check_reads_tokens(source.model)
-            if tokenizer is None:
-                from dbf_compile.integrations import pretrained
-
-                tokenizer = pretrained.tokenizer_of(source.folder, config.trust_remote_code)
-            count = config.windows + config.holdout
-            windows = windows_for(source.model, data, tokenizer, config, _LENGTH, count)
-            config = replace(config, length=windows[0]["input_ids"].shape[1])
-        if config.mode == "auto":
-            config = replace(config, mode="sequential" if windows else "independent")
-        judged = min(config.holdout, len(windows) // 5)  # where data is short, calibration needs it more
-        calibrating, judging = windows[: len(windows) - judged], windows[len(windows) - judged :]
-        facts = DataFacts(
-            source=name_of(data) if data is not None else ("batches" if windows else "random tokens"),
-            hash=batches_hash(windows),
-            windows=len(calibrating),
-            tokens=sum(_token_count(batch) for batch in calibrating),
-        )
-        _check_original(source, windows[0] if windows else None)
-        source = replace(source, original=None)
+        if tokenizer is None and batches is None:
+            tokenizer = _tokenizer(source, config, data is not None)
         device = chosen_device(config.device)
-        calibrating, judging = (
-            [to_device(batch, device) for batch in part] for part in (calibrating, judging)
-        )
-        return Request(source, output, config, tokenizer, calibrating, judging, device, facts)
+        given, config = CalibrationData.of(source.model, config, data, batches, tokenizer, device)
+        batch = to_device(next(iter(given.calibrating), None), next(source.model.parameters()).device)
+        _check_original(source, batch)
+        source = replace(source, original=None)
+        return Request(source, output, config, tokenizer, given, device)
+
+    @property
+    def calibrating(self) -> list[Any]:
+        """The batches to calibrate and train with."""
+        return self.data.calibrating
+
+    @property
+    def judging(self) -> list[Any]:
+        """The batches to judge with."""
+        return interleaved(list(self.data.judging.values()))
 
     @property
     def model(self) -> nn.Module:
@@ -184,12 +168,6 @@ def _check(model: Any, output: Path, config: CompressOptions, data: Any, batches
         )
     if data is not None and batches is not None:
         raise OptionError("data and batches", "one of them", "pass text as data, or ready batches")
-    if config.mode == "sequential" and data is None and not batches:
-        raise OptionError(
-            "mode='sequential' without data",
-            "data or batches",
-            "pass data='text.txt', or mode='independent'",
-        )
 
 
 def _check_place(source: Source, output: Path, config: CompressOptions, tokenizer: Any) -> None:
@@ -228,6 +206,13 @@ def _check_original(source: Source, batch: Any) -> None:
         )
 
 
-def _token_count(batch: Any) -> int:
-    ids = token_ids(batch)
-    return 0 if ids is None else ids.numel()
+def _tokenizer(source: Source, config: CompressOptions, needed: bool) -> Any:
+    """Return the tokenizer in the model's folder, or None where there is none and it is not needed."""
+    from dbf_compile.integrations import pretrained
+
+    try:
+        return pretrained.tokenizer_of(source.folder, config.trust_remote_code)
+    except ConversionError:
+        if needed:
+            raise
+        return None

@@ -1,5 +1,6 @@
 """The steps of one compression, in their order.
 
+    own text       that the model writes itself          <output>.work/text-<row>.safetensors
     statistics     second moments of all layers          <output>.work/importance.safetensors
     allocation     a middle dimension for every weight   <output>.work/allocation.json
     factors        of every weight, or of every block    <output>.work/<name>.safetensors
@@ -47,6 +48,8 @@ def run_steps(run: Run) -> None:
         if output.exists():
             return  # another worker was faster
     began = time.perf_counter()
+    with run.timed("write"):
+        run.write_own_text()
     with run.timed("calibrate"):
         importance = _statistics(run)
     with run.timed("allocate"):

@@ -95,6 +95,17 @@ class Work:
 
     def factors(self, name: str, make: Callable[[], Result]) -> Result:
         """Return the factors and facts kept under ``name``; make them if they are not there, as :meth:`once` does."""
+    def once_if_free(self, name: str, make: Callable[[Path], object]) -> bool:
+        """Make a result as :meth:`once` does, unless it is there or another process is making it; return whether it was made."""
+        path = self.folder / name
+        if path.exists():
+            return False
+        with self._lock(name, wait=False) as held:
+            if not held or path.exists():
+                return False
+            make(path)
+        return True
+
         return _read(self.once(_file(name), lambda path: _write(path, *make())))
 
     def read(self, name: str) -> Result:

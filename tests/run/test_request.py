@@ -37,12 +37,14 @@ def test_at_most_a_fifth_of_the_windows_is_kept_back(
 ) -> None:
     request = request_for(tmp_path, windows(count), holdout=holdout)
     assert len(request.judging) == judged and len(request.calibrating) == count - judged
-    assert request.data.windows == count - judged and request.data.tokens == 8 * (count - judged)
+    facts = request.data.facts()
+    assert facts.windows == count - judged and facts.tokens == 8 * (count - judged)
 
 
 def test_auto_is_sequential_where_there_is_data(tmp_path: Path) -> None:
     assert request_for(tmp_path, windows(5)).config.mode == "sequential"
-    assert request_for(tmp_path).config.mode == "independent"
+    assert request_for(tmp_path).config.mode == "sequential"  # the model writes itself what it is calibrated with
+    assert request_for(tmp_path, own_text=0).config.mode == "independent"
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,11 @@ def test_the_fingerprint_does_not_depend_on_how_the_work_is_done(tmp_path: Path)
     [
         ({"output": "nowhere/output"}, OptionError, "parent is no folder"),
         ({"data": "text.txt", "batches": []}, OptionError, "data and batches; allowed: one of them"),
-        ({"config": CompressOptions(mode="sequential")}, OptionError, "mode='sequential' without data"),
+        (
+            {"config": CompressOptions(mode="sequential", own_text=0)},
+            OptionError,
+            "mode='sequential' without data",
+        ),
         ({"model": nn.Linear(64, 64)}, ConversionError, "convert_ for other modules"),
         ({"model": "no/such-folder-and-name"}, ConversionError, "folder of a pretrained model"),
     ],
