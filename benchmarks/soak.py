@@ -244,7 +244,7 @@ def _program_hash() -> str:
     """Return a hash of the package and of the campaigns."""
     digest = hashlib.sha256()
     files = [path for folder in ("dbf_compile", "passes", "kernels") for path in (ROOT / folder).rglob("*")]
-    files += [*Path(__file__).parent.glob("soak*.py"), ROOT / "tests" / "support" / "cpu_check.cpp"]
+    files += [*Path(__file__).parent.glob("soak*.py"), *(ROOT / "tests" / "support" / "native").iterdir()]
     for path in sorted(path for path in files if path.suffix in (".py", ".cpp", ".h")):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]

@@ -74,7 +74,7 @@ class Library:
     """
 
     def __init__(self, source: Path) -> None:
-        self._source = source
+        self.source = source
         self._is_loaded: bool | None = None
         self._renew_lock()
         if hasattr(os, "register_at_fork"):  # another thread may be building while this one forks
@@ -94,7 +94,7 @@ class Library:
 
     def _load(self) -> bool:
         try:
-            torch.ops.load_library(build(self._source))
+            torch.ops.load_library(build(self.source))
         except (BuildError, OSError) as error:  # OSError: the loader refuses the library
             warnings.warn(f"dbf_compile falls back to its slow reference kernel: {error}", stacklevel=4)
             return False
