@@ -50,13 +50,13 @@ def round_to_nearest(weight: Tensor, bits: int) -> Tensor:
     return (low + levels * step).reshape(weight.shape)
 
 
-def hqq(weight: Tensor, bits: int) -> Tensor | None:
-    """Return ``weight`` quantized by HQQ's package in groups of 64 along the rows; None where it is not installed."""
+def hqq(weight: Tensor, bits: int, group: int = GROUP) -> Tensor | None:
+    """Return ``weight`` quantized by HQQ's package in groups along the rows; None where it is not installed."""
     try:
         from hqq.core.quantize import Quantizer
     except ImportError:
         return None
-    options = {"nbits": bits, "group_size": GROUP, "axis": 1, "device": "cpu", "compute_dtype": torch.float32}
+    options = {"nbits": bits, "group_size": group, "axis": 1, "device": "cpu", "compute_dtype": torch.float32}
     words, meta = Quantizer.quantize(weight, **options)
     return Quantizer.dequantize(words, meta).reshape(weight.shape)
 

@@ -86,20 +86,25 @@ def commit() -> str:
     return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changes else "")
 
 
-def write_results(name: str, rows: list[dict]) -> Path:
-    """Write rows to ``results/<name>.csv``, each with date, commit, machine and versions; return the path in the tree."""
-    common = {
+def provenance() -> dict[str, str]:
+    """Return date, commit, machine and versions of a figure."""
+    return {
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
         "machine": processor(),
         "versions": versions(),
     }
+
+
+def write_results(name: str, rows: list[dict]) -> Path:
+    """Write rows to ``results/<name>.csv``, each with its provenance, this run's if it has none; return the path in the tree."""
+    common = provenance()
     path = RESULTS / f"{name}.csv"
     path.parent.mkdir(exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *common])
+        writer = csv.DictWriter(file, list(dict.fromkeys([*rows[0], *common])))
         writer.writeheader()
-        writer.writerows({**row, **common} for row in rows)
+        writer.writerows({**common, **row} for row in rows)
     return path.relative_to(RESULTS.parent.parent)
 
 
