@@ -8,6 +8,8 @@ For every weight of a block in turn: the weights that are still dense are tuned 
 of the weight's input are measured again, and it is factored ("factor"). At the end signs and scales of all weights of the
 block are refined together ("refine").
 
+Batches that are held out judge: of each training that state is kept which has the least error on them, or the one before it.
+
 Experts of a mixture take one turn together: none reads what another writes, and the cost of a turn grows with their number.
 
 Source: targets, order and tuning of the authors' notebooks; fresh input moments and straight-through refinement as in
@@ -70,6 +72,7 @@ class BlockTask:
         streams: how the block is called.
         inputs: hidden states [batch, tokens, features] of every batch, from the compressed prefix.
         targets: what the block is to return, of every batch.
+        held_out: the last batches, as many as this, are not trained with; they judge. 0: all do both.
     """
 
     name: str
@@ -79,6 +82,7 @@ class BlockTask:
     streams: Streams
     inputs: Sequence[Tensor]
     targets: Sequence[Tensor]
+    held_out: int = 0
 
     def path(self, layer: str) -> str:
         """Return the name of a layer inside the block."""
@@ -116,17 +120,24 @@ class BlockState:
         self.trainable: dict[str, TrainableDoubleBinary] = {}
         self._weights = _output_moments(task.jobs, task.targets[0].shape[-1]).to(task.targets[0].device)
         self._targets = [task.streams.counted(batch, target) for batch, target in enumerate(task.targets)]
-        power = sum(float((self._weights * target.square()).sum()) for target in self._targets)
-        self._power = max(power, 1e-30)
+        self._judging = range(self.batches if task.held_out else 0, len(task.inputs))
+        judged = (self._targets[batch].square() for batch in self._judging)
+        self._power = max(sum(float((self._weights * power).sum()) for power in judged), 1e-30)
 
     @property
     def batches(self) -> int:
-        """The number of batches."""
-        return len(self.task.inputs)
+        """The number of batches to train with."""
+        return len(self.task.inputs) - self.task.held_out
 
     def run(self, batch: int) -> Tensor:
         """Return the output of the block for one batch."""
         return self.task.streams.run(self.block, self.task.index, batch, self.task.inputs[batch])
+
+    @torch.no_grad()
+    def run_all(self) -> None:
+        """Run the block on all batches to train with, for what looks on."""
+        for batch in range(self.batches):
+            self.run(batch)
 
     def loss(self, batch: int) -> Tensor:
         """Return the mean weighted squared error of one batch."""
@@ -134,8 +145,8 @@ class BlockState:
 
     @torch.no_grad()
     def error(self) -> float:
-        """Return the weighted squared error of all batches, relative to the targets."""
-        return sum(float(self._squared_errors(batch).sum()) for batch in range(self.batches)) / self._power
+        """Return the weighted squared error of the batches that judge, relative to their targets."""
+        return sum(float(self._squared_errors(batch).sum()) for batch in self._judging) / self._power
 
     def _squared_errors(self, batch: int) -> Tensor:
         output = self.task.streams.counted(batch, self.run(batch))
@@ -160,7 +171,8 @@ def compress_block(
     done = 0.0
     positions: Counter[str] = Counter()
     with _inputs_to(state, task.jobs, lambda name, x: positions.update({name: x.shape[:-1].numel()})):
-        error = state.error()
+        state.run_all()
+    error = state.error()
     turns = _turns(task, positions)
     total = max(1, recipe.tune * len(turns) + len(task.jobs) + recipe.refine)
 
@@ -169,7 +181,7 @@ def compress_block(
         done += amount
         progress(min(1.0, done / total))
 
-    def finish_stage(stage: str, what: str, began: float) -> None:
+    def finish_stage(stage: str, what: str, began: float, epochs: int | None = None) -> None:
         nonlocal error
         before, error = error, state.error()
         result.stages.append(
@@ -181,14 +193,15 @@ def compress_block(
                 "before": before,
                 "after": error,
                 "seconds": round(time.perf_counter() - began, 3),
+                "epochs": epochs,
             }
         )
 
     for number, (what, jobs) in enumerate(turns.items()):
         if recipe.tune:
             began = time.perf_counter()
-            tune(state, [job for later in list(turns.values())[number:] for job in later], recipe.tune)
-            finish_stage("tune", what, began)
+            left = [job for later in list(turns.values())[number:] for job in later]
+            finish_stage("tune", what, began, tune(state, left, recipe.tune))
             advance(recipe.tune)
         began = time.perf_counter()
         result.errors |= factor(state, jobs, recipe.factorizer)
@@ -198,8 +211,9 @@ def compress_block(
         advance(len(jobs))
     if recipe.refine:
         began = time.perf_counter()
-        refine(state, recipe.refine, error, partial(advance, 1 / state.batches))
-        finish_stage("refine", "all", began)
+        finish_stage(
+            "refine", "all", began, refine(state, recipe.refine, partial(advance, 1 / state.batches))
+        )
     result.factors = trained_factors(state.trainable)
     return result
 
@@ -226,11 +240,12 @@ def _turns(task: BlockTask, positions: Mapping[str, int]) -> dict[str, list[Fact
     return dict(sorted(turns.items(), key=lambda turn: first[turn[1][0].name]))
 
 
-def tune(state: BlockState, jobs: Sequence[FactorJob], epochs: int) -> None:
-    """Train the weights that are still dense, those of ``jobs``, towards the targets of the block."""
+def tune(state: BlockState, jobs: Sequence[FactorJob], epochs: int) -> int:
+    """Train the weights that are still dense, those of ``jobs``, towards the targets; return how many epochs are kept."""
     layers = dense_linears(state.block)
     weights = [_weight_parameter(layers[state.task.path(name)]) for job in jobs for name in job.names]
-    train([(weights, _DENSE_RATE)], state.loss, state.batches, epochs, state.generator)
+    judge = state.error if state.task.held_out else None  # by what it trains with, it would always gain
+    return train([(weights, _DENSE_RATE)], state.loss, state.batches, epochs, state.generator, judge=judge)
 
 
 def factor(state: BlockState, jobs: Sequence[FactorJob], config: FactorizerConfig) -> dict[str, float]:
@@ -258,19 +273,12 @@ def factor(state: BlockState, jobs: Sequence[FactorJob], config: FactorizerConfi
     return errors
 
 
-def refine(
-    state: BlockState, epochs: int, error: float, progress: Callable[[], object] = lambda: None
-) -> None:
-    """Train signs and scales of all factored layers together; undo it if the block's error rises above ``error``."""
+def refine(state: BlockState, epochs: int, progress: Callable[[], object] = lambda: None) -> int:
+    """Train signs and scales of all factored layers together; return how many epochs are kept: flips may do harm."""
     scales = [scale for layer in state.trainable.values() for scale in layer.scales]
     latents = [latent for layer in state.trainable.values() for latent in layer.latents]
     rates = [(scales, _SCALE_RATE), (latents, _LATENT_RATE)]
-    before = [parameter.detach().clone() for parameter in (*scales, *latents)]
-    train(rates, state.loss, state.batches, epochs, state.generator, progress)
-    if state.error() > error:  # flips may do harm where samples are few
-        with torch.no_grad():
-            for parameter, value in zip((*scales, *latents), before, strict=True):
-                parameter.copy_(value)
+    return train(rates, state.loss, state.batches, epochs, state.generator, progress, state.error)
 
 
 def factored_copy(dense: nn.Module, name: str, factors: Mapping[str, DoubleBinaryFactors]) -> nn.Module:
@@ -311,7 +319,8 @@ def _with_fresh_inputs(state: BlockState, jobs: Sequence[FactorJob]) -> list[Imp
     with _inputs_to(
         state, [job for job in jobs if job.name in moments], lambda name, x: moments[name].add(x, mask)
     ):
-        for batch, mask in enumerate(state.task.streams.masks if moments else ()):  # noqa: B007  read above
+        for batch in range(state.batches if moments else 0):
+            mask = state.task.streams.masks[batch]  # read above
             state.run(batch)
     importances: list[Importance | None] = []
     for job in jobs:

@@ -8,6 +8,7 @@ Source: the last stage of NanoQuant. Its replications found that training signs 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,29 +23,43 @@ from dbf_compile.linear import DoubleBinaryLinear, replace_everywhere
 _RATE = 0.01  # learning rate, in units of the root mean square of a scale vector
 
 
+@dataclass(frozen=True)
+class DistillRecipe:
+    """How scales are trained.
+
+    Args:
+        epochs: how often each batch is used.
+        seed: seed of their order.
+        device: where to keep the trained layers; None for where the compressed model has them. Elsewhere than there, both
+            models must be :func:`~dbf_compile.calibration.offload.offloaded` to it.
+    """
+
+    epochs: int
+    seed: int = 0
+    device: torch.device | None = None
+
+
 def distill(
     dense: nn.Module,
     compressed: nn.Module,
     batches: Sequence[Any],
-    epochs: int,
-    seed: int = 0,
+    held_out: Sequence[Any],
+    recipe: DistillRecipe,
     progress: Callable[[], object] = lambda: None,
-    device: torch.device | None = None,
-) -> dict[str, DoubleBinaryFactors]:
+) -> tuple[dict[str, DoubleBinaryFactors], int]:
     """Return factors whose scales are trained on the dense model's logits; both models are left as they were.
 
     Args:
         dense: the teacher.
         compressed: the student, the same model with factored layers.
         batches: batches to learn from, as for ``calibrate``.
-        epochs: how often each batch is used.
-        seed: seed of their order.
+        held_out: batches to judge with: the scales are kept that have the least divergence on them after an epoch, or those
+            from before. Without any: the last.
+        recipe: epochs, seed, device.
         progress: called after every step.
-        device: where to keep the trained layers; None for where ``compressed`` has them. Elsewhere than there, both
-            models must be :func:`~dbf_compile.calibration.offload.offloaded` to it.
 
     Returns:
-        Factors of all factored layers by name, on the CPU.
+        Factors of all factored layers by name, on the CPU, and how many epochs are kept.
     """
     layers = {
         name: module for name, module in compressed.named_modules() if isinstance(module, DoubleBinaryLinear)
@@ -52,7 +67,7 @@ def distill(
     owners: dict[int, TrainableScales] = {}
     students: dict[str, TrainableScales] = {}
     for name, layer in layers.items():
-        student = TrainableScales(layer.factors.to(device), layer.bias, owners.get(id(layer.signs_in)))
+        student = TrainableScales(layer.factors.to(recipe.device), layer.bias, owners.get(id(layer.signs_in)))
         owners.setdefault(id(layer.signs_in), student)
         students[name] = student
     for name, student in students.items():
@@ -63,16 +78,26 @@ def distill(
             model.eval()
         scales = [scale for student in students.values() for scale in student.scales]
 
-        def loss(sample: int) -> Tensor:
-            batch = batches[sample]
+        def lost(batch: Any) -> Tensor:
             with torch.no_grad():
                 target = logits_of(call_model(dense, batch))
             return divergence(target, logits_of(call_model(compressed, batch)), batch).mean()
 
-        generator = torch.Generator().manual_seed(seed)
-        train([(scales, _RATE)], loss, len(batches), epochs, generator, progress)
+        def judge() -> float:
+            return sum(float(lost(batch)) for batch in held_out)
+
+        generator = torch.Generator().manual_seed(recipe.seed)
+        kept = train(
+            [(scales, _RATE)],
+            lambda sample: lost(batches[sample]),
+            len(batches),
+            recipe.epochs,
+            generator,
+            progress,
+            judge if held_out else None,
+        )
         factors = trained_factors(students)
-        return move_factors(factors, dict.fromkeys(factors, torch.device("cpu")))
+        return move_factors(factors, dict.fromkeys(factors, torch.device("cpu"))), kept
     finally:
         for name, student in students.items():
             replace_everywhere(compressed, student, layers[name])

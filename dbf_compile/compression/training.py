@@ -206,8 +206,9 @@ def train(
     epochs: int,
     generator: torch.Generator,
     progress: Callable[[], object] = lambda: None,
-) -> None:
-    """Train parameters in place with Adam, one sample a step.
+    judge: Callable[[], float] | None = None,
+) -> int:
+    """Train parameters in place with Adam, one sample a step, and return how many epochs of it are kept.
 
     A step changes what its sample reaches. A parameter without a gradient, or with zeros alone, keeps its value and its
     moments: an expert that no token went to, or none but padding.
@@ -222,16 +223,13 @@ def train(
         progress: called after every step.
     """
     if not epochs:
-        return
-    seen: set[int] = set()
-    groups: list[dict[str, Any]] = []
-    for parameters, rate in rates:
-        for parameter in parameters:
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                size = float(parameter.detach().square().mean().sqrt())
-                groups.append({"params": [parameter.requires_grad_(True)], "lr": rate * size})
-    optimizer = torch.optim.Adam(groups, betas=_BETAS)
+        return 0
+    groups = _groups(rates)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    best = None if judge is None else _Best(parameters, judge)
+    # Fused, a step takes two fifths of the time.
+    fused = all(group["params"][0].device.type in ("cpu", "cuda") for group in groups)
+    optimizer = torch.optim.Adam(groups, betas=_BETAS, fused=fused)
     steps = epochs * samples
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -246,11 +244,55 @@ def train(
                     _leave_out_unreached(groups)
                 optimizer.step()
                 schedule.step()
+        judge: the error on samples that are not trained with. The state with the least is kept: that after an epoch, or that
+            before all. None: the last.
                 progress()
-    for group in groups:
-        for parameter in group["params"]:
-            parameter.requires_grad_(False)
-            parameter.grad = None
+            if best is not None:
+                best.look()
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    return epochs if best is None else best.restore()
+
+
+class _Best:
+    """The best state of parameters on the way, by a judge; the first is that before training."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], judge: Callable[[], float]) -> None:
+        self._parameters, self._judge = parameters, judge
+        self._error, self._values = math.inf, [parameter.detach().clone() for parameter in parameters]
+        self._looks, self._epochs = 0, 0
+        self.look()
+
+    @torch.no_grad()
+    def look(self) -> None:
+        """Keep the state after one more epoch if it is the best so far."""
+        error = self._judge()
+        if error < self._error:  # never of NaN
+            self._error, self._epochs = error, self._looks
+            for value, parameter in zip(self._values, self._parameters, strict=True):
+                value.copy_(parameter)
+        self._looks += 1
+
+    @torch.no_grad()
+    def restore(self) -> int:
+        """Set the best state again, and return after how many epochs it was."""
+        for value, parameter in zip(self._values, self._parameters, strict=True):
+            parameter.copy_(value)
+        return self._epochs
+
+
+def _groups(rates: Sequence[tuple[Sequence[nn.Parameter], float]]) -> list[dict[str, Any]]:
+    """Return groups of an optimizer, one a parameter, with rates in units of the parameter's size."""
+    seen: set[int] = set()
+    groups: list[dict[str, Any]] = []
+    for parameters, rate in rates:
+        for parameter in parameters:
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                size = float(parameter.detach().square().mean().sqrt())
+                groups.append({"params": [parameter.requires_grad_(True)], "lr": rate * size})
+    return groups
 
 
 def _leave_out_unreached(groups: Sequence[Mapping[str, Any]]) -> None:

@@ -128,7 +128,9 @@ class LayerRow(_Part):
 
 @dataclass(frozen=True)
 class StageRow(_Part):
-    """What a stage gained: its measure before and after, and the seconds it took."""
+    """What a stage gained: its measure before and after, the seconds it took, and the epochs of training that are kept: 0 if
+    none was better on the windows kept back.
+    """
 
     _keeps_null: ClassVar[bool] = True
 
@@ -140,6 +142,7 @@ class StageRow(_Part):
     measure: str | None = None
     seconds: Amount | None = None
 
+    epochs: Count | None = None
 
 @dataclass(frozen=True)
 class KindEvaluation(_Part):

@@ -77,7 +77,8 @@ def _recorded(run: Run, plan: Plan, model: nn.Module, names: Sequence[str]) -> S
     """Return what flows into the blocks ``names`` of ``model``."""
     blocks = [model.get_submodule(name) for name in plan.blocks]
     with offloaded(model, blocks, run.request.device):
-        batches = over(run.request.calibrating, "recording", "batch", run.request.config.progress)
+        every = [*run.request.calibrating, *run.request.judging]
+        batches = over(every, "recording", "batch", run.request.config.progress)
         return record(model, [model.get_submodule(name) for name in names], batches)
 
 
@@ -102,7 +103,8 @@ def _factor_stack(
         targets = recorded[0].outputs(module, index, dense)
         factors: Mapping[str, DoubleBinaryFactors] = {}
         if jobs:
-            task = BlockTask(name, index, module, jobs, recorded[1], compressed, targets)
+            held_out = len(request.judging)
+            task = BlockTask(name, index, module, jobs, recorded[1], compressed, targets, held_out)
             place = list(plan.blocks).index(name)
             factors = run.work.factors(name, _Block(task, recipe, place, bar))[0]
         compressed = recorded[1].outputs(factored_copy(module, name, factors), index, compressed)

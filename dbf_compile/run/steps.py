@@ -26,7 +26,7 @@ from dbf_compile.calibration.offload import blocks_of
 from dbf_compile.calibration.statistics import load_importance, save_importance
 from dbf_compile.compression.coverage import coverage, left_dense_share
 from dbf_compile.compression.curves import allocate
-from dbf_compile.compression.distillation import distill
+from dbf_compile.compression.distillation import DistillRecipe, distill
 from dbf_compile.compression.layers import LayerFactorizer
 from dbf_compile.errors import ConversionError
 from dbf_compile.factorizer.importance import Importance
@@ -135,22 +135,17 @@ def _distilled(run: Run, plan: Plan) -> dict[str, Any] | None:
         began = time.perf_counter()
         student = run.student(run.all_factors(plan))
         before = run.judge(student, plan.blocks)
-        epochs, batches = request.config.distill, request.calibrating
+        config, batches = request.config, request.calibrating
+        recipe = DistillRecipe(config.distill, config.seed, request.device)
         with (
             run.offloaded(student, plan.blocks),
-            run.bar("distilling", epochs * len(batches), "step") as bar,
+            run.bar("distilling", config.distill * len(batches), "step") as bar,
         ):
-            factors = distill(
-                request.model,
-                student,
-                batches,
-                epochs,
-                request.config.seed,
-                lambda: bar.update(1),
-                request.device,
+            factors, kept = distill(
+                request.model, student, batches, request.judging, recipe, lambda: bar.update(1)
             )
         after = run.judge(run.student(factors), plan.blocks)
         seconds = round(time.perf_counter() - began, 3)
-        return factors, {"before": before, "after": after, "seconds": seconds}
+        return factors, {"before": before, "after": after, "seconds": seconds, "epochs": kept}
 
     return run.work.factors("distilled", make)[1]

@@ -155,3 +155,21 @@ def random_mixture(experts):
     return transformers.MixtralForCausalLM(
         transformers.MixtralConfig(vocab_size=256, **sizes, **kinds)
     ).eval()
+
+
+def test_batches_that_are_held_out_judge_and_teach_nothing(setting):
+    block, jobs, streams, inputs, targets = setting
+    recipe = BlockRecipe(2, 2, FactorizerConfig(iterations=10))
+
+    def of(targets, held_out=3):
+        task = BlockTask(NAME, 0, block, jobs, streams, inputs, targets, held_out)
+        return compress_block(task, recipe)
+
+    plain = of(targets)
+    trained = [stage for stage in plain.stages if stage["epochs"] is not None]
+    assert [stage["stage"] for stage in trained] == ["tune"] * 4 + ["refine"]
+    assert all(stage["after"] <= stage["before"] for stage in trained)
+    # Targets that nothing learned from leads to: all training is dropped, and the factors are those without any.
+    strange = [*targets[:-3], *(-target for target in targets[-3:])]
+    judged = of(strange)
+    assert [stage["epochs"] for stage in judged.stages if stage["stage"] == "tune"].count(0) >= 3

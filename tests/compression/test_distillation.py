@@ -7,7 +7,7 @@ import torch
 from support.models.tiny import factored, tiny_llama
 
 from dbf_compile.calibration.compare import divergence
-from dbf_compile.compression.distillation import distill
+from dbf_compile.compression.distillation import DistillRecipe, distill
 from dbf_compile.linear import DoubleBinaryLinear, swap_
 
 pytest.importorskip("transformers")
@@ -21,7 +21,9 @@ def distilled():
     batches = [{"input_ids": torch.randint(1, 256, (1, 24), generator=generator)} for _ in range(10)]
     before = copy.deepcopy(student.state_dict())
     steps = []
-    factors = distill(dense, student, batches[:8], 4, progress=lambda: steps.append(1))
+    recipe = DistillRecipe(4)
+    factors, epochs = distill(dense, student, batches[:8], batches[8:], recipe, lambda: steps.append(1))
+    assert 1 <= epochs <= 4
     return dense, student, batches, before, factors, steps
 
 
@@ -47,3 +49,11 @@ def test_signs_stay_and_the_student_is_left_as_it_was(distilled):
             old, new = layer.factors.dense(), factors[name].dense()
             assert ((old < 0) != (new < 0)).float().mean() < 0.2  # entries near zero only
             assert factors[name].scale_in.dtype == torch.float16
+
+
+def test_what_loses_on_batches_held_out_is_not_kept(distilled):
+    dense, student, batches, _, _, _ = distilled
+    learned = [{"input_ids": torch.full((1, 24), 7)} for _ in range(4)]
+    factors, epochs = distill(dense, student, learned, batches[8:], DistillRecipe(8))
+    best = swap_(copy.deepcopy(dense), factors)
+    assert epochs < 8 and apart(dense, best, batches[8:]) <= apart(dense, student, batches[8:]) * 1.001

@@ -1,11 +1,14 @@
 """Factored layers that are trained: what they compute, what training changes, what comes back."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.models.tiny import randn
 from support.strategies import random_factors
+from torch import nn
 
 from dbf_compile.compression.training import (
     TrainableDoubleBinary,
@@ -229,3 +232,20 @@ def test_samples_that_reach_nothing_change_nothing():
     before = weight.detach().clone()
     train([([weight], 0.1)], lambda _: torch.ones(()), 4, 2, torch.Generator(), lambda: steps.append(1))
     assert torch.equal(weight, before) and len(steps) == 8 and not weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("target", "kept"), [(1.0, 3), (-1.0, 0), (math.nan, 0)], ids=["better", "worse", "nan"]
+)
+def test_the_best_state_for_a_judge_is_kept(target: float, kept: int) -> None:
+    parameter = nn.Parameter(torch.tensor([0.5]), requires_grad=False)
+    seen: list[float] = []
+
+    def judge() -> float:
+        seen.append(float((parameter - target).square().sum()))
+        return seen[-1]
+
+    arguments = (lambda _: (parameter - 1).square().sum(), 4, 3, torch.Generator().manual_seed(0))
+    assert train([([parameter], 0.01)], *arguments, judge=judge) == kept
+    assert len(seen) == 4 and (float(parameter) == 0.5) == (kept == 0)
+    assert parameter.grad is None and not parameter.requires_grad
