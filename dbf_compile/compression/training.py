@@ -221,6 +221,8 @@ def train(
         epochs: how often each sample is used; 0 does nothing.
         generator: on the CPU; shuffles the samples in every epoch.
         progress: called after every step.
+        judge: the error on samples that are not trained with. The state with the least is kept: that after an epoch, or that
+            before all. None: the last.
     """
     if not epochs:
         return 0
@@ -244,8 +246,6 @@ def train(
                     _leave_out_unreached(groups)
                 optimizer.step()
                 schedule.step()
-        judge: the error on samples that are not trained with. The state with the least is kept: that after an epoch, or that
-            before all. None: the last.
                 progress()
             if best is not None:
                 best.look()
