@@ -215,20 +215,22 @@ namespace avx512_vbmi {
 
 inline int64_t table_bytes(int64_t words, int bits) { return words * kGroupsPerWord * (bits / 8) * kEntries; }
 
-template <int Planes>
-DBF_AVX512_VBMI void build_planes(const float* values, int64_t words, uint8_t* tables) {
+// Puts bytes p of all 16 double words side by side, for p = 0 ... 3.
+DBF_AVX512_VBMI inline __m512i gather_bytes() {
+  alignas(64) uint8_t order[64];
+  for (int i = 0; i < 64; ++i) order[i] = static_cast<uint8_t>(i % 16 * 4 + i / 16);
+  return _mm512_load_si512(order);
+}
+
+DBF_AVX512_VBMI inline void build_24_bits(const float* values, int64_t words, uint8_t* tables) {
   const __m512i entry = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   __m512i flip[kGroup];
   for (int j = 0; j < kGroup; ++j)
     flip[j] = _mm512_mask_set1_epi32(_mm512_setzero_si512(),
                                      _mm512_testn_epi32_mask(entry, _mm512_set1_epi32(1 << j)), INT32_MIN);
-  const __m512i bias = _mm512_set1_epi32(1 << (8 * Planes - 1));
-  // Puts bytes p of all 16 entries side by side, for p = 0 ... 3.
-  alignas(64) uint8_t order[64];
-  for (int i = 0; i < 64; ++i) order[i] = static_cast<uint8_t>(i % 16 * 4 + i / 16);
-  const __m512i gather = _mm512_load_si512(order);
+  const __m512i bias = _mm512_set1_epi32(1 << 23), gather = gather_bytes();
   for (int64_t w = 0; w < words; ++w, values += kWordBits) {
-    for (int nibble = 0; nibble < 2; ++nibble, tables += Planes * 64) {
+    for (int nibble = 0; nibble < 2; ++nibble, tables += 3 * 64) {
       __m512i q[4];
       for (int j = 0; j < 4; ++j) {
         const float* v = values + 8 * j + 4 * nibble;
@@ -241,18 +243,47 @@ DBF_AVX512_VBMI void build_planes(const float* values, int64_t words, uint8_t* t
         q[j] = _mm512_permutexvar_epi8(gather, sum);
       }
       const __m512i a = _mm512_shuffle_i32x4(q[0], q[1], 0x44), b = _mm512_shuffle_i32x4(q[2], q[3], 0x44);
+      const __m512i d = _mm512_shuffle_i32x4(q[0], q[1], 0xEE), e = _mm512_shuffle_i32x4(q[2], q[3], 0xEE);
       _mm512_storeu_si512(tables, _mm512_shuffle_i32x4(a, b, 0x88));
       _mm512_storeu_si512(tables + 64, _mm512_shuffle_i32x4(a, b, 0xDD));
-      if (Planes == 3) {
-        const __m512i d = _mm512_shuffle_i32x4(q[0], q[1], 0xEE), e = _mm512_shuffle_i32x4(q[2], q[3], 0xEE);
-        _mm512_storeu_si512(tables + 128, _mm512_shuffle_i32x4(d, e, 0x88));
-      }
+      _mm512_storeu_si512(tables + 128, _mm512_shuffle_i32x4(d, e, 0x88));
+    }
+  }
+}
+
+// Values are whole numbers of 16 bits: one instruction adds or subtracts two of them for all 16 entries.
+DBF_AVX512_VBMI inline void build_16_bits(const float* values, int64_t words, uint8_t* tables) {
+  alignas(64) int16_t first[32], second[32];  // the signs of values 0 and 1 in each entry, and of values 2 and 3
+  for (int i = 0; i < 32; ++i) {
+    first[i] = i / 2 >> (i % 2) & 1 ? 1 : -1;
+    second[i] = i / 2 >> (i % 2 + 2) & 1 ? 1 : -1;
+  }
+  const __m512i signs01 = _mm512_load_si512(first), signs23 = _mm512_load_si512(second);
+  const __m512i bias = _mm512_set1_epi32(1 << 15), gather = gather_bytes();
+  for (int64_t w = 0; w < words; ++w, values += kWordBits) {
+    alignas(64) int32_t pairs[kWordBits / 2];
+    const __m256i low = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_loadu_ps(values)));
+    const __m256i high = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_loadu_ps(values + 16)));
+    _mm512_store_si512(pairs, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+    for (int nibble = 0; nibble < 2; ++nibble, tables += 2 * 64) {
+      const auto sums = [&](int j) DBF_AVX512_VBMI {
+        const int32_t* v = pairs + 4 * j + 2 * nibble;
+        const __m512i half = _mm512_dpwssd_epi32(bias, _mm512_set1_epi32(v[0]), signs01);
+        return _mm512_dpwssd_epi32(half, _mm512_set1_epi32(v[1]), signs23);
+      };
+      // Two entries of 16 bits in a double word.
+      const auto both = [&](int j) DBF_AVX512_VBMI {
+        return _mm512_permutexvar_epi8(gather, _mm512_or_si512(sums(j), _mm512_slli_epi32(sums(j + 1), 16)));
+      };
+      const __m512i a = both(0), b = both(2);
+      _mm512_storeu_si512(tables, _mm512_shuffle_i32x4(a, b, 0x88));
+      _mm512_storeu_si512(tables + 64, _mm512_shuffle_i32x4(a, b, 0xDD));
     }
   }
 }
 
 DBF_AVX512_VBMI inline void build(const float* values, int64_t words, int bits, uint8_t* tables) {
-  bits == 24 ? build_planes<3>(values, words, tables) : build_planes<2>(values, words, tables);
+  bits == 24 ? build_24_bits(values, words, tables) : build_16_bits(values, words, tables);
 }
 
 template <int Planes, int Tokens>

@@ -165,13 +165,20 @@ class TokenBlock {
     }
     float factor = 0.0f;
     if (peaks.group > 0.0f) {
-      // With 24 bits a power of two, so that values which are exact in float32 stay exact. 8388000 instead of 2^23 - 1
-      // leaves room for the rounding of sums.
-      factor = bits_ == 24 ? std::ldexp(1.0f, std::ilogb(8388000.0f / peaks.group)) : 32767.0f / peaks.group;
+      // With 24 bits a power of two, so that values which are exact in float32 stay exact; 8388000 instead of 2^23 - 1
+      // leaves room for the rounding of sums. With 16 bits values are rounded, four of them by 2 at most.
+      factor = bits_ == 24 ? std::ldexp(1.0f, std::ilogb(8388000.0f / peaks.group)) : 32764.0f / peaks.group;
       if (begin == 0) units_[token] = 1.0 / (static_cast<double>(factor) * range);
     }
-    for (int64_t k = begin * kWordBits; k < end * kWordBits; ++k) z[k] *= factor;
-    kernel_->build(z + begin * kWordBits, end - begin, bits_, tables_ + token * stride_ + begin * word_bytes_);
+    float* part = z + begin * kWordBits;
+    const int64_t size = (end - begin) * kWordBits;
+    if (bits_ == 24) {
+      for (int64_t k = 0; k < size; ++k) part[k] *= factor;
+    } else {
+      constexpr float kRound = 0x1.8p23f;  // adding it leaves whole numbers, to nearest
+      for (int64_t k = 0; k < size; ++k) part[k] = (part[k] * factor + kRound) - kRound;
+    }
+    kernel_->build(part, end - begin, bits_, tables_ + token * stride_ + begin * word_bytes_);
   }
 
   Tables tables(int64_t token) const { return {tables_ + token * stride_, stride_, units_.data() + token}; }

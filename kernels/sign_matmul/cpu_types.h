@@ -43,8 +43,8 @@ struct Kernel {
   // Bytes of the tables of one token.
   int64_t (*table_bytes)(int64_t words, int bits);
   Peaks (*peaks)(const float* values, int64_t groups);
-  // Fills the tables of one token from words * 32 values, given in units. An entry is the rounded sum plus 2^(bits - 1),
-  // which makes it positive.
+  // Fills the tables of one token from words * 32 values, given in units; with 16 bits they are whole numbers. An entry is the
+  // rounded sum plus 2^(bits - 1), which makes it positive.
   void (*build)(const float* values, int64_t words, int bits, uint8_t* tables);
   // y[t * kTileRows + r] = units[t] * the sum of row r, for a few tokens and all rows of a tile.
   void (*multiply)(const Tile& tile, const Tables& tables, int64_t tokens, int bits, float* y);
