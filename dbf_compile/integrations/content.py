@@ -22,12 +22,16 @@ from safetensors import SafetensorError, safe_open
 
 from dbf_compile import checksums
 from dbf_compile.errors import CheckpointError
+from dbf_compile.factors import SIGN_NAMES
+from dbf_compile.tables import ROWS
 
 CONFIG, QUANTIZATION, HASH = "config.json", "quantization_config", "content_hash"
+METHOD = "dbf"  # of quantization
 _INDEX = "model.safetensors.index.json"
 _FIELDS = "config"  # in the header of a weight file
 _UNIMPORTANT = ("transformers_version", "_name_or_path", "architectures", "auto_map")
 _DO = "copy the folder again, or compress the model again"
+_OURS = tuple(f".{name}" for name in (*SIGN_NAMES, ROWS))  # how names of our tensors end
 
 
 def content_header(config: Mapping[str, Any]) -> dict[str, str]:
@@ -100,6 +104,35 @@ def check_index(folder: str | os.PathLike[str]) -> None:
         ) from error
 
 
+def check_method(folder: Path) -> None:
+    """Refuse a folder of compressed weights whose config.json does not name our quantizer.
+
+    No code of ours would be asked: transformers fails in words of its own, or takes the folder for that of a dense model.
+
+    Raises:
+        CheckpointError: the table of layers is missing, or nothing that was written.
+    """
+    config = _config_beside(folder / CONFIG)
+    quantization = config.get(QUANTIZATION)
+    named = isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
+    if config and not named and any(map(_has_own_tensors, sorted(folder.glob("model*.safetensors")))):
+        raise _another_table(folder / CONFIG)
+
+
+def _has_own_tensors(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return any(name.endswith(_OURS) for name in file.keys())  # noqa: SIM118, it is no dictionary
+    except (OSError, SafetensorError):
+        return False  # transformers says what is wrong with it
+
+
+def _another_table(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {QUANTIZATION} that has changed since it was written", "the table as it was written", _DO
+    )
+
+
 def _is_as_written(path: Path) -> bool:
     """Return whether a weight file has checksums, after comparing them."""
     try:
@@ -146,11 +179,7 @@ def _check_config(weights: Path, config: Mapping[str, Any]) -> None:
     )
     path = weights.parent / CONFIG
     if QUANTIZATION in changed:
-        raise CheckpointError(
-            f"{path}: {QUANTIZATION} that has changed since it was written",
-            "the table as it was written",
-            _DO,
-        )
+        raise _another_table(path)
     if changed:
         warnings.warn(
             f"{path} has changed since the model was compressed: {checksums.listed(changed)}", stacklevel=3

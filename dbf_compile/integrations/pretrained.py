@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dbf_compile.checksums import listed
 from dbf_compile.errors import CheckpointError, ConversionError, DBFError
+from dbf_compile.integrations.content import check_method
 from dbf_compile.integrations.experts import linearize_experts_
 from dbf_compile.integrations.loading import Layers, insert_layers_
 from dbf_compile.integrations.opening import loaded, model_class, refuse_others, unreadable
@@ -123,6 +124,7 @@ def _config_of(folder: Path, trust_remote_code: bool) -> Any:
         raise ConversionError(
             f"{folder} without config.json", "the folder of a pretrained model", "check the path"
         )
+    check_method(folder)
     try:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except DBFError:

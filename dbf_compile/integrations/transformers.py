@@ -34,6 +34,7 @@ from dbf_compile.candidates.dense import linears
 from dbf_compile.candidates.tables import embeddings
 from dbf_compile.errors import CheckpointError, ConversionError
 from dbf_compile.factors import FIRST_STAGE, TENSOR_NAMES, DoubleBinaryFactors
+from dbf_compile.integrations.content import METHOD as METHOD
 from dbf_compile.integrations.content import check_content, check_index
 from dbf_compile.integrations.experts import Experts, is_fused, linearize_experts_
 from dbf_compile.integrations.loading import (
@@ -59,7 +60,7 @@ from dbf_compile.integrations.tables import (
 )
 from dbf_compile.linear import WEIGHT_PLACEHOLDER, DoubleBinaryLinear
 
-METHOD, VERSIONS = "dbf", (2, 3)
+VERSIONS = (2, 3)
 
 
 class DBFConfig(QuantizationConfigMixin):

@@ -21,6 +21,7 @@ from support.models.tiny import tiny_llama  # noqa: E402
 import dbf_compile  # noqa: E402
 from dbf_compile.errors import CheckpointError  # noqa: E402
 from dbf_compile.inspection import inspect  # noqa: E402
+from dbf_compile.integrations.pretrained import open_any, open_dense  # noqa: E402
 
 QUICK: dict[str, Any] = {"bits": 4.0, "iterations": 2, "mode": "independent", "distill": 0, "progress": False}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -114,6 +115,26 @@ def test_another_table_of_layers_is_refused(change: Any, whole: Path) -> None:
     edit_config(whole, lambda config: change(config["quantization_config"]))
     with pytest.raises(CheckpointError, match=r"config.json: quantization_config that has changed"):
         load(whole)
+
+
+METHODS: dict[str, Any] = {
+    "none": lambda config: config.pop("quantization_config"),
+    "without a method": lambda config: config["quantization_config"].pop("quant_method"),
+    "of another method": lambda config: config["quantization_config"].update(quant_method="gptq"),
+    "of a method that is no name": lambda config: config["quantization_config"].update(quant_method=["dbf"]),
+    **{
+        repr(value): lambda config, value=value: config.update(quantization_config=value)
+        for value in (None, {}, [], "", 0, False, "dbf", [{"quant_method": "dbf"}])
+    },
+}
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_compressed_weights_without_their_method_are_refused(kind: str, whole: Path) -> None:
+    edit_config(whole, METHODS[kind])
+    for read in (open_any, open_dense, inspect):
+        with pytest.raises(CheckpointError, match=r"config.json: quantization_config that has changed"):
+            read(whole)
 
 
 def test_another_setting_is_said(whole: Path) -> None:
