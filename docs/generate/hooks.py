@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import command_tables
+import llm_tables
 import option_tables
 import pass_tables
 import result_tables
@@ -27,6 +28,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "command": command_tables.table,
     "passes": pass_tables.table,
     **result_tables.GENERATORS,
+    **llm_tables.GENERATORS,
 }
 # Files outside of docs/ that are pages of the site, or pictures of them.
 ELSEWHERE = {
