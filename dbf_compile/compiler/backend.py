@@ -63,9 +63,23 @@ def dbf(
     _log.info("rewrites by pass: %s", rewrites)
     tell_left_dense(gm, weights)
     copy.recompile()
-    inputs = [*example_inputs, *weights.fake_inputs]
-    compiled = inductor.compile_graph(copy, inputs, patches, weights.fingerprint(), run_post_grad_pipeline)
-    return CheckedCall(compiled, weights) if weights.stacks or weights.skipped else compiled
+    run: Callable[..., Any] = copy
+    if not dynamo.within_transform():
+        inputs = [*example_inputs, *weights.fake_inputs]
+        compiled = inductor.compile_graph(
+            copy, inputs, patches, weights.fingerprint(), run_post_grad_pipeline
+        )
+        run = _with_tangents(compiled, copy)
+    return CheckedCall(run, weights) if weights.stacks or weights.skipped else run
+
+
+def _with_tangents(compiled: Callable[..., Any], graph: GraphModule) -> Callable[..., Any]:
+    """Return a function that runs the graph node by node in forward mode: its operators know tangents, compiled code none."""
+
+    def call(*inputs: Any) -> Any:
+        return (graph if dynamo.within_forward_mode() else compiled)(*inputs)
+
+    return call
 
 
 def _reset() -> None:
@@ -74,3 +88,4 @@ def _reset() -> None:
 
 
 dbf.reset = _reset  # type: ignore[attr-defined]  # torch.compiler.reset() calls it
+dbf.traces_within_transforms = True  # type: ignore[attr-defined]  # see registration

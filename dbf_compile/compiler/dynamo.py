@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
 from torch._dispatch.python import enable_python_dispatcher
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.fx import Graph, GraphModule, Node
 
 # Why an input of a graph has no data.
@@ -41,6 +44,26 @@ def copy_graph(gm: GraphModule) -> GraphModule:
 def symbolic_sizes() -> AbstractContextManager[Any]:
     """Return a context in which torch functions take fake tensors of symbolic sizes; torch 2.13 needs none."""
     return enable_python_dispatcher() if torch.__version__ < "2.13" else nullcontext()
+
+
+def within_transform() -> bool:
+    """Return whether a transform of ``torch.func`` is around this call; Dynamo guards it."""
+    return peek_interpreter_stack() is not None
+
+
+def outside_transforms() -> AbstractContextManager[Any]:
+    """Return a context in which new tensors belong to no transform of ``torch.func``."""
+    return temporarily_clear_interpreter_stack()
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Return whether a tensor is one of many, or a derivative, for a transform of ``torch.func``."""
+    return bool(is_functorch_wrapped_tensor(tensor))
+
+
+def within_forward_mode() -> bool:
+    """Return whether inputs may have tangents, which compiled code loses without a word; Dynamo does not guard it."""
+    return forward_ad._current_level >= 0
 
 
 def is_static_input(node: Node) -> bool:

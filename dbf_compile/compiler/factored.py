@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from dbf_compile.compiler import dynamo
 from dbf_compile.compression.jobs import joined
 from dbf_compile.compression.layers import LayerFactorizer
 from dbf_compile.errors import ConversionError
@@ -163,7 +164,7 @@ class FactorMemory:
             WeightError: a weight cannot be factored.
             ConversionError: a weight has changed whose factors are ready ones.
         """
-        with self._lock:
+        with self._lock, dynamo.outside_transforms():
             self._entries = {key: entry for key, entry in self._entries.items() if entry.state.is_alive()}
             keys = [_key(factorizer, stack, inputs) for stack in stacks]
             missing = {

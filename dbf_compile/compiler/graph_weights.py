@@ -165,7 +165,7 @@ class GraphWeights:
 
 def is_plain(value: Any) -> bool:
     """Return whether ``value`` is a tensor with data of its own in strides: no fake one, no subclass such as DTensor."""
-    if not dynamo.is_real(value) or type(value) not in (Tensor, nn.Parameter):
+    if not dynamo.is_real(value) or type(value) not in (Tensor, nn.Parameter) or dynamo.is_transformed(value):
         return False
     return bool(value.layout == torch.strided and not value.is_quantized)
 
@@ -178,6 +178,8 @@ def _why_no_matrix(value: Any) -> str | None:
         return "on the meta device"
     if not dynamo.is_real(value):
         return dynamo.WITHOUT_DATA
+    if dynamo.is_transformed(value):
+        return "with a weight that torch.func batches or differentiates"
     return f"with a weight of the class {type(value).__name__}"
 
 
