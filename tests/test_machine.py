@@ -70,3 +70,31 @@ def test_the_number_of_threads_is_restored_and_the_idle_team_ends(failing):
     team.join(10)
     assert not team.is_alive()
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "gains"),
+    [
+        ("flags\t\t: fpu avx2 avx512_bf16 fma\n", True),
+        ("flags\t\t: fpu amx_bf16\n", True),
+        ("processor : 0\nflags\t\t: fpu avx512f\n", False),
+        ("Features : fp asimd\n", False),
+    ],
+)
+def test_the_processor_says_whether_bfloat16_products_are_fast(tmp_path, monkeypatch, text, gains):
+    description = tmp_path / "cpuinfo"
+    description.write_text(text)
+    monkeypatch.setattr(machine, "_PROCESSOR", description)
+    asked = machine.multiplies_bfloat16.__wrapped__
+    assert asked("cpu") is gains
+    assert not asked("meta")
+    monkeypatch.setattr(machine, "_PROCESSOR", tmp_path / "absent")
+    assert not asked("cpu")
+
+
+def test_narrow_products_round_only_where_the_device_gains(monkeypatch):
+    x = torch.randn(3, 5)
+    for gains, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(machine, "multiplies_bfloat16", lambda kind, gains=gains: gains)
+        with machine.narrow_products(x.device):
+            assert (x @ x.T).dtype == dtype

@@ -4,7 +4,8 @@ The weighted matrix [P, Q] is approximated by ``leftᵀ · right`` with left [M,
 the left factor and then the right one. An update holds the other factor fixed: its rows, scaled to norm 1 and averaged
 over iterations, are the ``basis``.
 
-    solution = (basis · basisᵀ + (ridge + rho) I)⁻¹ (basis · target + rho (primal − leak · dual))
+    anchor   = primal − leak · dual
+    solution = (basis · basisᵀ + (ridge + rho) I)⁻¹ (basis · target + rho · anchor)
     point    = relaxation · solution + (1 − relaxation) · primal + leak · dual
     primal   = sign(point) ⊙ rank_one(|point|)
     dual     = point − primal
@@ -24,7 +25,16 @@ both start at 0.12.
 With whole metrics L̃, R̃ (unit diagonals) the first line becomes
 
     basis · L̃ · basisᵀ = V μ Vᵀ,  R̃ = U λ Uᵀ
-    solution = V [ (Vᵀ (basis · L̃ · target · R̃ + rho (primal − leak · dual)) U) ⊘ (μ λᵀ + ridge + rho) ] Uᵀ
+    solution = V [ (Vᵀ (basis · L̃ · target · R̃ + rho · anchor) U) ⊘ (μ λᵀ + ridge + rho) ] Uᵀ
+
+Without metrics the solution is computed as what it adds to a share of the anchor, in the smaller of the two spaces:
+
+    share = rho / (ridge + rho),  rest = target − share · basisᵀ · anchor
+    solution = share · anchor + basis · (basisᵀ · basis + (ridge + rho) I)⁻¹ · rest        M > P
+             = share · anchor + (basis · basisᵀ + (ridge + rho) I)⁻¹ · basis · rest        M ≤ P
+
+Towards the end ``rest`` is the error of the factors, and small. So what is multiplied may be rounded to bfloat16: the
+rounding changes the step, not what it leads to. Rounding what the first line multiplies raised errors by up to 2.2 times.
 
 Source: Boža and Macko (arXiv 2505.11076). The splitting is theirs; updates and schedule are our own, found by search on
 pretrained weights (``benchmarks/results/factorizer.md`` has the experiments). An update takes one solve and one Cholesky
@@ -46,8 +56,11 @@ from dbf_compile.errors import WeightError
 from dbf_compile.factorizer.projection import TINY, rank_one, signs_of
 from dbf_compile.factorizer.refine import Product
 from dbf_compile.factorizer.weighted import WeightedWeight, apply_metrics
+from dbf_compile.machine import multiplies_bfloat16
 
 _POWER_ITERATIONS = 1  # in an update; they start from the magnitude of the last update
+_NARROW_PRODUCTS = 2**25  # multiplications of a product, from which rounding to bfloat16 is worth its time
+_PANEL = 256  # rows of a symmetric product that are computed at once
 
 
 class Coefficients(NamedTuple):
@@ -89,6 +102,11 @@ class Subproblem(NamedTuple):
     target: Tensor
     basis_metric: Tensor | None
     spectrum: tuple[Tensor, Tensor] | None
+
+    @property
+    def has_metric(self) -> bool:
+        """Whether a metric is no identity."""
+        return self.basis_metric is not None or self.spectrum is not None
 
 
 class Problem(NamedTuple):
@@ -173,26 +191,28 @@ class Factor:
         self.columns = primal.new_full((batch, size), size**-0.5) if columns is None else columns
         self.basis = self.primal / (self.rows[..., None] + TINY)
         # Buffers: fresh memory costs more than the element-wise steps that write to it.
-        self._right_side, self._point = torch.empty_like(self.primal), torch.empty_like(self.primal)
+        self._spare, self._point = torch.empty_like(self.primal), torch.empty_like(self.primal)
 
     def update(self, subproblem: Subproblem, basis: Tensor, coefficients: Coefficients) -> None:
         """Update this factor, with the other one fixed as ``basis`` [B, M, P]."""
-        right_side, point = self._right_side, self._point
-        torch.matmul(basis, subproblem.target, out=right_side)
-        right_side.add_(
-            torch.sub(self.primal, self.dual, alpha=coefficients.leak, out=point), alpha=coefficients.rho
-        )
-        _solve(subproblem, basis, right_side, coefficients, out=point)
-        torch.lerp(self.primal, point, coefficients.relaxation, out=point)
-        point.add_(self.dual, alpha=coefficients.leak)
-        magnitude = torch.abs(point, out=right_side)
+        point, relaxation, leak = self._point, coefficients.relaxation, coefficients.leak
+        anchor = torch.sub(self.primal, self.dual, alpha=leak, out=point)
+        if subproblem.has_metric:
+            torch.matmul(basis, subproblem.target, out=self._spare).add_(anchor, alpha=coefficients.rho)
+            _solve(subproblem, basis, self._spare, coefficients, out=point)
+            torch.lerp(self.primal, point, relaxation, out=point).add_(self.dual, alpha=leak)
+        else:
+            share, step = _step(subproblem.target, basis, anchor, coefficients)
+            torch.mul(self.primal, 1 - relaxation + relaxation * share, out=point)
+            point.addcmul_(self.dual, leak - leak * relaxation * share).add_(step, alpha=relaxation)
+        magnitude = torch.abs(point, out=self._spare)
         if self._fixed:
             self.rows = (magnitude @ self.columns[..., None])[..., 0]
         else:
             self.rows, self.columns = rank_one(magnitude, _POWER_ITERATIONS, self.columns)
         torch.mul(self.rows[..., None], self.columns[..., None, :], out=self.primal).copysign_(point)
         torch.sub(point, self.primal, out=self.dual)
-        unit = torch.div(self.primal, self.rows[..., None] + TINY, out=right_side)
+        unit = torch.div(self.primal, self.rows[..., None] + TINY, out=self._spare)
         torch.lerp(unit, self.basis, coefficients.averaging, out=self.basis)
 
 
@@ -251,18 +271,67 @@ def run_admm(
     ]
 
 
+def _step(target: Tensor, basis: Tensor, anchor: Tensor, coefficients: Coefficients) -> tuple[Tensor, Tensor]:
+    """Return the share [B, 1, 1] of the anchor in the solution, and what the solution adds to it [B, M, Q].
+
+    The head of this file has the formulas.
+
+    Args:
+        target: [B, P, Q].
+        basis: [B, M, P].
+        anchor: [B, M, Q].
+        coefficients: of the iteration.
+    """
+    mid_features = basis.shape[-2]
+    narrow = mid_features * target.shape[-2] * target.shape[-1] >= _NARROW_PRODUCTS
+    dtype = torch.bfloat16 if narrow and multiplies_bfloat16(basis.device.type) else torch.float32
+    rounded = basis.to(dtype)
+    wide = mid_features > target.shape[-2]
+    # Where it is wide, in float32: an entry may be a thousand times the shift.
+    normal = _gram(rounded.float().mT if wide else rounded)
+    diagonal = normal.diagonal(dim1=-2, dim2=-1)
+    shift = coefficients.ridge * diagonal.sum(-1) / mid_features + coefficients.rho
+    share = (coefficients.rho / shift)[..., None, None]
+    rest = target - share * _product(rounded.mT, anchor.to(dtype))
+    inverse = _inverse(normal, shift)
+    if wide:
+        return share, _product(rounded, (inverse @ rest).to(dtype))
+    return share, inverse @ _product(rounded, rest.to(dtype)).float()
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """Return the lower triangle of ``rows · rowsᵀ`` [B, R, R] in float32; above it is anything."""
+    count = rows.shape[-2]
+    gram = rows.new_zeros(*rows.shape[:-1], count, dtype=torch.float32)
+    for start in range(0, count, _PANEL):
+        end = min(count, start + _PANEL)
+        gram[..., start:end, :end] = _product(rows[..., start:end, :], rows[..., :end, :].mT)
+    return gram
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``left · right`` of two batches. A batch of one is multiplied as a matrix, whose transpose is not copied."""
+    return (left[0] @ right[0])[None] if len(left) == 1 else left @ right
+
+
+def _inverse(normal: Tensor, shift: Tensor) -> Tensor:
+    """Return ``(normal + shift I)⁻¹`` of lower triangles [B, M, M]. A failure leaves NaN, which run_admm reports.
+
+    One product with the inverse takes less time than two triangular solves, and keeps the row-major layout that the
+    element-wise steps after it need.
+    """
+    normal.diagonal(dim1=-2, dim2=-1).add_(shift[..., None])
+    return torch.cholesky_inverse(torch.linalg.cholesky_ex(normal)[0])
+
+
 def _solve(
     subproblem: Subproblem, basis: Tensor, right_side: Tensor, coefficients: Coefficients, out: Tensor
 ) -> None:
     """Write the solution of the normal equations to ``out`` [B, M, Q]; the head of this file has the formula."""
     normal = apply_metrics(basis, None, subproblem.basis_metric) @ basis.mT
-    diagonal = normal.diagonal(dim1=-2, dim2=-1)
-    ridge = coefficients.ridge * diagonal.mean(-1)
+    ridge = coefficients.ridge * normal.diagonal(dim1=-2, dim2=-1).mean(-1)
     if subproblem.spectrum is None:
-        diagonal.add_((ridge + coefficients.rho)[..., None])
-        # One product with the inverse takes less time than two triangular solves, and keeps the row-major layout
-        # that the element-wise steps after it need. A failure leaves NaN, which run_admm reports at the end.
-        torch.matmul(torch.cholesky_inverse(torch.linalg.cholesky_ex(normal)[0]), right_side, out=out)
+        torch.matmul(_inverse(normal, ridge + coefficients.rho), right_side, out=out)
         return
     values, vectors = subproblem.spectrum
     inner_values, inner_vectors = torch.linalg.eigh(normal)

@@ -158,19 +158,27 @@ def flip_signs(target: Tensor, product: Product, column_metric: Tensor | None = 
     """
     rows, weighted, fields = _fields(target, product, column_metric)
     normal = weighted @ rows.T
-    signs, scale = product.signs_out.clone(), product.scale_out[:, None]
+    result = product.signs_out.clone()
+    # Rows that no flip improves are done. The others, fewer and fewer, are kept beside each other.
+    open_rows = torch.arange(len(result), device=result.device)
+    signs, scale = result.clone(), product.scale_out[:, None]
     own = scale.square() * normal.diagonal()
     threshold = -_LEAST_GAIN * own.mean(1)
     for _ in range(_MAX_FLIPS):
         change, column = torch.min(scale * signs * fields + own, dim=1)  # a quarter of the change of J
-        flipping = torch.nonzero(change < threshold)[:, 0]
-        if flipping.numel() == 0:
+        going_on = torch.nonzero(change < threshold)[:, 0]
+        if going_on.numel() < open_rows.numel():
+            result[open_rows] = signs
+            open_rows, signs, scale, own, threshold, fields, column = (
+                item[going_on] for item in (open_rows, signs, scale, own, threshold, fields, column)
+            )
+        if open_rows.numel() == 0:
             break
-        column = column[flipping]
-        step = 2 * scale[flipping, 0] * signs[flipping, column]
-        fields[flipping] += step[:, None] * normal[column]
-        signs[flipping, column] *= -1
-    return product._replace(signs_out=signs)
+        place = torch.arange(len(open_rows), device=result.device)
+        fields += (2 * scale[:, 0] * signs[place, column])[:, None] * normal[column]
+        signs[place, column] *= -1
+    result[open_rows] = signs
+    return product._replace(signs_out=result)
 
 
 def _fields(target: Tensor, product: Product, column_metric: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,17 @@ from support.weights import correlations, gaussian, random_importance
 
 from dbf_compile.errors import WeightError
 from dbf_compile.factorizer import admm
-from dbf_compile.factorizer.admm import Coefficients, Factor, Problem, Subproblem, _solve, _spectrum, run_admm
+from dbf_compile.factorizer.admm import (
+    Coefficients,
+    Factor,
+    Problem,
+    Subproblem,
+    _gram,
+    _solve,
+    _spectrum,
+    _step,
+    run_admm,
+)
 from dbf_compile.factorizer.factorize import FactorizerConfig, factorize, weighted_error
 from dbf_compile.factorizer.importance import Importance
 from dbf_compile.factorizer.projection import signs_of
@@ -47,6 +57,40 @@ def test_an_update_solves_its_normal_equations(mid, rows, columns, seed, coupled
     back = normal @ solution @ (torch.eye(columns)[None] if right is None else right) + shift * solution
     # float32; the shift bounds the condition number by about 10.
     torch.testing.assert_close(back, right_side, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.integers(1, 7), SEEDS)
+def test_a_step_adds_to_a_share_of_the_anchor_what_solves_the_normal_equations(
+    narrow, batch, mid, rows, columns, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    target, basis, anchor = (
+        torch.randn(batch, *shape, generator=generator)
+        for shape in ((rows, columns), (mid, rows), (mid, columns))
+    )
+    basis = torch.nn.functional.normalize(basis, dim=-1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(admm, "_NARROW_PRODUCTS", 0)
+        patch.setattr(admm, "multiplies_bfloat16", lambda kind: narrow)
+        share, step = _step(target, basis, anchor, STEADY)
+    exact = basis.double()
+    normal = exact @ exact.mT
+    shift = STEADY.rho + STEADY.ridge * normal.diagonal(dim1=-2, dim2=-1).mean(-1)
+    normal.diagonal(dim1=-2, dim2=-1).add_(shift[:, None])
+    solution = torch.linalg.solve(normal, exact @ target.double() + STEADY.rho * anchor.double())
+    error = torch.linalg.vector_norm(share * anchor + step - solution) / torch.linalg.vector_norm(solution)
+    # bfloat16 has 8 bits; a sum of errors may be some times one.
+    assert error < (0.03 if narrow else 1e-4)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 3), (5, 1), (7, 11), (9, 4)])
+def test_panels_of_a_symmetric_product_fill_its_lower_triangle(monkeypatch, rows, columns):
+    monkeypatch.setattr(admm, "_PANEL", 4)
+    factor = gaussian(rows, columns)[None]
+    torch.testing.assert_close(_gram(factor).tril(), (factor @ factor.mT).tril())
+    torch.testing.assert_close(_gram(factor.expand(2, -1, -1))[1].tril(), (factor @ factor.mT)[0].tril())
 
 
 @settings(deadline=None)
