@@ -108,7 +108,7 @@ def check_signs(draw: Draw) -> bool:
     wide = [None if scale is None else scale.double() for scale in scales]
     exact = sign_matmul(x.double(), signs, *wide, dtype=torch.float64, interleaved=settings["interleaved"])
     scaled = x.double() if wide[0] is None else x.double() * wide[0]
-    rounding = columns * scaled.abs().amax(-1, keepdim=True) * (2.0**-14 if settings["fast"] else 2.0**-21)
+    rounding = columns * scaled.abs().amax(-1, keepdim=True) * (2.0**-13 if settings["fast"] else 2.0**-21)
     after = torch.ones(rows, dtype=torch.float64) if wide[1] is None else wide[1].abs()
     return near(y, exact, rounding * after) and check_layers(draw, x)
 
