@@ -27,6 +27,7 @@ WHOLE_HOUSE = "test_house.py"
 TESTED_ELSEWHERE = {
     "dbf_compile/doctor": "test_cli.py",
     "dbf_compile/inspection": "test_cli.py",
+    "dbf_compile/run/calibration_data": "run/test_own_text.py",
     "dbf_compile/keywords": "test_options.py",
     "dbf_compile/records": "test_options.py",
     "dbf_compile/compiler/ir": "compiler/test_lowerings.py",

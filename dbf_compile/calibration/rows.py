@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dbf_compile.errors import ConversionError
+from dbf_compile.integrations.chat_templates import rendered
 
 SEPARATOR = "\n\n"  # between documents, as usual in evaluations of perplexity
 _CHATS = ("messages", "conversations", "conversation")
@@ -202,7 +203,7 @@ def _rendered(messages: Iterable[Mapping[str, Any]], tokenizer: Any) -> str:
             "set tokenizer.chat_template, or pass column=... to name a column of texts",
         )
     try:
-        text: str = tokenizer.apply_chat_template([_message(one) for one in messages], tokenize=False)
+        text = rendered(tokenizer, [_message(one) for one in messages])
     except Exception as error:  # whatever a template raises
         raise ConversionError(
             f"a conversation that the chat template does not take ({error})",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -13,6 +12,8 @@ from torch import Tensor
 from dbf_compile.errors import ConversionError, OptionError
 
 Message = Mapping[str, str]
+# Takes the place of transformers' function of that name within a template.
+_FIXED_DAY = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}"
 _PRIVATE_USE = range(0xE000, 0xF900)
 
 
@@ -90,7 +91,7 @@ def before_messages(tokenizer: Any, turns: int) -> list[list[int]] | None:
     mark = chr(_PRIVATE_USE[0])
     messages = [{"role": role, "content": mark} for _ in range(turns) for role in ("user", "assistant")]
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=on_a_fixed_day))
+        text = rendered(tokenizer, messages)
     except Exception:  # as above
         return None
     pieces = text.split(mark)[:-1]
@@ -99,9 +100,18 @@ def before_messages(tokenizer: Any, turns: int) -> list[list[int]] | None:
     return [list(tokenizer(piece, add_special_tokens=False)["input_ids"]) for piece in pieces]
 
 
-def on_a_fixed_day(form: str) -> str:
-    """Return a date for templates that write today's: text to calibrate with is to be the same tomorrow."""
-    return datetime(2024, 7, 26, tzinfo=UTC).strftime(form)
+def rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
+    """Return a conversation as text, the same every day: a date that a template writes is a fixed one.
+
+    Args:
+        tokenizer: of transformers, with a chat template.
+        messages: of the conversation.
+    """
+    settings: dict[str, Any] = {}
+    if "strftime_now" in str(getattr(tokenizer, "chat_template", "")):
+        settings = {"chat_template": _FIXED_DAY + str(tokenizer.get_chat_template())}
+    text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, **settings)
+    return text
 
 
 def _rendered(tokenizer: Any, messages: list[dict[str, str]], settings: Mapping[str, Any]) -> str:

@@ -2,8 +2,8 @@
 
     token_t ~ softmax(logits(token_1 … token_{t−1}) / temperature),  of the top_k likeliest
 
-No window is padded. A row is given the tokens that its text begins with one by one, as if it had drawn them; where it ends a text,
-it is given the beginning of the next. So all rows are equally long at any time, and a step is one token of each: over our own
+No window is padded. The tokens that its text begins with are forced on a row one by one, as if it had drawn them; where it ends a
+text, the beginning of the next follows. So all rows are equally long at any time, and a step is one token of each: over our own
 cache where a model fits it (:mod:`dbf_compile.integrations.steps`), else within ``generate`` of transformers.
 """
 
@@ -189,26 +189,26 @@ class _Chooser(transformers.LogitsProcessor):  # type: ignore[misc]
 
 
 class _Row:
-    """A window on its way: texts one after the other, each of pieces that are given and of what the model writes between."""
+    """A window on its way: texts one after the other, each of pieces that are forced and of what the model writes between."""
 
     def __init__(self, texts: Iterator[list[list[int]]], ends: frozenset[int]) -> None:
         self._texts, self._ends = texts, ends
         self._pieces: deque[list[int]] = deque()
-        self._given: deque[int] = deque()
+        self._forced: deque[int] = deque()
         self.tokens: list[int] = []
         self._begin()
-        self.tokens.append(self._given.popleft())
+        self.tokens.append(self._forced.popleft())
 
     def put(self, drawn: int) -> None:
-        """Add the next token: one that is given, else the one that the model has drawn."""
-        if self._given:
-            self.tokens.append(self._given.popleft())
+        """Add the next token: one that is forced, else the one that the model has drawn."""
+        if self._forced:
+            self.tokens.append(self._forced.popleft())
             return
         self.tokens.append(drawn)
         is_end = drawn in self._ends
         if self._pieces and (is_end or self._pieces[0][:1] == [drawn]):
             piece = self._pieces.popleft()
-            self._given.extend(piece[piece.index(drawn) + 1 :] if drawn in piece else piece)
+            self._forced.extend(piece[piece.index(drawn) + 1 :] if drawn in piece else piece)
         elif is_end:
             self._begin()
 
@@ -220,7 +220,7 @@ class _Row:
     def _begin(self) -> None:
         self._pieces.extend(next(self._texts))
         self._is_conversation, self._began = len(self._pieces) > 1, len(self.tokens)
-        self._given.extend(self._pieces.popleft())
+        self._forced.extend(self._pieces.popleft())
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

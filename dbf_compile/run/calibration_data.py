@@ -1,4 +1,4 @@
-"""What a run calibrates, trains and judges with: given text by kind, ready batches, and text that the model writes itself."""
+"""What a run calibrates, trains and judges with: text by kind, ready batches, and text that the model writes itself."""
 
 from __future__ import annotations
 

@@ -107,11 +107,11 @@ class Request:
         if tokenizer is None and batches is None:
             tokenizer = _tokenizer(source, config, data is not None)
         device = chosen_device(config.device)
-        given, config = CalibrationData.of(source.model, config, data, batches, tokenizer, device)
-        batch = to_device(next(iter(given.calibrating), None), next(source.model.parameters()).device)
+        texts, config = CalibrationData.of(source.model, config, data, batches, tokenizer, device)
+        batch = to_device(next(iter(texts.calibrating), None), next(source.model.parameters()).device)
         _check_original(source, batch)
         source = replace(source, original=None)
-        return Request(source, output, config, tokenizer, given, device)
+        return Request(source, output, config, tokenizer, texts, device)
 
     @property
     def calibrating(self) -> list[Any]:

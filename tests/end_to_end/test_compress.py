@@ -325,12 +325,21 @@ def test_a_model_of_which_little_is_factored_gives_a_warning(dense, tmp_path):
         compress(dense, tmp_path / "made", mode="independent", skip=["*mlp*", "*lm_head"], distill=0)
 
 
-def test_without_data_random_tokens_are_used(dense, tmp_path):
-    made = compress(dense, tmp_path / "made", data=None)
-    assert (
-        made.report["data"]["source"] == "random tokens" and made.report["settings"]["mode"] == "independent"
-    )
-    assert made.report["evaluation"] in ({}, None)
+def test_without_data_the_model_writes_text_itself(dense, tmp_path):
+    result = compress(dense, tmp_path / "made", data=None, own_text=None)
+    data, settings = result.report["data"], result.report["settings"]
+    assert data["kinds"] == {
+        "own text": {"source": "written by the model itself", "windows": 8, "tokens": 8 * 16}
+    }
+    assert settings["mode"] == "sequential" and result.report["evaluation"]["kl"] > 0
+    assert result.report["time"]["write"] > 0 and "one kind of text alone" not in str(result)
+
+
+def test_without_data_and_text_of_its_own_random_tokens_are_used(dense, tmp_path):
+    result = compress(dense, tmp_path / "made", data=None)
+    data, settings = result.report["data"], result.report["settings"]
+    assert data["source"] == "random tokens" and settings["mode"] == "independent"
+    assert result.report["evaluation"] in ({}, None)
 
 
 def test_allocated_budgets_and_kronecker_curvature(dense, tmp_path):

@@ -23,7 +23,14 @@ from dbf_compile.errors import CheckpointError  # noqa: E402
 from dbf_compile.inspection import inspect  # noqa: E402
 from dbf_compile.integrations.pretrained import open_any, open_dense  # noqa: E402
 
-QUICK: dict[str, Any] = {"bits": 4.0, "iterations": 2, "mode": "independent", "distill": 0, "progress": False}
+QUICK: dict[str, Any] = {
+    "bits": 4.0,
+    "iterations": 2,
+    "mode": "independent",
+    "own_text": 0,
+    "distill": 0,
+    "progress": False,
+}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DOWN = "model.layers.0.mlp.down_proj"
 

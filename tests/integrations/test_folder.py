@@ -98,7 +98,7 @@ def test_generation_settings_of_a_folder_go_along_as_they_are(dense: Path, tmp_p
         json.dumps({**json.loads(content), "temperature": 0.5})
     )  # save_pretrained would refuse it
     try:
-        options: dict[str, Any] = {"iterations": 2, "mode": "independent", "distill": 0, "progress": False}
+        options: dict[str, Any] = {"iterations": 2, "own_text": 0, "distill": 0, "progress": False}
         made = dbf_compile.compress(dense, tmp_path / "made", **options)
         assert (made.folder / path.name).read_text() == path.read_text()
     finally:
@@ -116,7 +116,7 @@ def test_a_tokenizer_that_cannot_be_saved_is_refused(tmp_path: Path, monkeypatch
 def test_a_model_in_memory_takes_its_tokenizer_along(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    options: dict[str, Any] = {"iterations": 2, "mode": "independent", "distill": 0, "progress": False}
+    options: dict[str, Any] = {"iterations": 2, "own_text": 0, "distill": 0, "progress": False}
     made = dbf_compile.compress(tiny_llama(), tmp_path / "made", tokenizer=tiny_tokenizer(), **options)
     assert (
         AutoTokenizer.from_pretrained(made.folder)("ab")["input_ids"] == tiny_tokenizer()("ab")["input_ids"]

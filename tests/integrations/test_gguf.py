@@ -19,7 +19,14 @@ from dbf_compile.errors import CheckpointError, ConversionError
 from dbf_compile.integrations import pretrained
 
 TOKENS = torch.arange(4, 20)[None]
-QUICK: dict[str, Any] = {"bits": 4.0, "iterations": 2, "mode": "independent", "distill": 0, "progress": False}
+QUICK: dict[str, Any] = {
+    "bits": 4.0,
+    "iterations": 2,
+    "mode": "independent",
+    "own_text": 0,
+    "distill": 0,
+    "progress": False,
+}
 
 
 @pytest.fixture

@@ -16,7 +16,14 @@ import dbf_compile
 from dbf_compile.errors import ConversionError
 from dbf_compile.integrations import origins, pretrained
 
-QUICK: dict[str, Any] = {"bits": 4.0, "iterations": 2, "mode": "independent", "distill": 0, "progress": False}
+QUICK: dict[str, Any] = {
+    "bits": 4.0,
+    "iterations": 2,
+    "mode": "independent",
+    "own_text": 0,
+    "distill": 0,
+    "progress": False,
+}
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from dbf_compile.errors import CheckpointError, ConversionError
 from dbf_compile.integrations.tables import check_entries
 from dbf_compile.tables import QuantizedEmbedding, QuantizedLinear
 
-FAST: dict[str, Any] = {"bits": 3.0, "iterations": 2, "progress": False}
+FAST: dict[str, Any] = {"bits": 3.0, "iterations": 2, "own_text": 0, "progress": False}
 IDS = torch.arange(6)[None] * 7
 
 

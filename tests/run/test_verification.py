@@ -23,7 +23,14 @@ from dbf_compile.options import CompressOptions
 from dbf_compile.run.request import Request
 from dbf_compile.run.verification import changed_tensors, differences, random_batch
 
-QUICK: dict[str, Any] = {"bits": 4.0, "iterations": 2, "mode": "independent", "distill": 0, "progress": False}
+QUICK: dict[str, Any] = {
+    "bits": 4.0,
+    "iterations": 2,
+    "mode": "independent",
+    "own_text": 0,
+    "distill": 0,
+    "progress": False,
+}
 
 
 def batches(count: int = 2) -> list[dict[str, torch.Tensor]]:

@@ -15,6 +15,7 @@ FAST: dict[str, Any] = {
     "iterations": 3,
     "length": 16,
     "windows": 8,
+    "own_text": 0,
     "holdout": 2,
     "tune": 1,
     "refine": 1,
