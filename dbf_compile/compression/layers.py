@@ -56,7 +56,7 @@ class LayerFactorizer:
         config: bits, overrides, skips and settings of the factorizer.
         importance: layer name to second moments, as made by ``calibrate``.
         ready: path of a checkpoint; the layers in it are not factored again.
-        allocation: the middle dimension R of every weight; None to give all layers their bits.
+        allocation: the middle dimension R of every weight that no override names; None to give all layers their bits.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -200,7 +200,7 @@ class LayerFactorizer:
             stacked = None
         else:
             stacked = Importance.stack([item or Importance() for item in measured], rows)
-        if self._mid_features is None:
+        if self._mid_features is None or self.override_for(names[0]) is not None:
             mid_features = mid_features_for(self._bits_for(keys[0]), weights[0].shape[1], sum(rows))
         elif joined(keys) in self._mid_features:
             mid_features = self._mid_features[joined(keys)]
@@ -208,7 +208,7 @@ class LayerFactorizer:
             raise ConversionError(
                 f"an allocation without {joined(keys)!r}",
                 f"one that has {', '.join(self._mid_features)}",
-                "allocate for this model with the same skip and merge_shared_inputs",
+                "allocate for this model with the same skip, overrides and merge_shared_inputs",
             )
         return FactorJob(tuple(names), tuple(weights), stacked, mid_features)
 
@@ -282,7 +282,7 @@ def factorize_model(
         model: any module; its weights are read, not changed.
         config: bits, overrides, skips and settings of the factorizer.
         importance: layer name to second moments, as made by ``calibrate``.
-        allocation: what ``allocate`` returned for this model, or R by name, in place of the bits of ``config``.
+        allocation: what ``allocate`` returned for this model, or R by name, for layers that no override names.
         **options: fields of ``config`` as keywords, which win over it.
 
     Returns:
@@ -356,7 +356,7 @@ def convert_(
             then count, where they are passed as keywords.
         config: bits, overrides, skips and settings of the factorizer.
         importance: layer name to second moments, as made by ``calibrate``.
-        allocation: what ``allocate`` returned for this model, or R by name, in place of ``bits_per_weight``.
+        allocation: what ``allocate`` returned for this model, or R by name, for layers that no override names.
         **options: fields of ``config`` as keywords, which win over it.
 
     Returns:

@@ -13,6 +13,7 @@ import dbf_compile
 from dbf_compile import AllocationConfig, CompressionConfig, DoubleBinaryLinear
 from dbf_compile.compression.layers import LayerFactorizer, stacks_of
 from dbf_compile.errors import ConversionError, OptionError
+from dbf_compile.factors import mid_features_for
 
 FAST: dict[str, Any] = {"bits_per_weight": 3.0, "preset": "fast", "iterations": 10, "progress": False}
 
@@ -80,6 +81,19 @@ def test_an_allocation_is_taken_as_it_is(block: Block) -> None:
     assert converted.down_proj.mid_features == allocation.mid_features["down_proj"]
     with pytest.raises(ConversionError, match="allocation without 'q_proj'"):
         dbf_compile.convert_(block, allocation=allocation, merge_shared_inputs=False, **FAST)
+
+
+def test_overrides_win_over_an_allocation(block: Block) -> None:
+    options = FAST | {"overrides": {"down_proj": 5.0}}
+    allocation = dbf_compile.allocate(block, config=AllocationConfig(**FAST, multiple=8))
+    converted = dbf_compile.convert_(copy.deepcopy(block), allocation=allocation, **options)
+    assert converted.down_proj.mid_features == mid_features_for(5.0, 96, 64)
+    assert converted.gate_proj.mid_features == allocation.mid_features["gate_proj + up_proj"]
+    with_it = dbf_compile.allocate(block, config=AllocationConfig(**options, multiple=8))
+    both = dbf_compile.convert_(copy.deepcopy(block), allocation=with_it, **options)
+    assert both.down_proj.mid_features == with_it.mid_features["down_proj"] == mid_features_for(5.0, 96, 64)
+    with pytest.raises(ConversionError, match=r"allocation without 'k_proj'.*same skip, overrides and"):
+        dbf_compile.convert_(block, allocation=allocation, **FAST, overrides={"q_proj": 5.0})
 
 
 def test_unknown_keywords_and_nothing_to_convert_are_refused(block: Block) -> None:
