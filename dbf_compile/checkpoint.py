@@ -200,7 +200,11 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
         try:
             with safe_open(path, framework="pt") as file:
                 yield file
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
+            raise CheckpointError(
+                f"a file that cannot be opened ({error})", "a file that can be read", "check who may read it"
+            ) from error
+        except SafetensorError as error:
             if _looks_like_safetensors(path):
                 raise CheckpointError(
                     f"a safetensors file that is cut short or damaged ({error})", "a whole file", _MAKE_AGAIN
@@ -329,7 +333,7 @@ def _check_content(path: str | os.PathLike[str]) -> None:
         raise CheckpointError(
             f"content that has changed since it was written: {checksums.listed(changed)}",
             "a file as it was written",
-            _MAKE_AGAIN,
+            "copy it again from where it was written, or save the factors again",
         )
 
 

@@ -132,7 +132,13 @@ def _check_files(files: Sequence[Path], model: nn.Module, rename: Callable[[str]
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118, it is no dictionary
                     shapes[rename(key)] = tuple(file.get_slice(key).get_shape())
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: a file that cannot be opened ({error})",
+                "a file that can be read",
+                "check who may read it",
+            ) from error
+        except SafetensorError as error:
             raise CheckpointError(f"{path}: {error}", "a whole safetensors file", _DAMAGED) from error
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     for name, tensor in model.state_dict().items():

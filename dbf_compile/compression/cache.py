@@ -44,7 +44,7 @@ class FactorCache:
         try:
             return checkpoint.load(path)[_LAYER] if path.exists() else None
         except (CheckpointError, KeyError, OSError) as error:
-            self._warn(f"ignoring a damaged file of the factor cache: {error}")
+            self._warn(f"ignoring a file of the factor cache: {error}")
             return None
 
     def put(self, key: str, factors: DoubleBinaryFactors) -> None:

@@ -26,7 +26,7 @@ from filelock import FileLock
 from dbf_compile.errors import CheckpointError, ConversionError
 from dbf_compile.files import cache_folder, new_folder_mode, write_text
 from dbf_compile.integrations.bars import bars_of_gguf
-from dbf_compile.integrations.gguf_header import SOURCE, Header, damaged, read_header
+from dbf_compile.integrations.gguf_header import SOURCE, Header, cut_short, damaged, read_header
 from dbf_compile.integrations.gguf_settings import (
     ROPE_FACTORS,
     adapt_config_,
@@ -105,7 +105,7 @@ def _check_content(path: Path, header: Header) -> None:
             weights *= axis
         end = max(end, header.content + tensor.offset + weights // count * size)
     if end > header.size:
-        raise damaged(path, f"{header.size:,} bytes of {end:,}")
+        raise cut_short(path, f"{header.size:,} bytes of {end:,}")
 
 
 def _key(path: Path) -> str:

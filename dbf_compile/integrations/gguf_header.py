@@ -92,10 +92,12 @@ def read_header(path: Path) -> Header:
                 )
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 header = _parsed(_Reader(content, 24), tensors, entries, size)
-        except (struct.error, ValueError, OverflowError, KeyError) as error:
+        except (ValueError, OverflowError, KeyError) as error:
             if isinstance(error, (ConversionError, CheckpointError)):
                 raise
             raise damaged(path, str(error)) from error
+        except (_TooShortError, struct.error) as error:  # struct finds no number at the end
+            raise cut_short(path, "its header ends too early") from error
     _refuse_part(path, header)
     return header
 
@@ -105,6 +107,19 @@ def damaged(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(
         f"{path}, which is damaged ({reason})", "a whole GGUF file", "download or convert it again"
     )
+
+
+def cut_short(path: Path, reason: str) -> CheckpointError:
+    """Return the error for a file without its end, which somebody may be writing still."""
+    return CheckpointError(
+        f"{path}, which is cut short ({reason})",
+        "a whole GGUF file",
+        "wait until it is written, or download it again",
+    )
+
+
+class _TooShortError(Exception):
+    """A header ends before its last entry."""
 
 
 def _parsed(reader: _Reader, tensors: int, entries: int, size: int) -> Header:
@@ -173,6 +188,6 @@ class _Reader:
     def _skipped(self, size: int) -> int:
         start = self.place
         if size > len(self._content) - start:
-            raise ValueError("it ends too early")
+            raise _TooShortError
         self.place += size
         return start

@@ -36,11 +36,14 @@ def unreadable(what: object, error: Exception) -> DBFError:
             "code that you trust",
             "read it, and pass trust_remote_code=True",
         )
-    return CheckpointError(
-        f"{what} cannot be loaded ({type(error).__name__}: {text})",
-        "a whole, undamaged model",
-        "download it again",
-    )
+    allowed, do = "a whole, undamaged model", "download it again"
+    if "does not recognize this architecture" in text:
+        allowed, do = "a model that the installed transformers knows", "update transformers"
+    elif isinstance(error, PermissionError):
+        allowed, do = "files that can be read", "check who may read them"
+    elif isinstance(error, MemoryError) or "out of memory" in text:
+        allowed, do = "a model that fits into memory", "free memory, or take a smaller model"
+    return CheckpointError(f"{what} cannot be loaded ({type(error).__name__}: {text})", allowed, do)
 
 
 def refuse_others(what: str, info: dict[str, Any], kind: type[DBFError]) -> None:

@@ -80,7 +80,7 @@ def test_compress_keeps_tokenizer_template_and_settings(file: Path, tmp_path: Pa
 def test_a_file_without_its_end_is_refused(file: Path) -> None:
     write_gguf(file)
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(CheckpointError, match=r"which is damaged \([\d,]+ bytes of [\d,]+\)"):
+    with pytest.raises(CheckpointError, match=r"which is cut short \([\d,]+ bytes of [\d,]+\)"):
         pretrained.local_folder(file)
 
 

@@ -28,6 +28,14 @@ def test_errors_of_transformers_say_what_to_do() -> None:
     assert isinstance(unreadable("it", ImportError("einops")), ConversionError)
     assert "pass trust_remote_code=True" in str(unreadable("it", ValueError("set trust_remote_code")))
     assert "download it again" in str(unreadable("it", RuntimeError("broken")))
+    for error, do in (
+        (ValueError("Transformers does not recognize this architecture"), "update transformers"),
+        (PermissionError(13, "Permission denied"), "check who may read"),
+        (MemoryError(), "free memory"),
+        (RuntimeError("CUDA out of memory"), "free memory"),
+    ):
+        message = str(unreadable("it", error))
+        assert do in message and "damaged" not in message
 
 
 def test_the_class_of_a_configuration() -> None:
