@@ -6,13 +6,14 @@ Every command prints for people, or with ``--json`` one JSON object for programs
 
 from __future__ import annotations
 
-import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -23,14 +24,17 @@ from dbf_compile.cli_options import (
     Folder,
     Progress,
     Trust,
+    as_json_text,
+    compared,
     expand_records,
     parse_settings,
     results_alone,
 )
+from dbf_compile.files import user_path
 from dbf_compile.options import CompressOptions, EvaluationConfig
 from dbf_compile.progress import say
 from dbf_compile.records import Record, option, resolve
-from dbf_compile.terminal import tolerate_any_text
+from dbf_compile.terminal import complete_output, deliver_interrupts, prepare_streams
 
 app = typer.Typer(
     help="Double Binary Factorization of transformer weights: 0.5 to 4 bits each, additions only.",
@@ -44,7 +48,7 @@ Data = Annotated[
     typer.Option(
         help="Text to calibrate, or to judge, with: a file of text or of rows (txt, jsonl, json, csv, tsv, parquet, arrow, "
         "also compressed), a folder or a pattern of such files, or a data set of the Hub as name or name:configuration. "
-        "May be repeated, and told apart by kind of text as kind=source: encyclopedia, web, stories, code, dialogues, or a name "
+        "- is stdin. May be repeated, and told apart by kind of text as kind=source: encyclopedia, web, stories, code, dialogues, or a name "
         "of your own."
     ),
 ]
@@ -56,30 +60,64 @@ def main() -> None:
     from dbf_compile.doctor import EXTRAS
     from dbf_compile.errors import DBFError
 
-    tolerate_any_text()
+    prepare_streams()
+    deliver_interrupts()
+    warnings.showwarning = _warn
     try:
-        app(standalone_mode=True)
+        with complete_output():
+            app(standalone_mode=True)
     except DBFError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _fail(str(error))
+    except BrokenPipeError:  # what reads the output has enough
         sys.exit(1)
+    except OSError as error:
+        _fail(f"{error}; allowed: files that can be read, and written where that is asked; look at this one")
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:
             raise
         extra, use = EXTRAS[error.name]
-        advice = f"pip install 'dbf-compile[{extra}]'"
-        print(f"error: no package {error.name}; needed for {use}; {advice}", file=sys.stderr)
-        sys.exit(1)
+        _fail(f"no package {error.name}; needed for {use}; pip install 'dbf-compile[{extra}]'")
+
+
+def _fail(message: str) -> NoReturn:
+    print("error:", " ".join(line.strip() for line in message.splitlines()), file=sys.stderr)
+    sys.exit(1)
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Say a warning as users read it: without the place in our code."""
+    say(f"warning: {message}", True)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"dbf-compile {version('dbf_compile')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Say the version.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    pass
 
 
 @contextmanager
 def _kept_on_interrupt(output: str) -> Iterator[None]:
+    from dbf_compile.run.output import work_folder
+
     try:
         yield
     except KeyboardInterrupt:
-        print(
-            f"\ninterrupted; what is done lies in {output}.work: run the same command again to continue",
-            file=sys.stderr,
+        work = work_folder(user_path(output))
+        kept = (
+            f"what is done lies in {work}: run the same command again to continue"
+            if work.is_dir()
+            else "nothing was done yet"
         )
+        print(f"\ninterrupted; {kept}", file=sys.stderr)
         raise typer.Exit(_INTERRUPTED) from None
 
 
@@ -205,7 +243,7 @@ def bench(
     from dbf_compile.generation import time_models
 
     settings = (
-        [model, *([dense] if dense else [])],
+        compared(model, dense),
         options.prompt_tokens,
         max_new_tokens,
         options.rounds,
@@ -289,6 +327,7 @@ def _source(data: list[str] | None) -> Any:
     """Return one path or name, which may be one of the Hub, several paths, or paths by kind of text."""
     if not data:
         return None
+    data = ["/dev/stdin" if path == "-" else path for path in data]
     kinds = parse_sources(data)
     if list(kinds) == [OTHER]:
         return data[0] if len(data) == 1 else [Path(path) for path in data]
@@ -296,7 +335,7 @@ def _source(data: list[str] | None) -> Any:
 
 
 def _print(as_json: bool, facts: dict[str, Any], text: Callable[[], str]) -> None:
-    print(json.dumps(facts, default=str) if as_json else text())
+    print(as_json_text(facts) if as_json else text())
 
 
 def _figure(value: Any) -> str:

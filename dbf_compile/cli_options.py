@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import wraps
 from typing import Annotated, Any, get_type_hints
@@ -84,6 +85,26 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
     return values
 
 
+def compared(model: str, dense: str | None) -> list[str]:
+    """Return the names of the models of a command, which stand for them in its results."""
+    if dense == model:
+        raise typer.BadParameter(f"{dense} is the model itself", param_hint="--dense")
+    return [model, *([dense] if dense else [])]
+
+
+def as_json_text(facts: Any) -> str:
+    """Return facts as JSON, which has no word for numbers that are not finite: they are null."""
+    return json.dumps(_finite(facts), default=str, allow_nan=False)
+
+
+def _finite(facts: Any) -> Any:
+    if isinstance(facts, float) and not math.isfinite(facts):
+        return None
+    if isinstance(facts, Mapping):
+        return {key: _finite(value) for key, value in facts.items()}
+    return [_finite(value) for value in facts] if isinstance(facts, (list, tuple)) else facts
+
+
 @contextmanager
 def results_alone(as_json: bool) -> Iterator[None]:
     """Send what other libraries print to stderr where stdout is for programs."""
@@ -100,7 +121,8 @@ def _option(item: OptionHelp) -> inspect.Parameter:
         text += " May be repeated." + (f" [default: {' '.join(default)}]" if default else "")
         default = None
     if item.type == "Mapping[str, float]":
-        text += " As JSON, such as '{\"*.down_proj\": 3}'."
+        name = "*.down_proj" if item.name == "overrides" else "code"
+        text += f" As JSON, such as '{{\"{name}\": 3}}'."
         default = None
     option = typer.Option(*flags, help=text, metavar="|".join(item.choices) if item.choices else None)
     return inspect.Parameter(

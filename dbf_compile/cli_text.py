@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from torch import Tensor
 
-from dbf_compile.cli_options import AsJson, Folder, expand_records, parse_settings, results_alone
+from dbf_compile.calibration.model_io import is_encoder_decoder
+from dbf_compile.cli_options import (
+    AsJson,
+    Folder,
+    as_json_text,
+    compared,
+    expand_records,
+    parse_settings,
+    results_alone,
+)
 from dbf_compile.errors import OptionError
 from dbf_compile.options import Sampling
 from dbf_compile.progress import say
@@ -89,7 +98,7 @@ def generate(
 ) -> None:
     """Write text from a model on stdout, then say how many tokens a second prefill and decoding made, and in how much memory."""
     texts, listed = _prompts(prompts or [], options.prompt_file)
-    models = [model, *([dense] if dense else [])]
+    models = compared(model, dense)
     results: dict[str, Any] = {}
     for name in models:
         with results_alone(as_json):
@@ -105,11 +114,12 @@ def generate(
             ]
             results[name] = rows if listed else rows[0]
             continue
-        echoes = ["" if _is_chat(options) else text for text in texts]
+        is_answer = _is_chat(options) or is_encoder_decoder(generator.model)
+        echoes = ["" if is_answer else text for text in texts]
         generations = _written(generator, inputs, settings, _heads(name, echoes, len(models)))
         say(_figures(generations, time.perf_counter() - began), options.progress)
     if as_json:
-        print(json.dumps(results))
+        print(as_json_text(results))
 
 
 @expand_records
@@ -149,9 +159,10 @@ def _prompts(arguments: Sequence[str], file: str | None) -> tuple[list[str], boo
     if file is not None:
         return _prompts_of_file(file), True
     if list(arguments) in ([], ["-"]):
-        if sys.stdin.isatty() and not arguments:
+        text = "" if sys.stdin.isatty() and not arguments else sys.stdin.read().removesuffix("\n")
+        if not text:
             raise typer.BadParameter("a prompt is missing: pass one or more, --prompt-file, or text on stdin")
-        return [sys.stdin.read().removesuffix("\n")], False
+        return [text], False
     return [readable(text) for text in arguments], len(arguments) > 1
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from dbf_compile.chat import Conversation
 from dbf_compile.errors import DBFError
+from dbf_compile.files import user_path
 from dbf_compile.progress import say
 from dbf_compile.terminal import streamed_text
 
@@ -169,7 +170,7 @@ class Console:
                 f"[system message: {conversation.system or 'that of the chat template, if it has one'}]", True
             )
         elif name == "save":
-            self._save(Path(argument or time.strftime("chat-%Y%m%d-%H%M%S.json")))
+            self._save(user_path(argument or time.strftime("chat-%Y%m%d-%H%M%S.json")))
         else:
             self._note(f"no command /{name}; /help lists them, and a space before / makes it a message", True)
 

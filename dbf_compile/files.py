@@ -10,6 +10,8 @@ from pathlib import Path
 
 import platformdirs
 
+from dbf_compile.errors import OptionError
+
 
 def cache_folder() -> Path:
     """Return ``$DBF_CACHE_DIR``, else the user's cache folder for dbf_compile; it may not exist yet."""
@@ -17,6 +19,19 @@ def cache_folder() -> Path:
     folder = Path(override or platformdirs.user_cache_dir("dbf_compile"))
     # A user without a home has "~/.cache", which is no place below the current folder: nothing can be kept.
     return folder if override or folder.is_absolute() else Path(os.devnull) / "dbf_compile"
+
+
+def user_path(name: str | Path) -> Path:
+    """Return a path as users write it: ``~`` is their home.
+
+    Raises:
+        OptionError: an empty name, which would be the current folder.
+    """
+    if not str(name):
+        raise OptionError(
+            "an empty path", "a path, or . for the current folder", "look for a variable without a value"
+        )
+    return Path(os.path.expanduser(name))  # noqa: PTH111  leaves a user who is not known as it is
 
 
 @contextmanager
@@ -28,7 +43,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Args:
         path: the file; its folder exists.
     """
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name[:64]}.") as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name[:32]}.") as folder:
         partial = Path(folder) / "partial"
         partial.touch()
         mode = partial.stat().st_mode  # what the user's umask gives a new file; writers may make it private

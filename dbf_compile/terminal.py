@@ -2,22 +2,84 @@
 
 from __future__ import annotations
 
+import _thread
 import io
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from dbf_compile.errors import OptionError
 
 # What a terminal would obey: all control characters but line feed and tab.
 _CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
-def tolerate_any_text() -> None:
-    """Let the standard streams replace what their encoding lacks, instead of failing at it."""
+def prepare_streams() -> None:
+    """Make the standard streams usable: they replace what their encoding lacks, and a closed one is the null device.
+
+    Else the next file that is opened would take the place of a closed one, and be read or written in its stead.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+def deliver_interrupts() -> None:
+    """Let no Ctrl-C get lost: Python drops one that comes while it runs a destructor."""
+    report = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            # Later, since an interruption of this hook is dropped, too.
+            threading.Timer(0.01, _thread.interrupt_main).start()
+        else:
+            report(unraisable)
+
+    sys.unraisablehook = hook
+
+
+@contextmanager
+def complete_output() -> Iterator[None]:
+    """Refuse at the end of the block what stdout has not taken; it is closed then.
+
+    Raises:
+        OptionError: it cannot be written.
+        BrokenPipeError: nobody reads it any more.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        if _is_flushed():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the end of Python fails, too
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise OptionError(
+            f"standard output, which cannot be written ({error.strerror})",
+            "a terminal, a pipe, or a file with room",
+            "make room, or write to another place",
+        ) from error
+
+
+def _is_flushed() -> bool:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return False
+    return True
 
 
 def readable(text: str) -> str:

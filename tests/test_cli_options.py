@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from dbf_compile.cli_options import expand_records, parse_settings
+from dbf_compile.cli_options import as_json_text, compared, expand_records, parse_settings
 from dbf_compile.errors import OptionError
 from dbf_compile.options import CalibrationConfig, CompressOptions, EvaluationConfig
 from dbf_compile.records import Record, describe, option
@@ -92,3 +94,17 @@ def test_settings_are_json_or_text() -> None:
     assert settings == {"a": 1, "b": ["x"], "c": "fast", "d": None, "e": "x=y"}
     with pytest.raises(OptionError, match="name=value"):
         parse_settings(["distill"])
+
+
+def test_json_is_json_whatever_the_numbers_are() -> None:
+    facts = {"a": float("nan"), "b": [1, (float("inf"), 0.5)], "c": {"d": Path("x")}, "e": True, "f": None}
+    text = as_json_text(facts)
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "a": None, "b": [1, [None, 0.5]], "c": {"d": "x"}, "e": True, "f": None
+    }  # fmt: skip
+
+
+def test_a_model_is_not_compared_with_itself() -> None:
+    assert compared("a", None) == ["a"] and compared("a", "b") == ["a", "b"]
+    with pytest.raises(typer.BadParameter, match="the model itself"):
+        compared("a", "a")

@@ -7,7 +7,8 @@ from pathlib import Path
 import platformdirs
 import pytest
 
-from dbf_compile.files import cache_folder
+from dbf_compile.errors import OptionError
+from dbf_compile.files import cache_folder, user_path, write_text
 
 
 def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -22,3 +23,18 @@ def test_else_it_is_the_users_cache(monkeypatch: pytest.MonkeyPatch, value: str 
     if value is not None:
         monkeypatch.setenv("DBF_CACHE_DIR", value)
     assert cache_folder() == Path(platformdirs.user_cache_dir("dbf_compile"))
+
+
+def test_paths_as_users_write_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_path("~/a b") == tmp_path / "a b" and user_path(Path("~")) == tmp_path
+    assert user_path("~nobody-of-this-name/a") == Path("~nobody-of-this-name/a")
+    assert user_path("a/~") == Path("a/~") and user_path(".") == Path()
+    with pytest.raises(OptionError, match="an empty path"):
+        user_path("")
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "😀" * 63, "é" * 127])
+def test_files_of_any_name_are_written_whole(tmp_path: Path, name: str) -> None:
+    write_text(tmp_path / name, "text")
+    assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -1,15 +1,26 @@
 """Text on stdout: nothing breaks into it, nothing is lost, and what a terminal cannot show does no harm."""
 
+import errno
 import io
 import os
 import pty
+import signal
+import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 
 import pytest
 
-from dbf_compile.terminal import readable, streamed_text, tolerate_any_text
+from dbf_compile.errors import OptionError
+from dbf_compile.terminal import (
+    complete_output,
+    deliver_interrupts,
+    prepare_streams,
+    readable,
+    streamed_text,
+)
 
 
 def opened(number):
@@ -99,9 +110,70 @@ def test_no_text_fails_for_its_characters(monkeypatch):
     written, typed = io.BytesIO(), io.BytesIO(b"gr\xfc\xdfe\n")
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(typed, encoding="utf-8"))
-    tolerate_any_text()
+    prepare_streams()
     with streamed_text() as write:
         write("ok 🙂")
     assert written.getvalue() == b"ok ?\n"
     assert sys.stdin.readline() == "gr��e\n"
     assert readable("gr\udcfcn ß") == "gr�n ß"
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_a_closed_stream_is_the_null_device(closed, tmp_path):
+    """Else the next file that is opened takes its place, and what is said is written into it."""
+    code = (
+        "from dbf_compile.terminal import prepare_streams; import sys; prepare_streams()\n"
+        f"file = open({str(tmp_path / 'file')!r}, 'w')\n"
+        "print('said'); print('noted', file=sys.stderr); sys.stdin.read(); sys.stdout.flush()\n"
+        "assert file.fileno() > 2; file.write('kept')"
+    )
+    shut = " ".join(f"{number}{'<' if not number else '>'}&-" for number in closed)
+    done = subprocess.run(["sh", "-c", f'"$0" -c "$1" {shut}', sys.executable, code], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(errno.ENOSPC, OptionError), (errno.EIO, OptionError), (errno.EPIPE, OSError)]
+)
+def test_output_that_is_not_taken_is_an_error(number, error, monkeypatch):
+    class Full(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, _):
+            raise OSError(number, os.strerror(number))
+
+        def fileno(self):
+            return place.fileno()
+
+    with tempfile.TemporaryFile() as place:
+        stream = io.TextIOWrapper(io.BufferedWriter(Full()))
+        monkeypatch.setattr(sys, "stdout", stream)
+        words = "cannot be written" if error is OptionError else "Broken pipe"
+        with pytest.raises(error, match=words), complete_output():
+            print("text")
+        monkeypatch.undo()
+        with suppress(OSError):
+            stream.close()
+
+
+def test_errors_of_other_files_are_left_as_they_are():
+    with pytest.raises(FileNotFoundError), complete_output():
+        raise FileNotFoundError("another file")
+
+
+def test_ctrl_c_in_a_destructor_is_not_lost(monkeypatch):
+    class Slow:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    deliver_interrupts()
+    kept = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Slow()
+            time.sleep(5)
+    finally:
+        signal.signal(signal.SIGINT, kept)

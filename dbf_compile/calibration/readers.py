@@ -68,7 +68,15 @@ def read_file(path: Path, column: str | None, split: str | None) -> Iterator[Any
         raise
     except csv.Error as error:  # quotes, or a field of more than 131,072 characters
         raise ConversionError(
-            f"{path}, which Python's csv cannot read ({error})", "rows of short fields", "write it as .jsonl"
+            f"{path}, which Python's csv cannot read ({error})",
+            "as many fields in a line as names in the first; a field that holds a comma or a quote stands in quotes",
+            "write it as .jsonl",
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConversionError(
+            f"{path}, which is no text in UTF-8 ({error.reason})",
+            "UTF-8, or UTF-16 and UTF-32 with a byte order mark",
+            "convert it, such as with: iconv -f latin1 -t utf-8; or leave it out, if it is no text",
         ) from error
     except Exception as error:  # every format has errors of its own
         raise unreadable(path, str(error) or type(error).__name__) from error
@@ -107,9 +115,7 @@ def _read(path: Path, column: str | None, split: str | None) -> Iterator[Any]:
         elif kind == ".json":
             yield from _json_rows(lines, column, split)
         elif kind in (".csv", ".tsv"):
-            yield from csv.DictReader(
-                _without_nul(lines), delimiter="\t" if kind == ".tsv" else ",", strict=True
-            )
+            yield from _csv_rows(lines, "\t" if kind == ".tsv" else ",")
         else:
             yield from _text_or_lines(lines, path, kind)
 
@@ -126,6 +132,19 @@ def _decompressed(raw: BinaryIO) -> io.BufferedReader:
 
         return io.BufferedReader(datasets.zstandard_stream(file))
     return file
+
+
+def _csv_rows(lines: IO[str], delimiter: str) -> Iterator[dict[str, str | None]]:
+    """Yield the rows of a table; one that has more fields than names was cut at commas of its text."""
+    rows = csv.DictReader(_without_nul(lines), delimiter=delimiter, strict=True)
+    names = rows.fieldnames or ()
+    twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
+    if twice is not None:
+        raise csv.Error(f"two columns {twice!r}")
+    for row in rows:
+        if rows.restkey in row:
+            raise csv.Error(f"line {rows.line_num} has more than {len(names)} fields")
+        yield row
 
 
 def _without_nul(lines: IO[str]) -> Iterator[str]:

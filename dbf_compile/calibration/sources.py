@@ -14,6 +14,7 @@ from typing import Any
 from dbf_compile.calibration.readers import ENDINGS, kind_of, read_file, unreadable
 from dbf_compile.calibration.rows import Document, document_of, refuse_split, table_of
 from dbf_compile.errors import ConversionError
+from dbf_compile.files import user_path
 
 _PATTERN = re.compile(r"[*?\[]")
 _HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?(:[\w.-]{1,96})?")
@@ -34,10 +35,19 @@ def documents(source: Any, tokenizer: Any, column: str | None, split: str | None
     Raises:
         ConversionError: it cannot be read as what it is, or holds something else than texts, conversations and ids.
     """
+    rows, is_empty = 0, True
     for item in _items(source, column, split):
+        rows += 1
         document = document_of(item, tokenizer, column)
         if document is not None:
+            is_empty = False
             yield document
+    if rows and is_empty:
+        raise ConversionError(
+            f"{rows} rows without a text in the column that is read",
+            "rows that have one",
+            "pass column=... to name that of the texts, or look at the file: a table may have another delimiter",
+        )
 
 
 def name_of(source: Any) -> str:
@@ -93,11 +103,11 @@ def _is_path(item: Any) -> bool:
 
 def _stored(name: str, column: str | None, split: str | None) -> Iterator[Any]:
     """Yield what a path, a pattern, or a name on the Hub stands for."""
-    path = Path(name).expanduser()
+    path = user_path(name)
     try:
-        there, is_folder = path.exists(), path.is_dir()
+        there, is_folder, is_link = path.exists(), path.is_dir(), path.is_symlink()
     except OSError:  # a text, longer than any path
-        there, is_folder = False, False
+        there, is_folder, is_link = False, False, False
     if is_folder and any((path / mark).exists() for mark in ("dataset_dict.json", "state.json")):
         from dbf_compile.integrations import datasets
 
@@ -107,6 +117,8 @@ def _stored(name: str, column: str | None, split: str | None) -> Iterator[Any]:
             yield from read_file(file, column, None)
     elif there:
         yield from read_file(path, column, split)
+    elif is_link:
+        raise unreadable(name, f"a link to {path.readlink()}, where nothing is")
     elif _PATTERN.search(name) and len(name) < 1024:
         root = Path(path.anchor)
         matches = sorted(root.glob(str(path.relative_to(root))))

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
 from dbf_compile.checksums import listed
-from dbf_compile.errors import ConversionError
+from dbf_compile.errors import ConversionError, DBFError
+from dbf_compile.files import user_path
 from dbf_compile.integrations.companions import OTHER_FORMS
 from dbf_compile.integrations.gguf_header import SOURCE
 
 _PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 _GGUF = ".gguf"
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@[^:]+)?(:.+)?", re.ASCII)
 
 
 def local_folder(path: str | Path) -> Path:
@@ -30,21 +33,30 @@ def local_folder(path: str | Path) -> Path:
         ConversionError: there is no model, or there are several GGUF files.
         CheckpointError: a GGUF file is damaged.
     """
-    place = Path(path)
-    if place.is_file():
-        return _dequantized(place)
+    place = user_path(path)
     if place.is_dir():
         return _folder_or_gguf(place)
+    if place.exists():
+        return _dequantized(place)
+    if place.is_symlink():
+        raise _unknown(path, f"a link to {place.readlink()}, where nothing is")
+    if not _HUB_NAME.fullmatch(str(path)):
+        raise _unknown(path, "no such file or folder")
     try:
         return _downloaded(str(path))
     except (OSError, ValueError) as error:  # no such name, no network, no permission
-        if isinstance(error, ConversionError):
+        if isinstance(error, DBFError):
             raise
-        raise ConversionError(
-            f"{str(path)!r}: {str(error).splitlines()[0]}",
-            "the folder of a pretrained model, a GGUF file, or a name on the Hub such as 'Qwen/Qwen3-0.6B'",
-            "check the path",
-        ) from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise _unknown(path, f"no folder here, and the Hub does not give it: {reason}") from error
+
+
+def _unknown(path: str | Path, reason: str) -> ConversionError:
+    return ConversionError(
+        f"no model {str(path)!r} ({reason})",
+        "the folder of a pretrained model, a GGUF file, or a name on the Hub such as 'Qwen/Qwen3-0.6B'",
+        "check the path",
+    )
 
 
 def _folder_or_gguf(folder: Path) -> Path:

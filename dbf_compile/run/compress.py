@@ -11,13 +11,15 @@ from typing import Any, Unpack
 from torch import nn
 
 from dbf_compile.compression.layers import LayerFactorizer, stacks_of
-from dbf_compile.errors import CheckpointError, DBFError, OptionError
+from dbf_compile.errors import CheckpointError, DBFError
+from dbf_compile.files import user_path
 from dbf_compile.keywords import CompressKeywords
 from dbf_compile.machine import all_cores
 from dbf_compile.options import CompressionConfig, CompressOptions
 from dbf_compile.progress import say
 from dbf_compile.records import resolve
 from dbf_compile.run.context import Run
+from dbf_compile.run.output import existing, work_folder
 from dbf_compile.run.report import Report, one_kind_note, read_report
 from dbf_compile.run.request import Request
 from dbf_compile.run.steps import run_steps
@@ -104,7 +106,7 @@ def compress(
     from dbf_compile.integrations.bars import bars_of_transformers
 
     with bars_of_transformers(settings.progress):
-        request = Request.of(model, Path(output), settings, data, batches, tokenizer)
+        request = Request.of(model, user_path(output), settings, data, batches, tokenizer)
         try:
             return _compressed(request)
         except OSError as error:
@@ -123,11 +125,9 @@ def _compressed(request: Request) -> Compressed:
         report = read_report(output)
         if report is not None and report.fingerprint == fingerprint:
             if not settings.keep_work:  # a process may have been killed when all was done but this
-                shutil.rmtree(_work_folder(output), ignore_errors=True)
+                shutil.rmtree(work_folder(output), ignore_errors=True)
             return Compressed(output, report)
-        raise OptionError(
-            f"output {output}, which exists", "a path where nothing is", "remove it, or choose another"
-        )
+        raise existing(output)
     say("looking at the layers", settings.progress)
     from dbf_compile.integrations.experts import linearize_experts_  # imports Dynamo
 
@@ -135,7 +135,7 @@ def _compressed(request: Request) -> Compressed:
     stacks_of(
         request.model, LayerFactorizer(settings).for_model(request.model)
     )  # refuses names that match nothing
-    work = Work(_work_folder(output), fingerprint, settings.resume)
+    work = Work(work_folder(output), fingerprint, settings.resume)
     _finish(Run(request, work))
     report = read_report(output)
     if report is None:
@@ -145,10 +145,6 @@ def _compressed(request: Request) -> Compressed:
     if not settings.keep_work:
         work.remove()
     return Compressed(output, report)
-
-
-def _work_folder(output: Path) -> Path:
-    return output.with_name(output.name + ".work")
 
 
 def _finish(run: Run) -> None:

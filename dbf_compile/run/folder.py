@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import nn
 from dbf_compile.compression.operations import count_operations
 from dbf_compile.errors import CheckpointError
 from dbf_compile.factors import DoubleBinaryFactors
-from dbf_compile.files import new_folder_mode, write_text
+from dbf_compile.files import write_text
 from dbf_compile.progress import say
 from dbf_compile.run.context import Plan, Run
 from dbf_compile.run.page import write_report
@@ -50,10 +49,8 @@ def write_folder(run: Run, plan: Plan, distilled: Mapping[str, Any] | None) -> N
     evaluation = run.judge(student, plan.blocks) if distilled is None else distilled["after"]
     stored = sum(one.stored_bits for one in plan.placed)
     factored = stored / sum(one.job.size for one in plan.placed)
-    # Dot-prefixed, so that nobody takes it for a finished model, and private to this process.
-    folder = Path(tempfile.mkdtemp(dir=request.output.parent, prefix=f".{request.output.name}."))
+    folder = run.work.new_folder(request.output.name)
     try:
-        folder.chmod(new_folder_mode())
         compressed = model_folder.CompressedModel(
             model=request.model,
             layers=_layer_table(plan),

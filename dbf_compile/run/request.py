@@ -21,6 +21,7 @@ from dbf_compile.machine import chosen_device
 from dbf_compile.options import CompressOptions
 from dbf_compile.progress import say
 from dbf_compile.run.calibration_data import CalibrationData
+from dbf_compile.run.output import check_output
 from dbf_compile.run.report import ModelFacts
 from dbf_compile.run.verification import differences
 
@@ -162,10 +163,7 @@ def view_of(model: nn.Module) -> nn.Module:
 
 
 def _check(model: Any, output: Path, config: CompressOptions, data: Any, batches: Any) -> None:
-    if not output.parent.is_dir():
-        raise OptionError(
-            f"output {output}, whose parent is no folder", "a folder that exists", "make it first"
-        )
+    check_output(output)
     if data is not None and batches is not None:
         raise OptionError("data and batches", "one of them", "pass text as data, or ready batches")
 

@@ -3,6 +3,7 @@
     <folder>/manifest.json            what the results depend on: fingerprints of model, data, settings and program
     <folder>/<result>                 a result: whole, or not there; one that was damaged since is made again
     <folder>/locks/<result>.lock      held by the process that is making it
+    <folder>/unfinished/              the compressed model while it is written
 
 A process that needs a missing result locks it, checks again, computes it and renames it into place. The operating system
 releases the lock of a process that dies; the next process makes the result. So there is no server, no role, and nothing to
@@ -61,16 +62,17 @@ class Work:
                 f"no interrupted run in {folder}", "a folder with a manifest.json", "leave resume at 'auto'"
             )
         if resume == "never":
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_work(folder)
         (folder / "locks").mkdir(parents=True, exist_ok=True)
         with self._lock(_MANIFEST):
             if not manifest.exists():
                 write_text(manifest, json.dumps(expected, indent=1))
         stored = _read_json(manifest)
-        changed = sorted(key for key in {*stored, *expected} if stored.get(key) != expected.get(key))
+        changed = [key for key in {**expected, **stored} if stored.get(key) != expected.get(key)]
         if changed:
+            others = [_difference(key, stored.get(key), expected.get(key)) for key in changed]
             raise ResumeError(
-                f"an interrupted run in {folder} with another {', '.join(changed)}",
+                f"an interrupted run in {folder} with {', '.join(others)}",
                 "the model, the data and the settings it was begun with",
                 "choose another output, or resume='never' to start over",
             )
@@ -142,6 +144,16 @@ class Work:
         with self._lock(name):
             yield
 
+    def new_folder(self, name: str) -> Path:
+        """Return an empty folder of that name; one process at a time may call this. What a killed one left is removed.
+
+        It lies on the disk of the output, and can be moved there.
+        """
+        place = self.folder / "unfinished"
+        shutil.rmtree(place, ignore_errors=True)
+        (place / name).mkdir(parents=True)
+        return place / name
+
     def remove(self) -> None:
         """Remove the folder and all that is in it."""
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -159,6 +171,24 @@ class Work:
             yield True
         finally:
             lock.release()
+
+
+def remove_work(folder: Path) -> None:
+    """Remove what is kept in a folder, to start over.
+
+    Raises:
+        ResumeError: another process is at work there.
+    """
+    for path in folder.glob("locks/*.lock"):
+        try:
+            FileLock(path).acquire(timeout=0).lock.release()
+        except Timeout:
+            raise ResumeError(
+                f"{folder}, in which another process is at work",
+                "a folder that nobody works in",
+                "wait for it, stop it, or choose another output",
+            ) from None
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 class WorkStore:
@@ -195,6 +225,19 @@ class WorkStore:
         }
         parts = factors.to("cpu").split(job.rows)
         self._work.put(key, dict(zip(job.names, parts, strict=True)), facts)
+
+
+def _difference(key: str, stored: Any, expected: Any) -> str:
+    """Return in words what an interrupted run had other than this one."""
+    if not (isinstance(stored, dict) and isinstance(expected, dict)):
+        return f"another {key}"
+    absent = "nothing"
+    fields = [
+        f"{name}={stored.get(name, absent)!r} instead of {expected.get(name, absent)!r}"
+        for name in sorted({*stored, *expected})
+        if stored.get(name, absent) != expected.get(name, absent)
+    ]
+    return f"other {key} ({', '.join(fields)})"
 
 
 def _file(name: str) -> str:

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle  # noqa: TID251  # of calls to our own processes, as the pool does it
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dbf_compile.errors import CheckpointError, OptionError, ResumeError
+from dbf_compile.files import user_path
 from dbf_compile.machine import cores
 from dbf_compile.options import CompressionConfig, CompressOptions
 from dbf_compile.records import resolve
 from dbf_compile.run.compress import Compressed, compress
+from dbf_compile.run.output import work_folder
+from dbf_compile.run.work import remove_work
 
+_INTERRUPTED = 130  # exit status
 _INPUTS = ("data", "batches", "tokenizer")
 
 
@@ -47,13 +54,14 @@ def compress_in_processes(
         ResumeError: a process was ended from outside.
         CheckpointError: the processes cannot be started.
     """
-    settings, inputs = _settings(config, arguments, max(1, cores() // processes))
+    settings, inputs = _settings(output, config, arguments, max(1, cores() // processes))
     quiet = replace(settings, progress=False)
     first, other = (
         _packed(partial(compress, model, output, config=one, **inputs)) for one in (settings, quiet)
     )
     try:
         with ExitStack() as stack:
+            stack.enter_context(_ended_on_interrupt())
             calls = _started(stack, [first, *[other] * (processes - 1)])
             results = [call.result() for call in calls]  # all of them: an error of any is raised
     except BrokenProcessPool as error:
@@ -68,7 +76,8 @@ def compress_in_processes(
 def _started(stack: ExitStack, calls: Sequence[bytes]) -> list[Future[Compressed]]:
     """Start a process for each call; the stack ends them."""
     try:
-        pool = ProcessPoolExecutor(len(calls), mp_context=multiprocessing.get_context("spawn"))
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(len(calls), mp_context=context, initializer=_end_with_parent)
         stack.enter_context(pool)
         return [pool.submit(_call, call) for call in calls]
     except OSError as error:
@@ -77,6 +86,34 @@ def _started(stack: ExitStack, calls: Sequence[bytes]) -> list[Future[Compressed
             "some kilobytes free in /dev/shm, and leave to start processes",
             "make room there, or compress with processes=1",
         ) from error
+
+
+@contextmanager
+def _ended_on_interrupt() -> Iterator[None]:
+    """End the processes that were started in the block when it is interrupted: the pool would wait for them."""
+    before = set(multiprocessing.active_children())
+    try:
+        yield
+    except KeyboardInterrupt:
+        for process in set(multiprocessing.active_children()) - before:
+            process.terminate()
+        raise
+
+
+def _end_with_parent() -> None:
+    """Let this process end at once when it is interrupted, or when the one that started it is no more.
+
+    What it has done is whole, and what it has not is done by the next run.
+    """
+    signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(_INTERRUPTED)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def compress_on_ray(
@@ -104,7 +141,7 @@ def compress_on_ray(
     """
     from dbf_compile.integrations import ray
 
-    settings, inputs = _settings(config, {"progress": False, **arguments}, max(1, int(cpus)))
+    settings, inputs = _settings(output, config, {"progress": False, **arguments}, max(1, int(cpus)))
     call = partial(compress, model, output, config=settings, **inputs)
     results: list[Compressed] = ray.run_tasks(call, tasks, cpus, gpus)
     return results[0]
@@ -128,10 +165,16 @@ def _call(packed: bytes) -> Compressed:
 
 
 def _settings(
-    config: CompressionConfig | None, arguments: Mapping[str, Any], workers: int
+    output: str | Path, config: CompressionConfig | None, arguments: Mapping[str, Any], workers: int
 ) -> tuple[CompressOptions, dict[str, Any]]:
-    """Return the options of every worker, and the arguments of ``compress`` that are no options."""
+    """Return the options of every worker, and the arguments of ``compress`` that are no options.
+
+    To start over is done here, once: a worker that did so would remove what the others are doing.
+    """
     inputs = {name: value for name, value in arguments.items() if name in _INPUTS}
     options = {name: value for name, value in arguments.items() if name not in _INPUTS}
     settings = resolve(CompressOptions, config, options)
+    if settings.resume == "never":
+        remove_work(work_folder(user_path(output)))
+        settings = replace(settings, resume="auto")
     return replace(settings, workers=settings.workers or workers), inputs

@@ -190,3 +190,23 @@ def test_the_ending_counts_without_that_of_the_compression() -> None:
         "a.bin": ".bin",
     }
     assert {name: kind_of(Path(name)) for name in names} == names
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", b"text,n\none, two,1\n", "line 2 has more than 2 fields"),
+        ("a.tsv", b"text\tn\none\t1\ntwo\t2\t3\n", "line 3 has more than 2 fields"),
+        ("a.csv", b"text,n,text\none,1,two\n", "two columns 'text'"),
+        ("a.txt", "grün".encode("latin-1"), r"no text in UTF-8.*iconv"),
+        ("a.jsonl", '{"text": "grün"}'.encode("latin-1"), r"no text in UTF-8.*iconv"),
+        ("a.csv", "text\ngrün".encode("latin-1"), r"no text in UTF-8.*iconv"),
+        ("a.json", "\"grün\"".encode("latin-1"), r"no text in UTF-8.*iconv"),
+    ],
+)  # fmt: skip
+def test_what_would_be_read_as_something_else_is_refused(
+    name: str, content: bytes, words: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConversionError, match=words):
+        rows(tmp_path / name)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dbf_compile.calibration.sources import documents, name_of
-from dbf_compile.errors import ConversionError
+from dbf_compile.errors import ConversionError, DBFError
 
 TEXTS = ["one two", "three", "four"]
 ROWS = [{"text": text, "n": n} for n, text in enumerate(TEXTS)]
@@ -214,3 +214,19 @@ def test_a_split_of_what_has_none_is_refused(tmp_path: Path) -> None:
     for source in (TEXTS, ROWS[0], rows, tmp_path / "a.json"):
         with pytest.raises(ConversionError, match="data without splits"):
             read(source, split="train")
+
+
+@pytest.mark.parametrize("rows", [[{"text": None}] * 3, [{"text": float("nan")}] * 3, [{"messages": []}] * 3])
+def test_rows_that_all_lack_their_text_are_no_empty_source(rows: Any) -> None:
+    with pytest.raises(ConversionError, match="3 rows without a text"):
+        list(documents(rows, None, None, None))
+    assert list(documents([], None, None, None)) == []
+
+
+@pytest.mark.parametrize("name", ["", "link"])
+def test_no_path_and_a_link_that_leads_nowhere(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("link").symlink_to("nowhere")
+    Path("a.txt").write_text("not asked for")
+    with pytest.raises(DBFError, match=r"an empty path|a link to nowhere"):
+        list(documents(name, None, None, None))

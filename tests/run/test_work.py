@@ -1,6 +1,7 @@
 """Durable results: made once, by one, whole or not at all, and only for what they were begun for."""
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -51,6 +52,37 @@ def test_a_result_that_fails_leaves_nothing_and_is_made_by_the_next(work):
         work.factors("a", fail)
     assert not work.has("a")
     assert work.factors("a", made)[1] == {"error": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": "n"}, "with another model;"),
+        ({"data": "e", "model": "n"}, "with another model, another data;"),
+        ({"settings": {"bits": 1.0, "seed": 0}}, "with other settings (bits=2.0 instead of 1.0, seed='nothing' instead of 0);"),
+        ({"program": "p"}, "with another program;"),
+    ],
+    ids=lambda value: "",
+)  # fmt: skip
+def test_a_run_with_other_inputs_is_refused_and_says_which(work, tmp_path, change, words):
+    with pytest.raises(ResumeError, match=re.escape(words)):
+        Work(tmp_path / "work", FINGERPRINT | change)
+
+
+def test_work_in_progress_is_not_removed(work, tmp_path):
+    work.factors("a", made)
+    with work.exclusive("b"), pytest.raises(ResumeError, match="another process is at work"):
+        Work(tmp_path / "work", FINGERPRINT, "never")
+    assert work.has("a")
+    assert not Work(tmp_path / "work", FINGERPRINT, "never").has("a")
+
+
+def test_an_unfinished_folder_of_a_killed_run_is_removed(work):
+    folder = work.new_folder("model")
+    (folder / "half").touch()
+    assert not any(work.new_folder("model").iterdir())
+    work.remove()
+    assert not folder.parent.exists()
 
 
 @pytest.mark.parametrize("damage", [b"", b"nonsense", None], ids=["empty", "other", "cut"])

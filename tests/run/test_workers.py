@@ -1,7 +1,9 @@
 """Processes of one machine: what goes to them, and what happens when they cannot run. That they work is tested end to end."""
 
 import errno
+import multiprocessing
 import os
+import time
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -12,6 +14,7 @@ import torch
 
 from dbf_compile.errors import CheckpointError, OptionError, ResumeError
 from dbf_compile.run import workers
+from dbf_compile.run.work import Work
 
 BATCHES = [{"input_ids": torch.arange(6).view(1, 6)}, {"input_ids": torch.ones(1, 3, dtype=torch.long)}]
 
@@ -19,7 +22,7 @@ BATCHES = [{"input_ids": torch.arange(6).view(1, 6)}, {"input_ids": torch.ones(1
 class Pool:
     """A pool of no processes that answers as told."""
 
-    def __init__(self, _count, mp_context=None, *, start=None, result=None):
+    def __init__(self, _count, mp_context=None, initializer=None, *, start=None, result=None):
         self._result = result
         if start is not None:
             raise start
@@ -71,6 +74,61 @@ def test_a_process_that_is_killed_is_said(monkeypatch):
 def test_an_error_of_a_process_stays_what_it_is(monkeypatch):
     with pytest.raises(FileNotFoundError):
         compress_in_two(monkeypatch, result=FileNotFoundError(Path("data")))
+
+
+def _sleeper(ready, with_parent):
+    if with_parent:
+        workers._end_with_parent()
+    ready.send(os.getpid())
+    time.sleep(60)
+
+
+def _parent_of_sleeper(ready):
+    Process = multiprocessing.get_context("fork").Process
+    Process(target=_sleeper, args=(ready, True)).start()
+    time.sleep(60)
+
+
+def _is_gone(number):
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_a_process_ends_with_the_one_that_started_it():
+    receiver, ready = multiprocessing.Pipe()
+    parent = multiprocessing.get_context("fork").Process(target=_parent_of_sleeper, args=(ready,))
+    parent.start()
+    number = receiver.recv()
+    parent.kill()
+    parent.join()
+    assert _is_gone(number)
+
+
+def test_an_interruption_ends_the_processes_that_were_started():
+    receiver, ready = multiprocessing.Pipe()
+    with pytest.raises(KeyboardInterrupt), workers._ended_on_interrupt():
+        multiprocessing.get_context("fork").Process(target=_sleeper, args=(ready, False)).start()
+        number = receiver.recv()
+        raise KeyboardInterrupt
+    assert _is_gone(number)
+
+
+def test_to_start_over_is_done_once_and_not_by_every_process(monkeypatch, tmp_path):
+    work = Work(tmp_path / "output.work", {"model": "m"})
+    calls = []
+    monkeypatch.setattr(workers, "_packed", calls.append)
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", partial(Pool, result=KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        workers.compress_in_processes("model", tmp_path / "output", processes=2, resume="never")
+    assert not work.folder.exists()
+    assert [call.keywords["config"].resume for call in calls] == ["auto", "auto"]
 
 
 @pytest.mark.parametrize("unfit", [(text for text in ["a"]), [lambda: 0]])

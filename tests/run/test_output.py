@@ -1,0 +1,41 @@
+"""Places of outputs: what would fail at the end of the work is refused before it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dbf_compile.errors import OptionError
+from dbf_compile.run.output import check_output, work_folder
+
+
+@pytest.mark.parametrize(
+    "name", ["new", "new/", "sp ace", "é😀", "%20#x", "-", "n" * 250, "😀" * 62, "leads"]
+)
+def test_places_for_an_output(tmp_path: Path, name: str) -> None:
+    (tmp_path / "leads").symlink_to(tmp_path)
+    work_folder(tmp_path / "new").mkdir()
+    check_output(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("no/where", "whose parent is no folder"),
+        ("file/below", "whose parent is no folder"),
+        ("file", "which exists"),
+        ("dangling", "a link to .*nowhere, where nothing is"),
+        ("a", r"a\.work, where what is done is kept \(it is no folder\)"),
+        ("b", r"b\.work, where .* \(it is a link that leads nowhere\)"),
+        ("n" * 251, "File name too long"),
+        ("😀" * 63, "File name too long"),
+    ],
+)
+def test_places_where_none_can_be(tmp_path: Path, name: str, words: str) -> None:
+    for file in ("file", "a.work"):
+        (tmp_path / file).touch()
+    for link in ("dangling", "b.work"):
+        (tmp_path / link).symlink_to("nowhere")
+    with pytest.raises(OptionError, match=words):
+        check_output(tmp_path / name)
