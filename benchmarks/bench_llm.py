@@ -5,7 +5,8 @@ dequantized. Every row is judged on five kinds of text that nothing was calibrat
 tokens, the encyclopedia also in windows of 2,048. Divergence and losses are those from the dense model, both in float32.
 
 Results lie in out/llm/rows, a file a row: a run that was stopped goes on, within a row as well where it is one of ours. All that
-of one setting are written to results/llm.csv and results/llm_stages.csv. Rows of other code are not told apart: --fresh.
+of one setting are written to results/llm.csv and results/llm_stages.csv. Rows of other code are not told apart: --fresh. The
+time of a row that was stopped is that of its last run, those of its stages are whole.
 
     make bench-llm                                                   all rows: days on two cores
     python benchmarks/bench_llm.py --list                            their names, and which are done
@@ -22,8 +23,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -43,17 +44,18 @@ from dbf_compile.calibration.compare import compare
 from dbf_compile.calibration.kinds import parse_sources
 from dbf_compile.errors import OptionError, ResumeError
 from dbf_compile.run.charts import stage_gains
-from dbf_compile.run.report import Report
+from dbf_compile.run.report import REPORT, Report, read_report
 
 FOLDER = Path(__file__).parents[1] / "out" / "llm"
 BITS = (2.0, 1.0, 3.0, 4.0, 1.5)
-OURS = ("independent", "sequential")
+OURS = ("independent", "sequential", "end to end")
 CALIBRATIONS = (
     "mixture",
     "wikitext",
     "own",
 )  # the last without peers: they read no text that the model writes
 WINDOWS, LENGTH, LONG = 64, 512, 2048
+TOKENS = 2_000_000
 ALL_CALIBRATIONS_AT = 2.0
 
 
@@ -68,6 +70,7 @@ class Setting:
         length, long: tokens of a window, and of a long one.
         windows: of every kind, to judge with; of long ones as many.
         calibrating: windows to calibrate with.
+        tokens: to train with, end to end.
         options: of ``compress``.
     """
 
@@ -78,6 +81,7 @@ class Setting:
     long: int = LONG
     windows: int = 16
     calibrating: int = WINDOWS
+    tokens: int = TOKENS
     options: dict[str, Any] = field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:
@@ -87,6 +91,7 @@ class Setting:
             "texts": texts,
             "windows": self.windows,
             "calibrating": self.calibrating,
+            "tokens": self.tokens,
             "options": self.options,
         }
 
@@ -105,6 +110,10 @@ class Setting:
         parts = [list(self._windows(text, self.length, each)) for text in texts.values()]
         turns = [part[turn] for turn in range(each) for part in parts if turn < len(part)]
         return turns[: self.calibrating]
+
+    def sources(self, calibration: str) -> dict[str, list[Any]]:
+        """Return texts to calibrate or to train ours with, by kind."""
+        return {kind: self.source(text) for kind, text in calibration_texts(calibration).items()}
 
     def source(self, text: Text) -> list[Any]:
         """Return a text as the tokenizer takes it: without a chat template, conversations are plain text."""
@@ -162,6 +171,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--calibrating", type=int, default=WINDOWS, help=f"windows of {LENGTH} to calibrate with"
     )
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="to train with, end to end")
     parser.add_argument("--preset", default="fast", help="of ours")
     parser.add_argument(
         "--text", nargs="+", default=[], metavar="KIND=PATH", help="other texts to judge with"
@@ -185,6 +195,7 @@ def chosen(arguments: argparse.Namespace) -> list[Row]:
         if row.method not in missing
         and row.method in (arguments.mode or (*OURS, *PEERS))
         and (row.calibration == "none" or row.calibration in (arguments.calibration or CALIBRATIONS))
+        and (row.calibration != "wikitext" or llm_texts.are_shared())
         and not (arguments.quick and not arguments.bits and row.bits != 2.0)
     ]
     if arguments.row:
@@ -205,7 +216,8 @@ def all_rows(bits: Sequence[float] | None, seeds: Sequence[int]) -> Iterator[Row
                     if calibration != "own":
                         yield Row(method, target, calibration)
         for method in OURS:
-            for calibration in calibrations:
+            # Training reads more text than a split of WikiText-2 has, and the model does not write so much.
+            for calibration in calibrations[:1] if method == "end to end" else calibrations:
                 for seed in seeds:
                     yield Row(method, target, calibration, seed)
 
@@ -224,6 +236,7 @@ def full_setting(arguments: argparse.Namespace) -> Setting:
         texts,
         windows=arguments.windows,
         calibrating=arguments.calibrating,
+        tokens=arguments.tokens,
         options={"preset": arguments.preset},
     )
 
@@ -232,7 +245,7 @@ def quick_setting(arguments: argparse.Namespace) -> Setting:
     tokenizer = AutoTokenizer.from_pretrained(STORIES)
     fast = {"iterations": 10, "tune": 1, "refine": 1, "distill": 1, "holdout": 2}
     texts = texts_to_judge(arguments)
-    return Setting(STORIES, tokenizer, texts, 64, 128, windows=2, calibrating=10, options=fast)
+    return Setting(STORIES, tokenizer, texts, 64, 128, windows=2, calibrating=10, tokens=4000, options=fast)
 
 
 def texts_to_judge(arguments: argparse.Namespace) -> dict[str, Text]:
@@ -250,7 +263,8 @@ def run(rows: Sequence[Row], setting: Setting, store: Store) -> None:
     columns = list(setting.judged())
     for row in in_turn(rows, store):
         began = time.monotonic()
-        model, stored, facts = (ours if row.method in OURS else peer)(row, dense, setting, store)
+        way = end_to_end if row.method == "end to end" else ours if row.method in OURS else peer
+        model, stored, facts = way(row, dense, setting, store)
         seconds = time.monotonic() - began
         kinds = judge(dense, model, columns)
         store.add(row, {"stored_bits": stored, "seconds": seconds, "kinds": kinds, **facts})
@@ -259,37 +273,67 @@ def run(rows: Sequence[Row], setting: Setting, store: Store) -> None:
         gc.collect()
 
 
-def peer(
-    row: Row, dense: torch.nn.Module, setting: Setting, store: Store
-) -> tuple[torch.nn.Module, float, dict[str, Any]]:
+# A model, its stored bits, and what each stage gained.
+Outcome = tuple[torch.nn.Module, float, dict[str, Any]]
+
+
+def peer(row: Row, dense: torch.nn.Module, setting: Setting, store: Store) -> Outcome:
     batches = [] if row.calibration == "none" else setting.batches(row.calibration)
     model, stored = quantized(row.method, dense, setting.tokenizer, batches, row.bits)
     return model, stored, {}
 
 
-def ours(
-    row: Row, dense: torch.nn.Module, setting: Setting, store: Store
-) -> tuple[torch.nn.Module, float, dict[str, Any]]:
-    """Compress into a folder that stays, and load it; work of other code, text or options is thrown away."""
-    folder = store.folder / "models" / row.name
-    folder.parent.mkdir(exist_ok=True)
+def ours(row: Row, dense: torch.nn.Module, setting: Setting, store: Store) -> Outcome:
+    """Compress into a folder that stays, and load it."""
+    folder = model_folder(row, store)
     options = {**setting.options, "mode": row.method, "bits": row.bits, "seed": row.seed}
     options |= {"length": setting.length, "windows": setting.calibrating}
-    if row.calibration == "own":
-        data = None
-    else:
-        texts = calibration_texts(row.calibration)
-        data = {kind: setting.source(text) for kind, text in texts.items()}
+    data = None
+    if row.calibration != "own":
+        data = setting.sources(row.calibration)
         options["own_text"] = 0.0  # peers read the same
+    compressed = begun_anew_if_refused(
+        lambda: dbf_compile.compress(setting.dense, folder, data=data, **options), folder
+    )
+    return loaded(folder), compressed.report.bits.factored, {"stages": stages(compressed.report)}
+
+
+def end_to_end(row: Row, dense: torch.nn.Module, setting: Setting, store: Store) -> Outcome:
+    """Train what sequential mode gives; it is compressed first where it is not there."""
+    base = replace(row, method="sequential")
+    if not (model_folder(base, store) / REPORT).exists():
+        ours(base, dense, setting, store)
+    folder = model_folder(row, store)
+    options = {"tokens": setting.tokens, "length": setting.length, "seed": row.seed}
+    data = setting.sources(row.calibration)
+    trained = begun_anew_if_refused(
+        lambda: dbf_compile.finetune(model_folder(base, store), data, folder, dense=setting.dense, **options),
+        folder,
+    )
+    report = read_report(trained.folder)
+    assert report is not None
+    return loaded(trained.folder), report.bits.factored, {"stages": stages(report)}
+
+
+def model_folder(row: Row, store: Store) -> Path:
+    folder = store.folder / "models" / row.name
+    folder.parent.mkdir(exist_ok=True)
+    return folder
+
+
+def loaded(folder: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def begun_anew_if_refused(work: Callable[[], Any], folder: Path) -> Any:
+    """Do work that continues where it was; what other code, text or options have left is thrown away."""
     try:
-        compressed = dbf_compile.compress(setting.dense, folder, data=data, **options)
+        return work()
     except (ResumeError, OptionError) as error:
         print(f"    from the beginning: {error}", file=sys.stderr)
         for path in (folder, folder.with_name(folder.name + ".work")):
             shutil.rmtree(path, ignore_errors=True)
-        compressed = dbf_compile.compress(setting.dense, folder, data=data, **options)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return model, compressed.report.bits.factored, {"stages": stages(compressed.report)}
+        return work()
 
 
 def stages(report: Report) -> list[dict[str, Any]]:

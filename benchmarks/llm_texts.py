@@ -120,7 +120,9 @@ def wikitext() -> dict[str, Text]:
 
 def mixture() -> dict[str, Text]:
     """Return a text of every kind that is at hand, to calibrate with."""
-    books = [_part("books-sample", 0, CHAPTER[0]), _part("books-sample", CHAPTER[1], 1)] if _shared() else []
+    books = (
+        [_part("books-sample", 0, CHAPTER[0]), _part("books-sample", CHAPTER[1], 1)] if are_shared() else []
+    )
     return _at_hand(
         {
             "encyclopedia": lambda: Text([_part("wikipedia-sample", 0, 1)], "articles of Wikipedia"),
@@ -134,7 +136,8 @@ def mixture() -> dict[str, Text]:
     )
 
 
-def _shared() -> bool:
+def are_shared() -> bool:
+    """Return whether the files lie beside the project."""
     return (SHARED / "wikitext2-valid.txt").exists()
 
 
@@ -165,7 +168,7 @@ def _in_turns(*texts: str) -> list[str]:
 
 
 def _judged_web() -> Text:
-    if _shared():
+    if are_shared():
         return Text([_part("web-sample", WEB_SHARE, 1)], "pages of C4, last tenth")
     pages = sorted(
         (one.metadata["Name"] or "", one.metadata.get_payload() or one.metadata.get("Description") or "")
