@@ -81,8 +81,12 @@ def _rows(name: str) -> list[Row]:
 
 
 def llm_source(name: str) -> str:
-    """Return where the figures of a file come from, once there are some."""
-    return source(name, "make bench-llm") if (RESULTS / f"{name}.csv").exists() else ""
+    """Return where the figures of a file come from; before there are any, the command that measures them."""
+    return (
+        source(name, "make bench-llm")
+        if (RESULTS / f"{name}.csv").exists()
+        else "\n<small>`make bench-llm`</small>"
+    )
 
 
 GENERATORS: dict[str, Callable[..., str]] = {"llm": llm, "llm_stages": llm_stages, "llm_source": llm_source}

@@ -21,6 +21,7 @@ from dbf_compile.cli import app
 
 sys.path.append(str(ROOT / "docs" / "generate"))
 import command_tables
+import llm_tables
 import option_tables
 import pass_tables
 import pictures
@@ -218,7 +219,7 @@ def generated() -> list[tuple[str, list[str]]]:
 
 @pytest.mark.parametrize(("name", "arguments"), generated())
 def test_results_can_be_drawn(name: str, arguments: list[str]):
-    text = result_tables.GENERATORS[name](*arguments)
+    text = {**result_tables.GENERATORS, **llm_tables.GENERATORS}[name](*arguments)
     heads = {line.count("|") for line in text.splitlines() if line.startswith("|")}
     assert text and len(heads) <= 1  # every row of a table has as many cells
 
