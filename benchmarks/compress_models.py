@@ -118,6 +118,7 @@ def model_rows(name: str, bits: list[float] | None) -> Iterator[dict[str, Any]]:
                     data=calibration,
                     length=LENGTH,
                     windows=windows,
+                    own_text=0,  # the text that peers read
                     holdout=0,
                     preset="fast",
                     progress=False,

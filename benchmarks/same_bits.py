@@ -50,6 +50,7 @@ def main() -> None:
                 preset="fast",
                 windows=8,
                 length=128,
+                own_text=0,
                 holdout=2,
                 tune=1,
                 refine=1,

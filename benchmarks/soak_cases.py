@@ -35,6 +35,7 @@ TINY = {
     "iterations": 3,
     "length": 16,
     "windows": 6,
+    "own_text": 0,
     "holdout": 2,
     "tune": 1,
     "refine": 1,

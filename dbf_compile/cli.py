@@ -127,6 +127,8 @@ def _kept_on_interrupt(output: str) -> Iterator[None]:
     dbf-compile compress Qwen/Qwen3-0.6B --bits 2 --data wiki.txt -o qwen-2bit
 
     dbf-compile compress ./llama --bits 1.5 --mode independent --preset fast -o llama-1.5bit
+
+    dbf-compile compress ./llama --bits 2 --data code=src.py --data web=pages.jsonl --shares '{"code": 2}' -o llama-2bit
 """
 )
 @expand_records

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +85,9 @@ def alternating_batches(
     Raises:
         OptionError, ConversionError: as for :func:`token_batches`.
     """
-    options = {"length": length, "column": column, "split": split}
+    read = partial(token_batches, tokenizer=tokenizer, length=length, column=column, split=split)
     left, short = count, []
-    streams = ((source, token_batches(source, tokenizer, count=count, **options)) for source in sources)
+    streams: Iterator[tuple[Any, Iterator[Any]]] = ((source, read(source, count=count)) for source in sources)
     while left:
         longer = []
         for source, stream in streams:
@@ -106,7 +107,7 @@ def alternating_batches(
         streams = iter(longer)
     if short:
         try:
-            yield from token_batches(short, tokenizer, count=left, **options)
+            yield from read(short, count=left)
         except NoWindowError:
             if left == count:
                 raise

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -261,3 +261,30 @@ def fingerprint(model: Any) -> str:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
     return digest.hexdigest()
+
+
+def generate_by(model: Any, first: Tensor, count: int, choose: Callable[[Tensor], Tensor]) -> None:
+    """Run ``generate`` of transformers, which knows all models, with tokens that are chosen elsewhere.
+
+    Args:
+        model: one that generates.
+        first: of every row the first token, int64 [B, 1].
+        count: tokens that follow.
+        choose: of logits [B, vocabulary] the next tokens, int64 [B, 1].
+    """
+    first = first.to(model.get_input_embeddings().weight.device)
+
+    def process(input_ids: Tensor, scores: Tensor) -> Tensor:
+        return torch.full_like(scores, -torch.inf).scatter_(1, choose(scores).to(scores.device), 0.0)
+
+    model.generate(
+        input_ids=first,
+        attention_mask=torch.ones_like(first),
+        max_new_tokens=count,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=-1,  # it stops at none
+        pad_token_id=0,
+        disable_compile=True,
+        logits_processor=[process],
+    )

@@ -89,7 +89,8 @@ def compress(
         output: the folder to write; it does not exist yet.
         config: a ``CompressOptions``, or another record of the same fields.
         data: what to calibrate with: path of a file of text or rows, a folder, a data set of the Hub or in memory, texts, or
-            rows; see ``token_batches``. None, and no ``batches``: random tokens, which is worse.
+            rows; see ``token_batches``. Or a mapping from kinds of text to such data. None, and no ``batches``: the model
+            writes text itself (``own_text``); one that cannot is calibrated with random tokens, which is worse.
         batches: ready batches in place of text, for models that read something else.
         tokenizer: for ``data``; None for that of the model's folder.
         **options: fields of ``config`` as keywords, which win over it.

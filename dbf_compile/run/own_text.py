@@ -28,7 +28,7 @@ from dbf_compile.progress import bar
 from dbf_compile.run.work import Work
 
 if TYPE_CHECKING:
-    from dbf_compile.integrations.writing import Writer
+    from dbf_compile.run.writing import Writer
 
 _SHARE = 0.5  # of the windows, beside data
 # Of a file, and of one step of writing: a cache of 16,384 tokens takes 0.4 GB of SmolLM2-135M, 2.1 GB of Llama-3-8B.
@@ -52,7 +52,7 @@ class OwnText:
     @staticmethod
     def of(model: nn.Module, tokenizer: Any, config: CompressOptions, windows: tuple[int, int]) -> OwnText:
         """Return what a model is to write: windows of ``config.length`` tokens, some to calibrate and some to judge with."""
-        from dbf_compile.integrations.writing import Writer
+        from dbf_compile.run.writing import Writer
 
         calibrating, judging = windows
         sampling = Sampling(
@@ -115,7 +115,7 @@ def share_of(model: nn.Module, config: CompressOptions, data: Any, batches: Any)
         OptionError: it was asked for where there is no room for it.
         ConversionError: it was asked for, and the model writes no text.
     """
-    from dbf_compile.integrations.writing import check_writes, writes
+    from dbf_compile.run.writing import check_writes, writes
 
     asked = config.own_text
     if asked is None:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from dbf_compile.calibration.limits import Limits, embedded_ids
@@ -27,7 +26,6 @@ from dbf_compile.integrations import steps
 from dbf_compile.options import Sampling
 from dbf_compile.sampling import Sampler
 
-_NEVER = -1  # as the id of a token at which generate of transformers stops
 # Tokens of a text at least. Behind a word at random a model of instructions often sees nothing to say.
 _SHORTEST = 32
 
@@ -112,7 +110,7 @@ class Writer:
         try:
             sizes = steps.probe(self.model)
         except steps.UnsuitedError:
-            self._by_transformers(chooser, len(rows))
+            steps.generate_by(self.model, chooser.last, self.length - 1, chooser.choose)
         else:
             self._by_steps(chooser, len(rows), sizes)
         return torch.tensor(chooser.tokens)
@@ -127,22 +125,8 @@ class Writer:
                 positions = torch.full((rows, 1), position)
                 chooser.choose(steps.step(self.model, chooser.last, positions, last, keys, values))
 
-    def _by_transformers(self, chooser: _Chooser, rows: int) -> None:
-        first = chooser.last.to(_device_of(self.model))
-        self.model.generate(
-            input_ids=first,
-            attention_mask=torch.ones_like(first),
-            max_new_tokens=self.length - 1,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=_NEVER,
-            pad_token_id=0,
-            disable_compile=True,
-            logits_processor=transformers.LogitsProcessorList([chooser]),
-        )
 
-
-class _Chooser(transformers.LogitsProcessor):  # type: ignore[misc]
+class _Chooser:
     """Chooses the next token of every row, and keeps what was chosen."""
 
     def __init__(self, writer: Writer, rows: range, advance: Callable[[int], object]) -> None:
@@ -167,8 +151,8 @@ class _Chooser(transformers.LogitsProcessor):  # type: ignore[misc]
         """The last token of every row, int64 [rows, 1], on the CPU."""
         return torch.tensor([[row.tokens[-1]] for row in self._rows])
 
-    def choose(self, logits: Tensor) -> None:
-        """Add a token to every row, for logits [rows, vocabulary]."""
+    def choose(self, logits: Tensor) -> Tensor:
+        """Add a token to every row, for logits [rows, vocabulary]; return them, int64 [rows, 1], on the CPU."""
         logits = logits.float().index_fill(1, self._barred, -torch.inf)
         young = torch.tensor([row.is_young for row in self._rows], device=logits.device)
         logits[:, self._ends] = logits[:, self._ends].masked_fill(young[:, None], -torch.inf)
@@ -181,11 +165,7 @@ class _Chooser(transformers.LogitsProcessor):  # type: ignore[misc]
         for row, token in zip(self._rows, self._sampler.choose(logits, []).tolist(), strict=True):
             row.put(token)
         self._advance(len(self._rows))
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return scores by which ``generate`` of transformers takes what was chosen."""
-        self.choose(scores)
-        return torch.full_like(scores, -torch.inf).scatter_(1, self.last.to(scores.device), 0.0)
+        return self.last
 
 
 class _Row:

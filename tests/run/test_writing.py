@@ -13,9 +13,10 @@ pytest.importorskip("transformers")
 from support.models.tiny import tiny_bert, tiny_gpt2, tiny_llama
 
 from dbf_compile.errors import ConversionError, WeightError
-from dbf_compile.integrations import steps, writing
-from dbf_compile.integrations.writing import Writer
+from dbf_compile.integrations import steps
 from dbf_compile.options import Sampling
+from dbf_compile.run import writing
+from dbf_compile.run.writing import Writer
 
 LENGTH = 40
 
