@@ -15,6 +15,7 @@ from typing import Any
 
 SPARE_BYTES = 4 << 30  # that a case may allocate beyond what its parent had
 TIMEOUT = 120  # seconds of a case: a load takes 0.1, a compression 5
+LOOK = 1.0  # seconds from one look at what runs to the next
 
 # Two query heads share a key; 44 is no multiple of 32; q, k and v are factored as one.
 TINY_LLAMA = {
@@ -115,10 +116,13 @@ def in_processes(
                 running[one.results] = one
             if not running:
                 return
-            ready = wait(
-                list(running), timeout=max(0.0, min(one.ends for one in running.values()) - time.monotonic())
-            )
-            late = [channel for channel, one in running.items() if one.ends <= time.monotonic()]
+            before = time.monotonic()
+            ready = wait(list(running), timeout=LOOK)
+            # What holds this process holds those that it has started, too: only time between two looks counts.
+            passed = min(LOOK, time.monotonic() - before)
+            for one in running.values():
+                one.left -= passed
+            late = [channel for channel, one in running.items() if one.left <= 0]
             for channel in {*ready, *late}:
                 yield running.pop(channel).case()
     finally:
@@ -136,7 +140,7 @@ class _Running:
         self._process = context.Process(target=_work, args=(sender, work, seed))
         self._process.start()
         sender.close()
-        self.ends = time.monotonic() + timeout
+        self.left = timeout
 
     def case(self) -> Case:
         """Return the case; kill its process if it is still running."""
