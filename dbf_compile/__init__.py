@@ -21,6 +21,7 @@ from dbf_compile.evaluation import evaluate
 from dbf_compile.factorizer.factorize import FactorizerConfig, factorize, weighted_error
 from dbf_compile.factorizer.importance import Importance
 from dbf_compile.factors import DoubleBinaryFactors
+from dbf_compile.finetuning.folders import Finetuned, finetune
 from dbf_compile.generation import Generation, TextGenerator, generate
 from dbf_compile.inspection import inspect
 from dbf_compile.integrations.on_import import when_imported
@@ -32,6 +33,7 @@ from dbf_compile.options import (
     CompressionConfig,
     CompressOptions,
     EvaluationConfig,
+    FinetuneConfig,
     Sampling,
 )
 from dbf_compile.run.compress import Compressed, compress
@@ -63,6 +65,8 @@ __all__ = [
     "DoubleBinaryLinear",
     "EvaluationConfig",
     "FactorizerConfig",
+    "FinetuneConfig",
+    "Finetuned",
     "Generation",
     "Importance",
     "Sampling",
@@ -74,6 +78,7 @@ __all__ = [
     "evaluate",
     "factorize",
     "factorize_model",
+    "finetune",
     "generate",
     "inspect",
     "load",

@@ -31,7 +31,7 @@ from dbf_compile.cli_options import (
     results_alone,
 )
 from dbf_compile.files import user_path
-from dbf_compile.options import CompressOptions, EvaluationConfig
+from dbf_compile.options import CompressOptions, EvaluationConfig, FinetuneConfig
 from dbf_compile.progress import say
 from dbf_compile.records import Record, option, resolve
 from dbf_compile.terminal import complete_output, deliver_interrupts, prepare_streams
@@ -157,6 +157,37 @@ def compress(
             compressed = run(model, output, config=config, data=source)
     page = compressed.folder / "dbf_report.html"
     _print(as_json, compressed.report, lambda: f"{compressed}\nreport: {page}")
+
+
+@app.command(
+    epilog="""Examples:
+
+    dbf-compile finetune qwen-2bit --data web=pages.jsonl --data code=src.py --tokens 2000000
+
+    torchrun --nproc-per-node 8 -m dbf_compile.cli finetune qwen-2bit --data text.jsonl --batch 64
+"""
+)
+@expand_records
+def finetune(
+    model: Folder,
+    options: FinetuneConfig,
+    data: Data = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Folder to write; None for MODEL-finetuned.")
+    ] = None,
+    dense: Annotated[
+        str | None, typer.Option(help="The dense model; None for the one that MODEL was compressed from.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a compressed folder end to end: signs, scales and norms learn the dense model's predictions."""
+    from dbf_compile.finetuning.folders import default_output
+    from dbf_compile.finetuning.folders import finetune as run
+
+    place = output or str(default_output(model))
+    with _kept_on_interrupt(place), results_alone(as_json):
+        result = run(model, _source(data), place, dense=dense, config=options)
+    _print(as_json, asdict(result), lambda: str(result))
 
 
 @app.command(

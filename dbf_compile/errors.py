@@ -8,7 +8,7 @@ DBFError
 ├── OptionError             an option is unknown, or its value is of the wrong type or range
 ├── ResumeError             an interrupted compression cannot be resumed
 ├── ConversionError         a model cannot be converted as asked
-├── TrainingError           a gradient is requested for a weight that exists only in factored form
+├── TrainingError           a gradient is requested of what exists only in factored form, or a loss is not finite
 ├── GraphInvariantError     a pass produced or received an illegal graph
 ├── KernelInputError        an operator was called with tensors that it does not accept
 └── BuildError              the C++ kernels could not be built
@@ -69,7 +69,7 @@ class ConversionError(DBFError, ValueError):
 
 
 class TrainingError(DBFError, RuntimeError):
-    """A gradient is requested for a weight that exists only in factored form."""
+    """A gradient is requested for a weight that exists only in factored form, or a loss is not finite."""
 
 
 class GraphInvariantError(DBFError, RuntimeError):

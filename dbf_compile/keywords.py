@@ -95,6 +95,29 @@ class EvaluationKeywords(TypedDict, total=False):
     progress: bool
 
 
+class FinetuneKeywords(TypedDict, total=False):
+    """Fields of ``FinetuneConfig``."""
+
+    tokens: int
+    length: int | None
+    batch: int
+    holdout: int
+    judge: int
+    sign_rate: float
+    scale_rate: float
+    norm_rate: float
+    hidden: float
+    top: int
+    column: str | None
+    split: str | None
+    seed: int
+    resume: str
+    cache_dir: str | Path | None
+    device: torch.device | str | None
+    trust_remote_code: bool
+    progress: bool
+
+
 class SamplingKeywords(TypedDict, total=False):
     """Fields of ``Sampling``."""
 

@@ -305,6 +305,52 @@ class EvaluationConfig(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(Record):
+    """How ``finetune`` trains a compressed folder end to end.
+
+    Args:
+        tokens: Tokens to learn from, each used once; fewer where the text is shorter.
+        length: Tokens of a window; None for 512, or for as many as the model has positions.
+        batch: Windows of a step, those of all processes together.
+        holdout: Windows of every kind of text, its first ones, to judge with.
+        judge: How often the model is judged on the way; the best state is kept.
+        sign_rate: How readily signs flip: how far noise alone would move one over the whole run, in units of its distance
+            from flipping; 0 leaves all signs.
+        scale_rate: How fast scales learn, in units of their size.
+        norm_rate: How fast norms and biases learn, in units of their size; 0 leaves them.
+        hidden: Weight of the error of hidden states beside the divergence; above 0 the dense model runs in every step.
+        top: Likeliest tokens of the dense model that are kept for every position; all others count as one.
+        column: Column of the data to read; None for the first that is known, such as text or messages.
+        split: Split of the data to read, such as train; needed where there are several.
+        seed: Seed of the order of windows.
+        resume: "auto": continue an interrupted run. "required": fail without one. "never": start over.
+        cache_dir: Folder of the dense model's predictions, 260 bytes a token; None for the user's cache folder.
+        device: Where to compute, such as cuda or cpu; None for a GPU if there is one.
+        trust_remote_code: Run code that comes with the model.
+        progress: Show progress bars.
+    """
+
+    tokens: int = option(2_000_000, low=2)
+    length: int | None = option(None, low=2)
+    batch: int = option(4, low=1)
+    holdout: int = option(8, low=1)
+    judge: int = option(10, low=1)
+    sign_rate: float = option(0.3, low=0)
+    scale_rate: float = option(0.01, low=0)
+    norm_rate: float = option(0.001, low=0)
+    hidden: float = option(0.0, low=0)
+    top: int = option(64, low=1)
+    column: str | None = None
+    split: str | None = None
+    seed: int = option(0, low=0, high=2**63 - 1)
+    resume: str = option("auto", choices=RESUME, changes_results=False)
+    cache_dir: str | None = option(None, changes_results=False)
+    device: torch.device | str | None = option(None, changes_results=False)
+    trust_remote_code: bool = option(False, changes_results=False)
+    progress: bool = option(True, changes_results=False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sampling(Record):
     """How the next token is chosen. What is None is as the model's own generation settings say.
 

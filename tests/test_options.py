@@ -21,6 +21,7 @@ from dbf_compile.options import (
     CompressionConfig,
     CompressOptions,
     EvaluationConfig,
+    FinetuneConfig,
     Sampling,
 )
 from dbf_compile.records import ALIASES, Record, describe, parse, resolve
@@ -32,6 +33,7 @@ KINDS: tuple[type[Record], ...] = (
     CompressOptions,
     CalibrationConfig,
     EvaluationConfig,
+    FinetuneConfig,
     Sampling,
 )
 FIELDS = [(kind, field.name) for kind in KINDS for field in dataclasses.fields(kind)]
@@ -41,6 +43,7 @@ KEYWORDS = {
     CompressOptions: keywords.CompressKeywords,
     CalibrationConfig: keywords.CalibrationKeywords,
     EvaluationConfig: keywords.EvaluationKeywords,
+    FinetuneConfig: keywords.FinetuneKeywords,
     Sampling: keywords.SamplingKeywords,
 }
 
@@ -57,6 +60,8 @@ EXAMPLES: dict[Any, tuple[Any, tuple[Any, ...]]] = {
     "head": ("int4", (None, [4], {"a": 1}, True)),
     "embedding": ("int6", (None, 4.0, ["int4"])),
     "skip": (["*head"], ("lm_head", None, [1], {"a": 1})),
+    **dict.fromkeys(("tokens", "batch", "judge", "top"), COUNT),
+    **dict.fromkeys(("sign_rate", "scale_rate", "norm_rate", "hidden"), (2, ("2", None, True))),
     "merge_shared_inputs": TRUTH,
     "preset": ("fast", (None, 3, True)),
     "iterations": MAYBE_COUNT,

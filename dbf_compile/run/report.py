@@ -47,13 +47,14 @@ class _Part(dict[str, Any]):
 
 @dataclass(frozen=True)
 class ModelFacts(_Part):
-    """The dense model: name, class, number of parameters, hash of its content, type of its file if that was quantized."""
+    """The dense model: name, class, parameters, hash of its content, type of its file if that was quantized, where it was."""
 
     name: str
     architecture: str | None = None
     parameters: Count | None = None
     hash: str | None = None
     file_type: str | None = None
+    source: str | None = None
 
 
 @dataclass(frozen=True)

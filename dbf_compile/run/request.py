@@ -37,6 +37,7 @@ class Source:
         content: hash of configuration and weights.
         original: a view of the caller's model, or None for a folder.
         file_type: of the quantized file that the folder was dequantized from, or None.
+        place: path or name on the Hub, or None for a model in memory.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class Source:
     content: str
     original: nn.Module | None = None
     file_type: str | None = None
+    place: str | None = None
 
     @staticmethod
     def of(model: str | Path | nn.Module, trust_remote_code: bool = False) -> Source:
@@ -63,6 +65,7 @@ class Source:
             Path(model).name,
             pretrained.content_hash(folder),
             file_type=pretrained.file_type(folder),
+            place=str(Path(model).absolute() if Path(model).exists() else model),
         )
 
 
@@ -138,6 +141,7 @@ class Request:
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             hash=self.source.content,
             file_type=self.source.file_type,
+            source=self.source.place,
         )
 
     def fingerprint(self) -> dict[str, Any]:

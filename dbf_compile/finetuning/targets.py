@@ -1,0 +1,92 @@
+"""What the dense model predicts: its likeliest tokens at every position, computed once and kept on the disk.
+
+    <folder>/<key>.safetensors         "tokens" [windows, positions, top] int32, or uint16 if the vocabulary is that small
+                                         "log_p" float16 of the same shape
+                                         "rest" float32 [windows, positions]: probability of all other tokens
+
+The key is a hash of the dense model's content, of the tokens of the windows and of ``top``. So runs with other bits or other
+settings read the same files, a run that goes on finds what it had, and a damaged file is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dbf_compile.calibration.model_io import logits_of
+from dbf_compile.checkpoint import write_tensors
+from dbf_compile.checksums import changed_tensors
+from dbf_compile.finetuning.loss import Targets
+from dbf_compile.hashes import tensor_hash
+
+_FORMAT = {"format": "dbf targets", "format_version": "1"}
+_SMALL = 2**16  # tokens that 16 bits tell apart
+
+
+class Teacher:
+    """Gives the predictions of the dense model, from the disk or from the model.
+
+    Args:
+        model: returns the dense model in evaluation mode; called only where a prediction is not known yet.
+        content: hash of the dense model.
+        top: how many tokens are kept at a position; fewer where the vocabulary is smaller.
+        folder: where predictions lie; made if it is not there.
+        device: where the model computes.
+    """
+
+    def __init__(
+        self, model: Callable[[], nn.Module], content: str, top: int, folder: Path, device: torch.device
+    ) -> None:
+        self._model, self._content, self._top, self._folder = model, content, top, folder
+        self.device = device
+
+    def targets(self, windows: Tensor) -> Targets:
+        """Return the predictions for windows of tokens, int64 [windows, length], position after position."""
+        digest = hashlib.sha256(f"{self._content} {self._top}".encode() + tensor_hash(windows))
+        name = digest.hexdigest()
+        path = self._folder / name[:2] / f"{name[2:40]}.safetensors"
+        tensors = _read(path)
+        if tensors is None:
+            tensors = self._computed(windows)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_tensors(tensors, _FORMAT, path)
+        log_p, rest = tensors["log_p"].to(self.device).float(), tensors["rest"].to(self.device)
+        # Rounding moved what the probabilities sum to.
+        log_p = log_p - (log_p.exp().sum(-1, keepdim=True) + rest[..., None]).log()
+        rest = (1 - log_p.exp().sum(-1)).clamp_min(0)
+        tokens = tensors["tokens"].to(self.device).long()
+        return Targets(tokens.flatten(0, 1), log_p.flatten(0, 1), rest.flatten())
+
+    @torch.no_grad()
+    def hidden_states(self, windows: Tensor) -> tuple[Tensor, ...]:
+        """Return the hidden states of the dense model; nobody keeps them, as they take kilobytes a token."""
+        output = self._model()(input_ids=windows.to(self.device), output_hidden_states=True)
+        states: tuple[Tensor, ...] = output.hidden_states
+        return states
+
+    @torch.no_grad()
+    def _computed(self, windows: Tensor) -> dict[str, Tensor]:
+        parts: list[tuple[Tensor, ...]] = []
+        model = self._model()
+        for window in windows.to(self.device).split(1):
+            log_p = torch.log_softmax(logits_of(model(input_ids=window)).float(), -1)
+            best, tokens = log_p.topk(min(self._top, log_p.shape[-1]))
+            rest = (1 - best.exp().sum(-1)).clamp_min(0)
+            narrow = torch.uint16 if log_p.shape[-1] <= _SMALL else torch.int32
+            parts.append((tokens.to(torch.int32).cpu().to(narrow), best.half().cpu(), rest.cpu()))
+        names = ("tokens", "log_p", "rest")
+        return {name: torch.cat(part) for name, part in zip(names, zip(*parts, strict=True), strict=True)}
+
+
+def _read(path: Path) -> dict[str, Tensor] | None:
+    """Return the tensors of a file; None where it is not there, or not as it was written."""
+    try:
+        return None if changed_tensors(path) else load_file(path)
+    except (OSError, SafetensorError, ValueError):
+        return None

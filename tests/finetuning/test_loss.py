@@ -1,0 +1,66 @@
+"""The loss: its value and gradient against plain torch, with few and with all tokens known."""
+
+import pytest
+import torch
+from support.models.tiny import randn
+
+from dbf_compile.finetuning import loss as module
+from dbf_compile.finetuning.loss import Targets, hidden_error, top_divergence
+
+
+def targets_of(logits, top):
+    log_p = torch.log_softmax(logits, -1)
+    best, tokens = log_p.topk(top)
+    return Targets(tokens, best, (1 - best.exp().sum(-1)).clamp_min(0))
+
+
+def plain(logits, targets):
+    log_q = torch.log_softmax(logits, -1)
+    kept = log_q.gather(-1, targets.tokens)
+    rest = 1 - kept.exp().sum(-1)
+    p = targets.log_p.exp()
+    kl = (p * (targets.log_p - kept)).sum(-1)
+    return (kl + targets.rest * (targets.rest / rest).log()).sum()
+
+
+@pytest.mark.parametrize("at_a_time", [1, 37 * 3, 2**23])
+@pytest.mark.parametrize("top", [1, 5, 36])
+def test_value_and_gradient_are_those_of_plain_torch(monkeypatch, top, at_a_time):
+    monkeypatch.setattr(module, "_AT_A_TIME", at_a_time)
+    logits = randn(7, 37, dtype=torch.float64).requires_grad_()
+    targets = targets_of(randn(7, 37, seed=1, dtype=torch.float64), top)
+    expected = plain(logits, targets)
+    (gradient,) = torch.autograd.grad(expected, logits)
+    narrow = logits.detach().float().requires_grad_()
+    actual = top_divergence(narrow, Targets(targets.tokens, targets.log_p.float(), targets.rest.float()))
+    (3 * actual).backward()
+    assert float(actual) == pytest.approx(float(expected), rel=1e-5)
+    assert torch.allclose(narrow.grad.double(), 3 * gradient, atol=1e-5)
+
+
+def test_all_tokens_give_the_divergence_and_equal_models_none():
+    dense = randn(4, 19)
+    assert float(top_divergence(dense, targets_of(dense, 19))) == pytest.approx(0, abs=1e-5)
+    other = randn(4, 19, seed=1)
+    kl = torch.nn.functional.kl_div(
+        torch.log_softmax(other, -1), torch.log_softmax(dense, -1), log_target=True, reduction="sum"
+    )
+    assert float(top_divergence(other, targets_of(dense, 19))) == pytest.approx(float(kl), rel=1e-4)
+
+
+def test_half_precision_rounds_the_gradient_alone():
+    logits = randn(5, 33).bfloat16().requires_grad_()
+    wide = logits.detach().float().requires_grad_()
+    targets = targets_of(randn(5, 33, seed=1), 8)
+    one, other = top_divergence(logits, targets), top_divergence(wide, targets)
+    assert torch.equal(one, other)
+    one.backward()
+    other.backward()
+    assert torch.equal(logits.grad, wide.grad.bfloat16())
+
+
+def test_hidden_states_are_compared_by_their_own_size():
+    states = (randn(1, 3, 8), 100 * randn(1, 3, 8, seed=1))
+    assert float(hidden_error(states, states)) == 0
+    doubled = tuple(2 * state for state in states)
+    assert float(hidden_error(doubled, states)) == pytest.approx(3)  # positions

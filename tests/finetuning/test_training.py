@@ -1,0 +1,42 @@
+"""The course of a run: which state is the best, and how rates rise and fall."""
+
+import pytest
+
+from dbf_compile.finetuning.training import Course, rate_share, rates_at
+from dbf_compile.options import FinetuneConfig
+
+
+def judged(*means):
+    course = Course()
+    flags = []
+    for steps, (web, code) in enumerate(means):
+        course.steps = steps
+        flags.append(course.judge({"web": web, "code": code}))
+    return course.best, flags
+
+
+def test_the_best_state_has_the_smallest_mean():
+    assert judged((2, 2), (1, 1.5), (1.2, 1.4), (0.5, 0.5)) == (3, [True, True, False, True])
+
+
+def test_no_kind_may_be_worse_than_at_the_start():
+    assert judged((2, 2), (0.1, 2.1), (1.9, 2.0)) == (2, [True, False, True])
+
+
+def test_a_start_that_nothing_betters_stays_the_best():
+    assert judged((2, 2), (2, 2), (3, 1)) == (0, [True, False, False])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 100])
+def test_rates_rise_shortly_and_fall_to_nothing(steps):
+    shares = [rate_share(step, steps) for step in range(steps)]
+    assert all(0 < share <= 1 for share in shares)
+    assert shares[-1] < 0.1 or steps < 10
+    assert max(shares) > 0.9
+
+
+@pytest.mark.parametrize("steps", [30, 1000])
+def test_noise_moves_signs_as_far_in_every_run(steps):
+    config = FinetuneConfig(sign_rate=0.3)
+    squares = sum(rates_at(config, step, steps).signs ** 2 for step in range(steps))
+    assert squares**0.5 == pytest.approx(0.3, rel=0.1)
