@@ -89,7 +89,7 @@ class Learner:
         self._ranks.sum_([loss, *self._gradients.values()])
         if not bool(torch.isfinite(loss)):
             raise TrainingError(
-                f"a loss of {float(loss)}",
+                f"training with a loss of {float(loss)}",
                 "a finite loss",
                 "use smaller rates, and another output or resume='never'",
             )
