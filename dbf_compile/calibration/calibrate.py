@@ -128,7 +128,8 @@ def _measure(
             empty = False
             if device is not None:
                 batch = to_device(batch, device)
-            state.mask = attention_mask(batch)
+            mask = attention_mask(batch)
+            state.mask = None if mask is None or bool(mask.all()) else mask
             output = call_model(model, batch)
             if criterion is not None and anchor is not None:
                 torch.autograd.grad(_scalar(criterion(output, batch)), anchor, allow_unused=True)

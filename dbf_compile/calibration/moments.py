@@ -41,7 +41,7 @@ class Moment:
             exact = rows.double()
             added = exact.mT @ exact
         else:
-            added = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float64).square()
+            added = rows.double().square().sum(0)
         self.total = added if self.total is None else self.total + added.to(self.total.device)
         self.positions += rows.shape[0]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dbf_compile.calibration.model_io import attention_mask, call_model
 from dbf_compile.calibration.offload import without_kv_cache
 from dbf_compile.errors import ConversionError
+from dbf_compile.machine import narrow_products
 
 _HIDDEN = "hidden_states"
 
@@ -34,18 +35,33 @@ class Streams:
         calls: positional and keyword arguments besides the hidden states, as ``calls[batch][block]``.
         masks: of every batch, which positions are no padding, as bool [batch, tokens]; None without an
             ``attention_mask``.
+        narrow: blocks may round what their matrix products multiply to bfloat16, where the device gains by it. Their
+            other numbers are float32 ones.
     """
 
     hidden: list[Tensor] = field(default_factory=list)
     calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(default_factory=list)
     masks: list[Tensor | None] = field(default_factory=list)
+    narrow: bool = False
 
     def run(self, block: nn.Module, index: int, batch: int, hidden: Tensor) -> Tensor:
         """Return the hidden states that block ``index`` makes of ``hidden``, with the arguments of batch ``batch``."""
         args, kwargs = self.calls[batch][index]
-        output = block(hidden, *args, **kwargs)
+        with narrow_products(hidden.device) if self.narrow else nullcontext():
+            output = block(hidden, *args, **kwargs)
         result: Tensor = output if isinstance(output, Tensor) else output[0]
-        return result
+        return result.float()
+
+    @torch.no_grad()
+    def for_block(self, block: nn.Module, index: int) -> Streams:
+        """Return these streams, narrow only if block ``index`` computes finite numbers that way: few mix dtypes badly."""
+        padded = (batch for batch, mask in enumerate(self.masks) if mask is not None and not bool(mask.all()))
+        narrow = replace(self, narrow=True)
+        try:
+            outputs = [narrow.run(block, index, batch, self.hidden[batch]) for batch in {0, next(padded, 0)}]
+            return replace(self, narrow=all(bool(torch.isfinite(output).all()) for output in outputs))
+        except RuntimeError:
+            return replace(self, narrow=False)
 
     @torch.no_grad()
     def outputs(self, block: nn.Module, index: int, inputs: Sequence[Tensor]) -> list[Tensor]:

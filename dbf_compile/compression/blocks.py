@@ -169,11 +169,8 @@ def compress_block(
     state = BlockState(task, torch.Generator().manual_seed(recipe.factorizer.seed))
     result = BlockResult({})
     done = 0.0
-    positions: Counter[str] = Counter()
-    with _inputs_to(state, task.jobs, lambda name, x: positions.update({name: x.shape[:-1].numel()})):
-        state.run_all()
     error = state.error()
-    turns = _turns(task, positions)
+    turns = _turns(state)
     total = max(1, recipe.tune * len(turns) + len(task.jobs) + recipe.refine)
 
     def advance(amount: float) -> None:
@@ -218,17 +215,16 @@ def compress_block(
     return result
 
 
-def _turns(task: BlockTask, positions: Mapping[str, int]) -> dict[str, list[FactorJob]]:
-    """Return which jobs are done together, by name: each alone, but for members of a list that some positions pass by.
-
-    Args:
-        task: the block.
-        positions: how many positions reach each job.
-    """
-    families: dict[str, list[FactorJob]] = {}
+def _turns(state: BlockState) -> dict[str, list[FactorJob]]:
+    """Return which jobs are done together, by name: each alone, but for members of a list that some positions pass by."""
+    task, families = state.task, dict[str, list[FactorJob]]()
     for job in task.jobs:
         family = joined([f"{task.name}.{_NUMBER.sub('*', task.path(name))}" for name in job.names])
         families.setdefault(family, []).append(job)
+    positions: Counter[str] = Counter()
+    if len(families) < len(task.jobs):
+        with _inputs_to(state, task.jobs, lambda name, x: positions.update({name: x.shape[:-1].numel()})):
+            state.run_all()
     turns: dict[str, list[FactorJob]] = {}
     most = max(positions.values(), default=0)
     for family, jobs in families.items():

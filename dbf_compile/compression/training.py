@@ -22,13 +22,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.graph import saved_tensors_hooks
 
 from dbf_compile.factorizer.importance import Importance
 from dbf_compile.factorizer.projection import half_scales, signs_of
 from dbf_compile.factorizer.refine import Product, flip_costs
 from dbf_compile.factorizer.weighted import WeightedWeight
 from dbf_compile.factors import DoubleBinaryFactors
+from dbf_compile.machine import narrow_products
 from dbf_compile.signs import pack_signs, unpack_signs
 from dbf_compile.stand_in import FactoredStandIn
 
@@ -39,12 +40,19 @@ _BETAS = (0.9, 0.95)
 
 class _Sign(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, latent: Tensor) -> Tensor:
-        return signs_of(latent)
+    def forward(ctx: Any, latent: Tensor, dtype: torch.dtype) -> Tensor:
+        # As signs_of, in a dtype that may be narrower.
+        return torch.copysign(torch.ones((), dtype=dtype, device=latent.device), (latent + 0.0).to(dtype))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return grads[0]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].float(), None
+
+
+def _product_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype in which matrices are multiplied here: signs are made in it, once."""
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
 
 
 class Trainable(FactoredStandIn):
@@ -69,8 +77,8 @@ class Trainable(FactoredStandIn):
         if owner is not None:
             self.scale_in, self.scale_mid = owner.scale_in, owner.scale_mid
 
-    def signs(self) -> tuple[Tensor, Tensor]:
-        """Return ``signs_in`` [R, K] and ``signs_out`` [N, R] as float32 of +1 and -1."""
+    def signs(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Return ``signs_in`` [R, K] and ``signs_out`` [N, R] as +1 and -1 in ``dtype``."""
         raise NotImplementedError
 
     @property
@@ -78,12 +86,11 @@ class Trainable(FactoredStandIn):
         """The three scale vectors."""
         return [self.scale_in, self.scale_mid, self.scale_out]
 
-    def product(self, x: Tensor) -> Tensor:
-        """Return y [..., N] for x [..., K], both float32."""
-        signs_in, signs_out = self.signs()
-        inner = nn.functional.linear(x * self.scale_in, signs_in) * self.scale_mid
-        y: Tensor = nn.functional.linear(inner, signs_out) * self.scale_out
-        return y if self.bias is None else y + self.bias
+    def product(self, x: Tensor, signs: tuple[Tensor, Tensor]) -> Tensor:
+        """Return y [..., N] for x [..., K] in the dtype of x. All but the products is computed in float32."""
+        inner = nn.functional.linear(x.float() * self.scale_in, signs[0]) * self.scale_mid
+        y: Tensor = nn.functional.linear(inner, signs[1]) * self.scale_out
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
 
 
 class TrainableDoubleBinary(Trainable):
@@ -110,12 +117,12 @@ class TrainableDoubleBinary(Trainable):
         self.latent_out = nn.Parameter(outer, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return y [..., N] for x [..., K], computed in float32 and rounded to the dtype of x."""
-        return self.product(x.float()).to(x.dtype)
+        """Return y [..., N] for x [..., K] in the dtype of x."""
+        return self.product(x, self.signs(_product_dtype(x.device)))
 
-    def signs(self) -> tuple[Tensor, Tensor]:
+    def signs(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Return the signs; gradients pass through them to the latents unchanged."""
-        return _Sign.apply(self.latent_in), _Sign.apply(self.latent_out)  # type: ignore[no-untyped-call]
+        return _Sign.apply(self.latent_in, dtype), _Sign.apply(self.latent_out, dtype)  # type: ignore[no-untyped-call]
 
     @property
     def latents(self) -> list[nn.Parameter]:
@@ -133,16 +140,35 @@ class TrainableScales(Trainable):
         self._factors = factors
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return y [..., N] for x [..., K], computed in float32 and rounded to the dtype of x."""
-        # Unpacked signs take 32 times the memory: the backward pass unpacks them again instead of keeping them.
-        y: Tensor = checkpoint(self.product, x.float(), use_reentrant=False)
-        return y.to(x.dtype)
+        """Return y [..., N] for x [..., K] in the dtype of x."""
+        with narrow_products(x.device):
+            dtype = _product_dtype(x.device)
+            signs = self.signs(dtype)
+            places = {matrix.untyped_storage().data_ptr(): place for place, matrix in enumerate(signs)}
 
-    def signs(self) -> tuple[Tensor, Tensor]:
+            # Unpacked signs take 16 or 32 times the memory: the backward pass unpacks them again.
+            def pack(saved: Tensor) -> Any:
+                place = places.get(saved.untyped_storage().data_ptr())
+                return saved if place is None else (place, saved.size(), saved.stride())
+
+            def unpack(packed: Any) -> Tensor:
+                if isinstance(packed, Tensor):
+                    return packed
+                place, *layout = packed
+                return self._unpacked(place, dtype).as_strided(*layout)
+
+            with saved_tensors_hooks(pack, unpack):
+                return self.product(x, signs)
+
+    def signs(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Return the unpacked signs."""
+        return self._unpacked(0, dtype), self._unpacked(1, dtype)
+
+    def _unpacked(self, place: int, dtype: torch.dtype) -> Tensor:
         factors = self._factors
-        inner = unpack_signs(factors.signs_in, factors.in_features)
-        return inner, unpack_signs(factors.signs_out, factors.mid_features)
+        if place == 0:
+            return unpack_signs(factors.signs_in, factors.in_features, dtype)
+        return unpack_signs(factors.signs_out, factors.mid_features, dtype)
 
 
 @torch.no_grad()

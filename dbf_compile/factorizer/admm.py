@@ -288,14 +288,15 @@ def _step(target: Tensor, basis: Tensor, anchor: Tensor, coefficients: Coefficie
     rounded = basis.to(dtype)
     wide = mid_features > target.shape[-2]
     # Where it is wide, in float32: an entry may be a thousand times the shift.
-    normal = _gram(rounded.float().mT if wide else rounded)
+    operand = rounded.float().mT if wide else rounded
+    normal = _gram(operand)
     diagonal = normal.diagonal(dim1=-2, dim2=-1)
     shift = coefficients.ridge * diagonal.sum(-1) / mid_features + coefficients.rho
     share = (coefficients.rho / shift)[..., None, None]
     rest = target - share * _product(rounded.mT, anchor.to(dtype))
     inverse = _inverse(normal, shift)
     if wide:
-        return share, _product(rounded, (inverse @ rest).to(dtype))
+        return share, _product((operand.mT @ inverse).to(dtype), rest.to(dtype))
     return share, inverse @ _product(rounded, rest.to(dtype)).float()
 
 

@@ -100,14 +100,15 @@ def _factor_stack(
         block = request.model.get_submodule(name)
         module = copy.deepcopy(block).to(request.device).float().requires_grad_(False).eval()
         jobs = [one.job for one in plan.placed if one.result == name]
-        targets = recorded[0].outputs(module, index, dense)
+        streams, compressed_streams = (stream.for_block(module, index) for stream in recorded)
+        targets = streams.outputs(module, index, dense)
         factors: Mapping[str, DoubleBinaryFactors] = {}
         if jobs:
             held_out = len(request.judging)
-            task = BlockTask(name, index, module, jobs, recorded[1], compressed, targets, held_out)
+            task = BlockTask(name, index, module, jobs, compressed_streams, compressed, targets, held_out)
             place = list(plan.blocks).index(name)
             factors = run.work.factors(name, _Block(task, recipe, place, bar))[0]
-        compressed = recorded[1].outputs(factored_copy(module, name, factors), index, compressed)
+        compressed = compressed_streams.outputs(factored_copy(module, name, factors), index, compressed)
         dense = targets
 
 

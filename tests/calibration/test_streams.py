@@ -4,8 +4,9 @@ import pytest
 import torch
 from support.models.tiny import tiny_bert, tiny_gpt2, tiny_llama
 
+from dbf_compile import machine
 from dbf_compile.calibration.offload import blocks_of
-from dbf_compile.calibration.streams import record, stacks_of
+from dbf_compile.calibration.streams import Streams, record, stacks_of
 from dbf_compile.errors import ConversionError
 from dbf_compile.linear import dense_linears
 
@@ -158,3 +159,33 @@ def test_blocks_that_do_not_read_each_other_are_refused(order):
     model = Stacks(order)
     with pytest.raises(ConversionError, match="independent"):
         record(model, list(model.a)[:2], [torch.randn(2, 4)])
+
+
+class _Minding(torch.nn.Module):
+    """A block that minds products of rounded numbers in one way or another."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.linear = way, torch.nn.Linear(8, 8)
+
+    def forward(self, hidden):
+        out = self.linear(hidden)
+        if out.dtype == torch.bfloat16 and self.way == "raises":
+            raise RuntimeError("expected scalar type Float but found BFloat16")
+        return out / 0 if out.dtype == torch.bfloat16 and self.way == "overflows" else out
+
+
+@pytest.mark.parametrize(("way", "narrow"), [("agrees", True), ("raises", False), ("overflows", False)])
+def test_streams_are_narrow_only_where_a_block_takes_it(monkeypatch, way, narrow):
+    monkeypatch.setattr(machine, "multiplies_bfloat16", lambda kind: True)
+    mask = torch.tensor([[True, False]])
+    streams = Streams([torch.randn(1, 2, 8)] * 2, [[((), {})]] * 2, [None, mask])
+    block = _Minding(way)
+    assert not streams.narrow
+    chosen = streams.for_block(block, 0)
+    assert chosen.narrow is narrow
+    (output, _) = chosen.outputs(block, 0, chosen.hidden)
+    exact = block.linear(chosen.hidden[0])
+    assert output.dtype == torch.float32
+    assert torch.equal(output, exact) is not narrow
+    assert torch.allclose(output, exact, atol=0.02)

@@ -10,6 +10,7 @@ from support.models.tiny import randn
 from support.strategies import random_factors
 from torch import nn
 
+from dbf_compile import machine
 from dbf_compile.compression.training import (
     TrainableDoubleBinary,
     TrainableScales,
@@ -29,6 +30,31 @@ ROUNDING = 3 * 2**-11
 
 def layers(factors, bias=None):
     return {"signs": TrainableDoubleBinary(factors, SURE, bias), "scales": TrainableScales(factors, bias)}
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    """Products are not rounded: what they are compared with is exact."""
+    monkeypatch.setattr(machine, "multiplies_bfloat16", lambda kind: False)
+
+
+def test_rounded_products_change_a_layer_and_its_gradients_by_rounding_alone(monkeypatch):
+    factors, x, grad = random_factors(96, 65, 83), randn(40, 96), randn(40, 83, seed=1)
+
+    def of(kind, narrow):
+        monkeypatch.setattr(machine, "multiplies_bfloat16", lambda _: narrow)
+        layer, copy_of_x = layers(factors)[kind], x.clone().requires_grad_()
+        parameters = [parameter.requires_grad_(True) for parameter in layer.parameters()]
+        with machine.narrow_products(x.device):
+            y = layer(copy_of_x)
+        y.backward(grad)
+        return [y.detach(), copy_of_x.grad, *(parameter.grad for parameter in parameters)]
+
+    for kind in ("signs", "scales"):
+        for rounded, exact in zip(of(kind, True), of(kind, False), strict=True):
+            assert rounded.dtype == torch.float32
+            distance = torch.linalg.vector_norm(rounded - exact) / torch.linalg.vector_norm(exact)
+            assert 0 < distance < 2**-6  # a few roundings to 8 bits
 
 
 @pytest.mark.parametrize("kind", ["signs", "scales"])
