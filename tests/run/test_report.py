@@ -12,6 +12,7 @@ import pytest
 from support.reports import report
 
 from dbf_compile.errors import CheckpointError
+from dbf_compile.run.compress import Compressed
 from dbf_compile.run.page import report_html
 from dbf_compile.run.report import REPORT, Report, read_report
 
@@ -103,3 +104,16 @@ def test_damage_is_named(place: str, value: Any, message: str) -> None:
         CheckpointError, match=message + ".*dbf_report.json is damaged: compress the model again"
     ):
         Report.parse(spoiled[""])
+
+
+def test_what_is_printed_names_the_worst_kind_and_a_calibration_of_one_kind() -> None:
+    content = report()
+    content["data"]["kinds"] = {"web": {"windows": 64}}
+    figures = {"kl": 0.9, "top1_agreement": 0.5, "measure": "80 predictions"}
+    means = {"kl": 0.6, "top1_agreement": 0.6, "measure": "mean of 2 kinds of text"}
+    kinds = {"web": {**figures, "kl": 0.3}, "code": figures}
+    content["evaluation"] = {**means, "worst_kind": "code", "kinds": kinds}
+    said = str(Compressed(Path("folder"), Report.parse(content)))
+    assert "mean of 2 kinds of text: KL 0.6000, top-1 agreement 60.0%" in said
+    assert "the worst kind is code: KL 0.9000" in said
+    assert "Calibrated with one kind of text alone (web)" in said
