@@ -49,7 +49,7 @@ for _library, _integration in (
     when_imported(_library, partial(import_module, f"dbf_compile.integrations.{_integration}"))
 
 when_imported(registration.REGISTRY, registration.register)
-when_imported(registration.TRACER, registration.trace_within_transforms)
+when_imported(registration.TRACER, registration.watch_frames)
 
 __all__ = [
     "Allocation",

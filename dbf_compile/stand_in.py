@@ -7,6 +7,7 @@ weight. In its place :class:`FactoredWeight` has the dtype, device and shape of 
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from dbf_compile.errors import ConversionError
+
+_log = logging.getLogger(__name__)
 
 # What tells nothing of values. Names, so that sources can be read for them, too.
 _QUESTIONS = """
@@ -241,6 +244,17 @@ class FactoredStandIn(StandIn):
     @property
     def _device(self) -> torch.device:
         return self.scale_out.device
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        dense = state_dict.get(f"{prefix}weight")
+        if isinstance(dense, Tensor) and dense.shape == self._dense_shape:
+            _log.warning(
+                "dbf: the dense weight %sweight is not loaded into its factored layer: load it before convert_",
+                prefix,
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

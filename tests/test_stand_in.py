@@ -192,3 +192,13 @@ def test_hooks_mode_and_what_was_attached_are_taken_over(kind: str) -> None:
     for hook in hooks:
         hook.remove()
     assert torch.equal(layer(x), plain)
+
+
+def test_dense_weights_that_are_not_loaded_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(DoubleBinaryLinear(random_factors(33, 18, 50)))
+    model.load_state_dict({"0.weight": torch.ones(50, 33)}, strict=False)
+    (message,) = caplog.messages
+    assert "the dense weight 0.weight is not loaded" in message
+    caplog.clear()
+    model.load_state_dict({"0.weight": torch.empty(50, 0)} | model.state_dict(), strict=False)
+    assert not caplog.messages

@@ -27,6 +27,8 @@ _BY_RULE = (
     "that an embedding reads, too",
     "a table of",
 )
+# Modules that multiply by matrices of their own.
+_WITH_MATRICES = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 _MATRIX = 16  # rows and columns of a matrix that is worth a word
 # Where PEFT's modules keep what they adapt; all else below them is theirs.
 _ADAPTED = ("base_layer", "base_model", "model")
@@ -83,7 +85,7 @@ def other_matrices(model: nn.Module) -> dict[str, str]:
             if is_lazy(parameter):
                 continue
             rows = min(parameter.shape[-2:], default=0)
-            if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and parameter.dim() == 2:
+            if isinstance(module, _WITH_MATRICES) and parameter.dim() > 1:
                 reasons[f"{name}.{kind}".lstrip(".")] = f"in {type(module).__name__}"
             elif parameter.dim() == 3 and len(parameter) > 1 and rows >= _MATRIX and _stores_experts(module):
                 reasons[f"{name}.{kind}".lstrip(".")] = "of experts in one tensor; see linearize_experts_"

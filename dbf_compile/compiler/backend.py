@@ -88,4 +88,4 @@ def _reset() -> None:
 
 
 dbf.reset = _reset  # type: ignore[attr-defined]  # torch.compiler.reset() calls it
-dbf.traces_within_transforms = True  # type: ignore[attr-defined]  # see registration
+dbf.watches_frames = True  # type: ignore[attr-defined]  # see registration

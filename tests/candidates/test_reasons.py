@@ -121,6 +121,16 @@ def test_matrices_outside_of_linear_layers_are_named() -> None:
         "e.up": "of experts in one tensor; see linearize_experts_",
     }
     assert other_matrices(nn.MultiheadAttention(8, 2)) == {"in_proj_weight": "in MultiheadAttention"}
+    for module in (
+        nn.LSTM(8, 8, proj_size=4),
+        nn.RNN(8, 8),
+        nn.GRUCell(8, 8),
+        nn.LSTMCell(8, 8),
+        nn.RNNCell(8, 8),
+    ):
+        matrices = [name for name, value in module.named_parameters() if value.dim() == 2]
+        assert other_matrices(module) == dict.fromkeys(matrices, f"in {type(module).__name__}")
+    assert other_matrices(nn.Bilinear(8, 9, 10)) == {"weight": "in Bilinear"}
 
 
 def test_layers_are_listed_by_reason() -> None:

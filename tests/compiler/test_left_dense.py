@@ -71,6 +71,32 @@ def test_modules_that_compute_with_weights_in_a_form_of_their_own_are_named(capl
     )
 
 
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.gru, self.last = nn.Linear(64, 64), nn.GRU(64, 64), nn.Linear(64, 64)
+        self.requires_grad_(False)
+
+    def forward(self, x):
+        return self.last(self.gru(self.first(x))[0])
+
+
+@pytest.mark.slow
+def test_recurrent_layers_between_graphs_are_named_once(caplog):
+    model = Recurrent()
+    run = torch.compile(model, backend="dbf", options=OPTIONS)
+    (message,) = heard(caplog, run, randn(5, 2, 64))
+    assert message.endswith("2 in GRU (gru.weight_ih_l0, gru.weight_hh_l0)")
+    caplog.clear()
+    alone = torch.compile(nn.LSTM(64, 64, 2).requires_grad_(False), backend="dbf", options=OPTIONS)
+    for _ in range(2):
+        (message,) = heard(caplog, alone, randn(5, 2, 64))
+        assert "4 in LSTM (weight_ih_l0, weight_hh_l0, weight_ih_l1, …)" in message
+    caplog.clear()
+    dbf_compile.convert_(model, **OPTIONS)
+    assert "2 of 4 linear layers of Recurrent are factored; left dense: 2 in GRU" in caplog.text
+
+
 def test_weights_on_meta_are_named(caplog):
     (message,) = heard(caplog, compiled(MLP().to("meta")), randn(5, 67).to("meta"))
     assert "0 of 2" in message and "2 on the meta device (up, down)" in message
