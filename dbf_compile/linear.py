@@ -25,6 +25,20 @@ WEIGHT_PLACEHOLDER = "weight"
 on_swap: list[Callable[[nn.Module], object]] = []
 
 
+def dense_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of what a dense linear layer returns for x: its own, or that of autocast."""
+    device = x.device.type
+    # Autocast has no meta device and ignores float64. Before torch 2.12, Dynamo does not trace torch.amp's own query.
+    if x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+# torch.fx.symbolic_trace looks into no layer of torch.nn, and cannot look into these.
+torch.fx.wrap("dense_dtype")
+torch.fx.wrap("double_binary_linear")
+
+
 class DoubleBinaryLinear(FactoredStandIn):
     """A linear layer stored as double binary factors.
 
@@ -77,21 +91,17 @@ class DoubleBinaryLinear(FactoredStandIn):
         tensors = {name: getattr(self, name).detach() for name in TENSOR_NAMES}
         return DoubleBinaryFactors(**tensors | {name: deinterleave(tensors[name]) for name in SIGN_NAMES})
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the output [..., N] for x [..., K], in the dtype that a dense layer would return."""
-        device, dtype = x.device.type, x.dtype
-        # Autocast has no meta device and ignores float64. Before torch 2.12, Dynamo does not trace torch.amp's own query.
-        if dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the output [..., N] for an input [..., K], in the dtype that a dense layer would return."""
         return double_binary_linear(
-            x,
+            input,
             self.signs_in,
             self.signs_out,
             self.scale_in,
             self.scale_mid,
             self.scale_out,
             self.bias,
-            dtype,
+            dense_dtype(input),
             interleaved=True,
         )
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dbf_compile import row_ops as row_ops  # registers the operator
 from dbf_compile.candidates.dense import dense_bias, dense_weight
 from dbf_compile.errors import KernelInputError, WeightError
-from dbf_compile.linear import WEIGHT_PLACEHOLDER, on_swap, replace_all
+from dbf_compile.linear import WEIGHT_PLACEHOLDER, dense_dtype, on_swap, replace_all
 from dbf_compile.rows import ROW_FORMATS, RowFormat, dequantize_rows, quantize_rows, read_rows
 from dbf_compile.stand_in import FactoredWeight, StandIn, WithoutWeight
 
@@ -155,14 +155,12 @@ class QuantizedLinear(ReadsRows, StandIn):
         """N, the size of the output."""
         return self.rows.shape[0]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the output [..., N] for x [..., K], in the dtype that a dense layer would return."""
-        device, dtype = x.device.type, x.dtype
-        # As in DoubleBinaryLinear.
-        if dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the output [..., N] for an input [..., K], in the dtype that a dense layer would return."""
         form = ROW_FORMATS[self.kind]
-        y: Tensor = torch.ops.dbf.row_matmul(x, self.rows, form.bits, form.group, self.bias, dtype)
+        y: Tensor = torch.ops.dbf.row_matmul(
+            input, self.rows, form.bits, form.group, self.bias, dense_dtype(input)
+        )
         return y
 
     def extra_repr(self) -> str:
@@ -183,12 +181,7 @@ class QuantizedEmbedding(ReadsRows, nn.Embedding):  # type: ignore[override]  # 
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the rows [..., K] for ids [...]."""
-        if input.dtype not in (torch.int32, torch.int64):
-            raise KernelInputError(
-                f"ids of dtype {input.dtype}", "int32 or int64", "pass ids of rows, as to nn.Embedding"
-            )
-        form = ROW_FORMATS[self.kind]
-        return read_rows(self.rows, input, self.embedding_dim, form, self.weight_dtype)
+        return _read(self.rows, input, self.embedding_dim, self.kind, self.weight_dtype)
 
     def extra_repr(self) -> str:
         """Return the sizes for ``print(model)``."""
@@ -199,6 +192,18 @@ class QuantizedEmbedding(ReadsRows, nn.Embedding):  # type: ignore[override]  # 
         kind = nn.Embedding if type(self) is QuantizedEmbedding else type(self).__bases__[0]
         return _new_embedding, (kind,), self.__getstate__()  # type: ignore[no-untyped-call]
 
+
+def _read(rows: Tensor, ids: Tensor, columns: int, kind: str, dtype: torch.dtype) -> Tensor:
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise KernelInputError(
+            f"ids of dtype {ids.dtype}", "int32 or int64", "pass ids of rows, as to nn.Embedding"
+        )
+    return read_rows(rows, ids, columns, ROW_FORMATS[kind], dtype)
+
+
+# As in DoubleBinaryLinear.
+torch.fx.wrap("_read")
+torch.fx.wrap("dense_dtype")
 
 TableLayer = QuantizedLinear | QuantizedEmbedding
 
