@@ -75,14 +75,14 @@ def read_parts(
     for kind, source in kinds.items():
         asked = calibrated[kind] + judged[kind]
         if not calibrated[kind]:
-            _log.warning("no window of %s: its share of %d windows is less than one", kind, windows)
+            _log.warning("no window of %s: its share of %s windows is less than one", kind, windows)
             continue
         try:
             read = _windows(model, source, tokenizer, options, asked, usual)
         except DBFError as error:
             raise (error.inside(kind) if len(kinds) > 1 else error) from error.__cause__
         if len(read) < asked:
-            _log.warning("%s has %d windows of the %d that its share asks for", kind, len(read), asked)
+            _log.warning("%s has %s windows of the %s that its share asks for", kind, len(read), asked)
         parts.append(Part.of(kind, name_of(source), read, judged[kind]))
     return parts
 

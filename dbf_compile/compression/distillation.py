@@ -7,7 +7,7 @@ Source: the last stage of NanoQuant. Its replications found that training signs 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,12 +64,7 @@ def distill(
     layers = {
         name: module for name, module in compressed.named_modules() if isinstance(module, DoubleBinaryLinear)
     }
-    owners: dict[int, TrainableScales] = {}
-    students: dict[str, TrainableScales] = {}
-    for name, layer in layers.items():
-        student = TrainableScales(layer.factors.to(recipe.device), layer.bias, owners.get(id(layer.signs_in)))
-        owners.setdefault(id(layer.signs_in), student)
-        students[name] = student
+    students = _students(layers, recipe.device)
     for name, student in students.items():
         replace_everywhere(compressed, layers[name], student)
     modes = [(model, model.training) for model in (dense, compressed)]
@@ -103,3 +98,16 @@ def distill(
             replace_everywhere(compressed, student, layers[name])
         for model, mode in modes:
             model.train(mode)
+
+
+def _students(
+    layers: Mapping[str, DoubleBinaryLinear], device: torch.device | None
+) -> dict[str, TrainableScales]:
+    """Return a trainable layer for every layer; those that share their first stage share its scales."""
+    owners: dict[int, TrainableScales] = {}
+    students: dict[str, TrainableScales] = {}
+    for name, layer in layers.items():
+        student = TrainableScales(layer.factors.to(device), layer.bias, owners.get(id(layer.signs_in)))
+        owners.setdefault(id(layer.signs_in), student)
+        students[name] = student
+    return students
