@@ -61,6 +61,7 @@ def evaluate(
         ConversionError: no model, no tokenizer, data that cannot be read, or too little of it.
     """
     settings = resolve(EvaluationConfig, config, options)
+    chosen_device(settings.device)  # refuses one that is not there before anything is opened
     if data is None and not settings.tasks:
         raise OptionError("neither data nor tasks", "one of them", "pass --data text.txt, or --tasks piqa")
     report = _report_of(model, data, settings)

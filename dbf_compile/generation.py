@@ -100,6 +100,7 @@ class TextGenerator:
         trust_remote_code: bool = False,
         progress: bool = True,
     ) -> None:
+        place = chosen_device(device)
         opened, self.tokenizer = _opened(model, tokenizer, trust_remote_code, progress)
         check_reads_tokens(opened)
         if not predicts_tokens(opened):
@@ -108,7 +109,7 @@ class TextGenerator:
                 "a model with can_generate(), such as one for causal language modeling",
                 "call it directly, or open it as another class",
             )
-        self.model = opened.to(chosen_device(device)).eval()
+        self.model = opened.to(place).eval()
         self._compiled, self._progress = compiled, progress
         self._weight_bytes = weight_bytes(self.model)
         self._decoder: Any = None
@@ -300,8 +301,9 @@ def _opened(model: nn.Module | str | Path, tokenizer: Any, trust: bool, shown: b
 
     with bars_of_transformers(shown):
         folder = pretrained.local_folder(model)
-        tokenizer = pretrained.tokenizer_of(folder, trust) if tokenizer is None else tokenizer
-        return pretrained.open_any(folder, trust), tokenizer
+        opened = pretrained.open_any(folder, trust)
+        check_reads_tokens(opened)  # a model of pictures has no tokenizer either
+        return opened, pretrained.tokenizer_of(folder, trust) if tokenizer is None else tokenizer
 
 
 def _check_options(max_new_tokens: int, stop: Sequence[str], options: dict[str, Any]) -> None:

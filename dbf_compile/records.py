@@ -161,7 +161,8 @@ def parse(kind: type[_R], settings: Mapping[str, Any]) -> _R:
     values = _spelled(settings, names)
     for key in values:
         if key not in names:
-            close = difflib.get_close_matches(str(key), names, n=1)
+            others = [alias for alias, name in ALIASES.items() if name in names]
+            close = difflib.get_close_matches(str(key), [*names, *others], n=1)
             hint = f"did you mean {close[0]!r}?" if close else "remove it"
             raise OptionError(f"unknown option {key!r}", ", ".join(sorted(names)), hint)
     return kind(**values)

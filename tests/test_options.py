@@ -346,3 +346,8 @@ def test_a_limit_is_a_number_of_examples_or_their_share(limit: Any) -> None:
 def test_a_limit_that_is_neither_is_refused(limit: float) -> None:
     with pytest.raises(OptionError, match=r"limit=.*a share between 0 and 1"):
         EvaluationConfig(limit=limit)
+
+
+def test_the_nearest_name_may_be_another_spelling() -> None:
+    with pytest.raises(OptionError, match="did you mean 'bits'"):
+        parse(CompressOptions, {"bitz": 1.0})

@@ -6,6 +6,7 @@ import stat
 from pathlib import Path
 
 from dbf_compile.errors import OptionError
+from dbf_compile.run.report import REPORT
 
 
 def work_folder(output: Path) -> Path:
@@ -29,7 +30,7 @@ def check_output(output: Path) -> None:
             "a path where nothing is",
             "remove the link, or name the place where it leads",
         )
-    if output.exists() and not output.is_dir():
+    if output.exists() and not (output / REPORT).is_file():  # else it may be the result of the same call
         raise existing(output)
     if output.name:
         _check_work(work_folder(output))

@@ -105,12 +105,12 @@ class Request:
             ConversionError: no model of transformers, or no tokenizer for the data.
         """
         _check(model, output, config, data, batches)
+        device = chosen_device(config.device)
         say(f"opening {_name_of_model(model)}, and hashing its weights", config.progress)
         source = Source.of(model, config.trust_remote_code)
         _check_place(source, output, config, tokenizer)
         if tokenizer is None and batches is None:
             tokenizer = _tokenizer(source, config, data is not None)
-        device = chosen_device(config.device)
         texts, config = CalibrationData.of(source.model, config, data, batches, tokenizer, device)
         batch = to_device(next(iter(texts.calibrating), None), next(source.model.parameters()).device)
         _check_original(source, batch)

@@ -8,6 +8,7 @@ import pytest
 
 from dbf_compile.errors import OptionError
 from dbf_compile.run.output import check_output, work_folder
+from dbf_compile.run.report import REPORT
 
 
 @pytest.mark.parametrize(
@@ -15,6 +16,7 @@ from dbf_compile.run.output import check_output, work_folder
 )
 def test_places_for_an_output(tmp_path: Path, name: str) -> None:
     (tmp_path / "leads").symlink_to(tmp_path)
+    (tmp_path / REPORT).touch()  # whether it is that of the same call is seen later
     work_folder(tmp_path / "new").mkdir()
     check_output(tmp_path / name)
 
@@ -25,6 +27,8 @@ def test_places_for_an_output(tmp_path: Path, name: str) -> None:
         ("no/where", "whose parent is no folder"),
         ("file/below", "whose parent is no folder"),
         ("file", "which exists"),
+        ("folder", "which exists"),
+        ("..", "which exists"),
         ("dangling", "a link to .*nowhere, where nothing is"),
         ("a", r"a\.work, where what is done is kept \(it is no folder\)"),
         ("b", r"b\.work, where .* \(it is a link that leads nowhere\)"),
@@ -35,6 +39,7 @@ def test_places_for_an_output(tmp_path: Path, name: str) -> None:
 def test_places_where_none_can_be(tmp_path: Path, name: str, words: str) -> None:
     for file in ("file", "a.work"):
         (tmp_path / file).touch()
+    (tmp_path / "folder").mkdir()
     for link in ("dangling", "b.work"):
         (tmp_path / link).symlink_to("nowhere")
     with pytest.raises(OptionError, match=words):
