@@ -119,7 +119,7 @@ class Setting:
         """Return a text as the tokenizer takes it: without a chat template, conversations are plain text."""
         if self.tokenizer.chat_template is not None:
             return text.source
-        return [one if isinstance(one, str) else _plain(one["messages"]) for one in text.source]
+        return [_plain(one["messages"]) if isinstance(one, dict) else one for one in text.source]
 
     def _windows(self, text: Text, length: int, count: int) -> Iterator[dict[str, torch.Tensor]]:
         return dbf_compile.token_batches(self.source(text), self.tokenizer, length=length, count=count)
@@ -251,7 +251,7 @@ def quick_setting(arguments: argparse.Namespace) -> Setting:
 def texts_to_judge(arguments: argparse.Namespace) -> dict[str, Text]:
     texts = llm_texts.judged()
     for kind, sources in parse_sources(arguments.text).items():
-        texts[kind] = Text([Path(source).read_text() for source in sources], ", ".join(sources))
+        texts[kind] = Text([Path(source) for source in sources], ", ".join(sources))
     for kind, text in texts.items():
         print(f"    {kind}: {text.origin}", flush=True)
     return texts
