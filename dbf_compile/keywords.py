@@ -56,7 +56,7 @@ class CompressKeywords(CompressionKeywords, total=False):
     temper: float | None
     budget: str
     tune: int
-    refine: int
+    refine: int | None
     distill: int
     max_shard_size: int
     resume: str

@@ -77,7 +77,7 @@ def with_index(device: torch.device | str) -> torch.device:
 def multiplies_bfloat16(kind: str) -> bool:
     """Return whether devices of type ``kind`` multiply bfloat16 matrices in half the time of float32 ones or less."""
     if kind == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if kind != "cpu" or not _PROCESSOR.is_file():
         return False
     flags = (line for line in _PROCESSOR.read_text().splitlines() if line.startswith("flags"))

@@ -92,7 +92,7 @@ EXAMPLES: dict[Any, tuple[Any, tuple[Any, ...]]] = {
     "temper": SHARE,
     "budget": ("allocated", (None, 3)),
     "tune": COUNT,
-    "refine": COUNT,
+    "refine": MAYBE_COUNT,
     "distill": COUNT,
     "max_shard_size": COUNT,
     "resume": ("never", (None, 3)),
