@@ -82,9 +82,9 @@ class Score(weights.Latents):
 # By name: what moves signs, bytes of state for each, rates.
 RULES: dict[str, tuple[type[weights.Latents], int, tuple[float, ...]]] = {
     "scales alone": (weights.Latents, 0, (0.0,)),
-    "latents": (weights.Latents, 2, (0.0003, 0.01, 0.03, 0.1, 0.3)),
-    "latents, Adam": (Adam, 10, (0.1,)),
-    "score": (Score, 4, (0.0005, 0.002)),
+    "latents": (weights.Latents, 2, (0.0003, 0.01, 0.03, 0.1)),
+    "latents, Adam": (Adam, 10, (0.03,)),
+    "score": (Score, 4, (0.0005,)),
     "accumulators": (Accumulators, 2, (0.1,)),
 }
 

@@ -100,6 +100,7 @@ def test_an_output_that_exists_is_refused(start):
         dbf_compile.finetune(**start, output=start["folder"], **SHORT)
 
 
+@pytest.mark.slow
 def test_the_report_has_the_stage(tmp_path):
     from support.models.pretrained import FAST, text_of, tiny_folder
 
@@ -136,7 +137,12 @@ def test_the_command_trains_a_folder(start):
     from dbf_compile import cli
 
     output = start["folder"].with_name("command")
-    options = [part for name, value in SHORT.items() if name != "progress" for part in (f"--{name}", value)]
+    options = [
+        part
+        for name, value in SHORT.items()
+        if name != "progress"
+        for part in ("--" + name.replace("_", "-"), value)
+    ]
     arguments = [
         "finetune",
         start["folder"],

@@ -34,7 +34,7 @@ def test_value_and_gradient_are_those_of_plain_torch(monkeypatch, top, at_a_time
     narrow = logits.detach().float().requires_grad_()
     actual = top_divergence(narrow, Targets(targets.tokens, targets.log_p.float(), targets.rest.float()))
     (3 * actual).backward()
-    assert float(actual) == pytest.approx(float(expected), rel=1e-5)
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
     assert torch.allclose(narrow.grad.double(), 3 * gradient, atol=1e-5)
 
 
