@@ -15,7 +15,7 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/python benchmarks/demo.py $(if $(QUICK),--quick)
 
 # A file of tests stays in one process, for its fixtures; files with slow tests come first, and coverage is that of the
-# others (tests/conftest.py).
+# quick ones, each with its first arguments (tests/conftest.py).
 test: $(VENV)/.test
 	$(RUN) -m pytest -n auto $(BY_FILE) --durations=20 --cov --cov-report=term --cov-fail-under=90
 
