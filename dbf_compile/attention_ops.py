@@ -1,4 +1,4 @@
-"""The operator of attention over a cache: schema, fake implementation, devices.
+"""The operator of attention over a cache: schema, fake implementation, derivatives, devices.
 
     dbf::cached_attention(q, keys, values, positions, scale, window, cap)
         y[b, t, h] = Σ_k softmax_k(scale · q[b, h, t] · keys[b, h', :, k]) · values[b, h', k],  k ≤ positions[b, t]
@@ -9,9 +9,12 @@ a ``cap`` above 0 makes scores s to cap · tanh(s / cap). Keys lie transposed, s
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from dbf_compile import derivatives
 from dbf_compile.errors import KernelInputError
 from dbf_compile.kernels.cached_attention import cpu_kernel
 from dbf_compile.kernels.cached_attention.reference import cached_attention as cached_attention_reference
@@ -83,6 +86,17 @@ def _fake(
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], values.shape[-1]))
 
 
+def _autograd(keys: Any, *args: Any) -> Tensor:
+    """Compute by the reference, of which torch knows the derivatives, where somebody asks for them."""
+    if derivatives.asked_for(args[:3]):
+        _check(*args[:4])
+        return cached_attention_reference(*args)
+    below = keys.remove(keys.highestPriorityTypeId())
+    y: Tensor = torch.ops.dbf.cached_attention.default.redispatch(below, *args)
+    return y
+
+
+_library.impl("cached_attention", _autograd, "Autograd", with_keyset=True)
 _library.impl("cached_attention", _default, "CompositeExplicitAutograd")
 _library.impl("cached_attention", _cpu, "CPU")
 torch.library.register_fake("dbf::cached_attention", _fake, lib=_library)

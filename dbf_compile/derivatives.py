@@ -140,10 +140,7 @@ def register(library: Library, op: Any, function: type[Function]) -> None:
 
     def autograd(keys: Any, *args: Any) -> Any:
         below = keys.remove(keys.highestPriorityTypeId())  # autograd is done with
-        tensors = [item for item in args if isinstance(item, Tensor)]
-        if _in_forward_mode(tensors[0]) or (
-            torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        ):
+        if asked_for([item for item in args if isinstance(item, Tensor)]):
             return function.apply(below, *_with_defaults(op, args))
         return op.redispatch(below, *args)
 
@@ -166,9 +163,12 @@ def call(op: Any, keys: Any, args: tuple[Any, ...]) -> Any:
     return op(*args) if keys is None else op.redispatch(keys, *args)
 
 
-def _in_forward_mode(x: Tensor) -> bool:
+def asked_for(tensors: Sequence[Tensor]) -> bool:
+    """Return whether somebody asks for derivatives of what is computed from tensors, one or more."""
     # Out of any dual_level, torch returns the very tensor.
-    return forward_ad.unpack_dual(x).primal is not x
+    if forward_ad.unpack_dual(tensors[0]).primal is not tensors[0]:
+        return True
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _sum_tokens(values: Tensor) -> Tensor:

@@ -29,3 +29,21 @@ def test_shape_and_dtype_are_known_without_data(dtype):
 def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(KernelInputError, match="check the cache"):
         torch.ops.dbf.cached_attention(*tensors(L=7), 0.5)
+
+
+@pytest.mark.parametrize("argument", range(3))
+def test_derivatives_of_both_modes_are_those_of_the_reference(argument):
+    generator = torch.Generator().manual_seed(0)
+    *shapes, positions = tensors(torch.float64)
+    inputs = [torch.randn(item.shape, generator=generator, dtype=item.dtype) for item in shapes]
+
+    def attention(value):
+        replaced = [*inputs[:argument], value, *inputs[argument + 1 :]]
+        return torch.ops.dbf.cached_attention(*replaced, positions, 0.5, 2, 3.0)
+
+    value = inputs[argument].requires_grad_()
+    assert torch.autograd.gradcheck(attention, (value,), check_forward_ad=True)
+    assert torch.allclose(attention(value), attention(value.detach()))
+    _, tangent = torch.func.jvp(attention, (value.detach(),), (value.detach(),))
+    _, expected = torch.autograd.functional.jvp(attention, value, value)
+    assert torch.allclose(tangent, expected)
