@@ -252,8 +252,8 @@ class FactoredStandIn(StandIn):
         dense = state_dict.get(f"{prefix}weight")
         if isinstance(dense, Tensor) and dense.shape == self._dense_shape:
             _log.warning(
-                "dbf: the dense weight %sweight is not loaded into its factored layer: load it before convert_",
-                prefix,
+                "dbf: the dense weight %s is not loaded into its factored layer: load it before convert_",
+                f"{prefix}weight",
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
