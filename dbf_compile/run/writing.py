@@ -132,11 +132,11 @@ class _Chooser:
     def __init__(self, writer: Writer, rows: range, advance: Callable[[int], object]) -> None:
         self._rows = [_Row(writer.openings.texts_of(row), writer.ends) for row in rows]
         seed = (writer.sampling.seed or 0) + rows.start
-        device = _device_of(writer.model)
-        self._sampler = Sampler(replace(writer.sampling, seed=seed), len(rows), device)
+        # Drawn on the CPU, so that all devices draw alike; of the likeliest, which the device finds.
+        self._sampler = Sampler(replace(writer.sampling, seed=seed, top_k=0), len(rows), torch.device("cpu"))
+        self._top_k = writer.sampling.top_k or None
         self._barred, self._ends = (
-            torch.tensor(sorted(ids), device=device, dtype=torch.int64)
-            for ids in (writer.barred, writer.ends)
+            torch.tensor(sorted(ids), dtype=torch.int64) for ids in (writer.barred, writer.ends)
         )
         self._advance = advance
         advance(len(rows))
@@ -153,16 +153,19 @@ class _Chooser:
 
     def choose(self, logits: Tensor) -> Tensor:
         """Add a token to every row, for logits [rows, vocabulary]; return them, int64 [rows, 1], on the CPU."""
-        logits = logits.float().index_fill(1, self._barred, -torch.inf)
-        young = torch.tensor([row.is_young for row in self._rows], device=logits.device)
-        logits[:, self._ends] = logits[:, self._ends].masked_fill(young[:, None], -torch.inf)
+        device = logits.device
+        logits = logits.float().index_fill(1, self._barred.to(device), -torch.inf)
+        ends, young = self._ends.to(device), torch.tensor([row.is_young for row in self._rows])
+        logits[:, ends] = logits[:, ends].masked_fill(young[:, None].to(device), -torch.inf)
         if not bool(logits.amax(1).isfinite().all()):
             raise WeightError(
                 "text that a model is to write itself, of logits that are NaN or infinite",
                 "a model whose outputs are finite",
                 "check the model: does it answer in this dtype?",
             )
-        for row, token in zip(self._rows, self._sampler.choose(logits, []).tolist(), strict=True):
+        scores, tokens = logits.topk(min(self._top_k or logits.shape[1], logits.shape[1]))
+        drawn = tokens.cpu().gather(1, self._sampler.choose(scores.cpu(), [])[:, None])
+        for row, token in zip(self._rows, drawn[:, 0].tolist(), strict=True):
             row.put(token)
         self._advance(len(self._rows))
         return self.last
@@ -210,8 +213,3 @@ def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
         several = token if isinstance(token, (list, tuple)) else [token]
         ends |= {int(one) for one in several if one is not None}
     return frozenset(ends)
-
-
-def _device_of(model: Any) -> torch.device:
-    device: torch.device = model.get_input_embeddings().weight.device
-    return device
