@@ -41,7 +41,7 @@ def test_a_dry_run_ends_and_writes_nothing(program: str) -> None:
 
 
 def test_campaigns_find_nothing_in_a_few_cases_and_write_nothing() -> None:
-    """Those of the sanitizers and of kills are in ``test_cpu_products.py`` and ``test_compress.py``."""
+    """Those of the sanitizers and of kills are in ``test_cpp_build_products.py`` and ``test_compress.py``."""
     before = results()
     done = run("soak.py", "--quick", "folders", "threads")
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
