@@ -13,8 +13,7 @@ from dbf_compile.calibration.openings import Openings
 from dbf_compile.integrations.chat_templates import before_messages, rendered
 
 TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
-    "{{ strftime_now('%Y-%m-%d') }}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{{ strftime_now('%Y-%m-%d') }}"
 )
 
 

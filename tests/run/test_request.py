@@ -43,7 +43,7 @@ def test_at_most_a_fifth_of_the_windows_is_kept_back(
 
 def test_auto_is_sequential_where_there_is_data(tmp_path: Path) -> None:
     assert request_for(tmp_path, windows(5)).config.mode == "sequential"
-    assert request_for(tmp_path).config.mode == "sequential"  # the model writes itself what it is calibrated with
+    assert request_for(tmp_path).config.mode == "sequential"  # the model writes text itself
     assert request_for(tmp_path, own_text=0).config.mode == "independent"
 
 
