@@ -143,7 +143,7 @@ class Learner:
             own[name].copy_(tensor)
         self._write()
 
-    def _collect(self, name: str, parameter: nn.Parameter) -> None:
+    def _collect(self, name: str, parameter: Tensor) -> None:
         """Add up the gradients of a parameter in float32; those of torch would be rounded with every addition."""
         total = torch.zeros(parameter.shape, device=parameter.device)
         self._gradients[name] = total

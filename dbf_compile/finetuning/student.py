@@ -28,6 +28,8 @@ class WrittenOut(nn.Module):
         trained: whether the weight is to have a gradient.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(self, weight: Tensor, bias: nn.Parameter | None, trained: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=trained)
@@ -68,7 +70,7 @@ def write_out_(model: nn.Module, dtype: torch.dtype) -> dict[str, WrittenOut]:
             layers[name] = WrittenOut(weight, module.bias, True)
             replacements[module] = layers[name]
         elif isinstance(module, QuantizedLinear):
-            replacements[module] = WrittenOut(module.table.dense(dtype), module.bias, False)
+            replacements[module] = WrittenOut(module.table.dense(dtype), module._parameters["bias"], False)
     replace_all(model, replacements)
     return layers
 

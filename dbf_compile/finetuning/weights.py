@@ -12,8 +12,9 @@ v are second moments of rows and columns alone (Adafactor). The latent is the on
 is no momentum, as the latent is a sum of gradients itself, and no second moment of a sign's own. The gradients of the scales
 follow from P and Q. So a step costs three products of N · R · K, that which builds Ŵ included.
 
-``benchmarks/results/finetune.csv`` has what was compared: Adam with all its moments is no better; small rates flip hardly any
-sign; flips of a capped share by score, and accumulators that begin anew after a flip, choose their signs worse.
+``benchmarks/results/finetune.csv`` has what was compared: at small rates hardly any sign flips, and nothing is gained over scales
+alone; Adam, with momentum and a second moment for every sign, is no better at five times the memory; a share of the signs that
+flips in every step, those of the best scores, gains nothing at two bits.
 
 Source: second moments as in Adafactor (arXiv 1804.04235); latents that are but accumulators of gradients as in Helwegen et al.
 (arXiv 1906.02107).
