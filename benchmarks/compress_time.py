@@ -1,6 +1,6 @@
 """Where the seconds of compression go: SmolLM2-135M, preset fast, one block measured, the whole model reckoned from it.
 
-    python benchmarks/compress_time.py                  about three minutes on two idle cores
+    python benchmarks/compress_time.py                  about four minutes on two idle cores
     python benchmarks/compress_time.py --block 20 --windows 4
 
 Calibration and training are measured in steps of one window of 512 random tokens; the factorizer in turns, with a worker of
@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--windows", type=int, default=4, help="windows that are measured")
+    parser.add_argument("--windows", type=int, default=8, help="windows that are measured")
     parser.add_argument("--block", type=int, default=10)
     arguments = parser.parse_args()
     torch.set_num_threads(cores())

@@ -38,7 +38,7 @@ TESTED_ELSEWHERE = {
     "dbf_compile/integrations/ray": "end_to_end/test_compress.py",
     **{
         f"dbf_compile/run/{name}": "end_to_end/test_compress.py"
-        for name in ("compress", "context", "folder", "independent", "sequential", "steps")
+        for name in ("compress", "context", "folder", "independent", "steps")
     },
     "kernels/sign_matmul/triton_common": "kernels/sign_matmul/test_triton_kernel.py",
 }
