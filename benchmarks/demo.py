@@ -120,6 +120,7 @@ def compress(dense: Path, arguments: argparse.Namespace) -> Any:
         "windows": arguments.windows,
         "length": LENGTH,
         "holdout": 4,
+        "own_text": 0,  # the conversations are the model's own
     }
     options |= QUICK if arguments.quick else {}
     output = FOLDER / ("quick" if arguments.quick else f"{NAME}-{arguments.bits:g}-bit")
