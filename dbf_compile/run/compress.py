@@ -57,14 +57,14 @@ class Compressed:
             lines.append(f"dense {judged.dense:.4f}, compressed {judged.compressed:.4f} nats a token")
         if judged.error is not None:
             lines.append(f"{judged.measure}: {judged.error:.4f}")
-        if self.report.data is not None and self.report.data.one_kind is not None:
-            lines.append(one_kind_note(self.report.data.one_kind))
         trained = [stage for stage in self.report.stages or () if stage.epochs is not None]
         dropped = sum(stage.epochs == 0 for stage in trained)
         if dropped:
             lines.append(
                 f"{dropped} of {len(trained)} trainings were dropped: they lost on the windows that were kept back"
             )
+        if self.report.data is not None and self.report.data.one_kind is not None:
+            lines.append(one_kind_note(self.report.data.one_kind))
         return "\n".join(lines)
 
 

@@ -170,9 +170,9 @@ def _stage_rows(run: Run, plan: Plan, distilled: Mapping[str, Any] | None) -> tu
     distillation = StageRow(
         stage="distill",
         measure="KL from the dense model",
-        epochs=distilled["epochs"],
         before=distilled["before"]["kl"],
         after=distilled["after"]["kl"],
         seconds=distilled["seconds"],
+        epochs=distilled["epochs"],
     )
     return (*stages, distillation)

@@ -142,8 +142,8 @@ class StageRow(_Part):
     what: str | None = None
     measure: str | None = None
     seconds: Amount | None = None
-
     epochs: Count | None = None
+
 
 @dataclass(frozen=True)
 class KindEvaluation(_Part):

@@ -95,8 +95,6 @@ class Work:
                     make(path)
         return path
 
-    def factors(self, name: str, make: Callable[[], Result]) -> Result:
-        """Return the factors and facts kept under ``name``; make them if they are not there, as :meth:`once` does."""
     def once_if_free(self, name: str, make: Callable[[Path], object]) -> bool:
         """Make a result as :meth:`once` does, unless it is there or another process is making it; return whether it was made."""
         path = self.folder / name
@@ -108,6 +106,8 @@ class Work:
             make(path)
         return True
 
+    def factors(self, name: str, make: Callable[[], Result]) -> Result:
+        """Return the factors and facts kept under ``name``; make them if they are not there, as :meth:`once` does."""
         return _read(self.once(_file(name), lambda path: _write(path, *make())))
 
     def read(self, name: str) -> Result:
