@@ -42,7 +42,8 @@ def dense(tmp_path_factory):
 @pytest.fixture(scope="module")
 def made(dense):
     output = dense.with_name("made")
-    done = run("compress", dense, "-o", output, "--bits", 4, "--data", text_of(dense), *SETTINGS)
+    kind = f"web={text_of(dense)}"
+    done = run("compress", dense, "-o", output, "--bits", 4, "--data", kind, "--own-text", 0, *SETTINGS)
     assert done.exit_code == 0, (done.output, done.exception)
     assert "bits per weight in" in done.output and "dbf_report.html" in done.output
     return output
