@@ -43,7 +43,13 @@ def test_experts_that_are_compressed_generate(tmp_path):
     dense = random_model("mixtral")
     dense.save_pretrained(tmp_path / "dense")
     compressed = dbf_compile.compress(
-        tmp_path / "dense", tmp_path / "compressed", bits=4.0, iterations=3, own_text=0, progress=False, distill=0
+        tmp_path / "dense",
+        tmp_path / "compressed",
+        bits=4.0,
+        iterations=3,
+        own_text=0,
+        progress=False,
+        distill=0,
     )
     model = type(dense).from_pretrained(compressed.folder)
     tokens = model.generate(next(batches("mixtral"))["input_ids"], max_new_tokens=5, do_sample=False)
