@@ -87,7 +87,7 @@ def test_a_name_without_safetensors_is_downloaded_as_pytorch_has_it(hub: Any) ->
 
 
 def test_a_name_that_is_nowhere_is_refused(hub: Any) -> None:
-    with pytest.raises(ConversionError, match="'no/model' .*no such name"):
+    with pytest.raises(ConversionError, match=r"'no/model' .*no such name"):
         pretrained.local_folder("no/model")
 
 
