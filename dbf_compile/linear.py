@@ -93,6 +93,7 @@ class DoubleBinaryLinear(FactoredStandIn):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the output [..., N] for an input [..., K], in the dtype that a dense layer would return."""
+        dtype = dense_dtype(input)  # first, so that the input comes first in a compiled graph, too
         return double_binary_linear(
             input,
             self.signs_in,
@@ -101,7 +102,7 @@ class DoubleBinaryLinear(FactoredStandIn):
             self.scale_mid,
             self.scale_out,
             self.bias,
-            dense_dtype(input),
+            dtype,
             interleaved=True,
         )
 

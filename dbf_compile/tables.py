@@ -157,10 +157,8 @@ class QuantizedLinear(ReadsRows, StandIn):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the output [..., N] for an input [..., K], in the dtype that a dense layer would return."""
-        form = ROW_FORMATS[self.kind]
-        y: Tensor = torch.ops.dbf.row_matmul(
-            input, self.rows, form.bits, form.group, self.bias, dense_dtype(input)
-        )
+        form, dtype = ROW_FORMATS[self.kind], dense_dtype(input)
+        y: Tensor = torch.ops.dbf.row_matmul(input, self.rows, form.bits, form.group, self.bias, dtype)
         return y
 
     def extra_repr(self) -> str:

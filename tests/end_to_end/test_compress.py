@@ -186,7 +186,7 @@ def test_work_of_another_model_data_or_settings_is_refused_and_kept(dense, tmp_p
         Path(text).write_text("other " * 200)
     else:
         bits = 3.0
-    with pytest.raises(ResumeError, match=f"another .*{change}"):
+    with pytest.raises(ResumeError, match=f"other .*{change}"):
         compress(copied, output, mode="independent", bits=bits)
     assert sorted(path.name for path in work.iterdir()) == before
     compress(copied, output, mode="independent", bits=bits, resume="never")
