@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,10 +68,12 @@ def test_prompts_come_from_arguments_files_and_stdin(model, tmp_path):
     assert done.stdout == f"--- prompt 1\nadd{texts[0]}\n--- prompt 2\nof\nit{texts[1]}\n"
 
 
-def test_two_models_are_told_apart(model):
+def test_two_models_are_told_apart(model, tmp_path):
+    other = shutil.copytree(model, tmp_path / "other")
     text = rows("generate", model, "add")["text"]
-    done = run("generate", model, "add", "--dense", model, *FEW)
-    assert done.stdout == f"--- {model}\nadd{text}\n" * 2
+    done = run("generate", model, "add", "--dense", other, *FEW)
+    assert done.stdout == f"--- {model}\nadd{text}\n--- {other}\nadd{text}\n"
+    assert done.exit_code == 0 and run("generate", model, "add", "--dense", model, *FEW).exit_code == 2
 
 
 def test_a_chat_is_an_answer_through_the_template(model):

@@ -27,7 +27,8 @@ from dbf_compile.errors import CheckpointError, ConversionError
 from dbf_compile.integrations.tables import check_entries
 from dbf_compile.tables import QuantizedEmbedding, QuantizedLinear
 
-FAST: dict[str, Any] = {"bits": 3.0, "iterations": 2, "own_text": 0, "progress": False}
+FAST: dict[str, Any] = {"bits": 3.0, "iterations": 2, "progress": False}
+RANDOM_TOKENS: dict[str, Any] = {"own_text": 0}
 IDS = torch.arange(6)[None] * 7
 
 
@@ -55,7 +56,7 @@ def llama(tied: bool = True, dtype: torch.dtype = torch.bfloat16) -> LlamaForCau
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("tied") / "out"
-    dbf_compile.compress(llama(), output, **FAST)
+    dbf_compile.compress(llama(), output, **FAST, **RANDOM_TOKENS)
     return output
 
 
@@ -139,7 +140,7 @@ def test_encoder_and_decoder_share_one_table(tmp_path: Path) -> None:
         vocab_size=100, d_model=64, d_kv=32, d_ff=64, num_layers=1, num_heads=2, decoder_start_token_id=0
     )
     model = T5ForConditionalGeneration(config).eval()
-    dbf_compile.compress(model, tmp_path / "out", **FAST)
+    dbf_compile.compress(model, tmp_path / "out", **FAST, **RANDOM_TOKENS)
     loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
     readers = (loaded.shared, loaded.encoder.embed_tokens, loaded.decoder.embed_tokens, loaded.lm_head)
     assert len({id(reader.rows) for reader in readers}) == 1
