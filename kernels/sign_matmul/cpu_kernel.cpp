@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -33,7 +34,7 @@ int64_t bytes_of(ScalarType dtype, const char* what) {
 
 void to_float(const dbf::Kernel& kernel, const void* from, ScalarType dtype, int64_t count, float* to) {
   if (dtype == ScalarType::Float) {
-    std::memcpy(to, from, count * sizeof(float));
+    std::copy_n(static_cast<const float*>(from), count, to);  // an empty tensor has no address, which memcpy may not get
   } else if (dtype == ScalarType::Half) {
     kernel.half_to_float(static_cast<const uint16_t*>(from), count, to);
   } else {
@@ -45,7 +46,7 @@ void to_float(const dbf::Kernel& kernel, const void* from, ScalarType dtype, int
 
 void from_float(const dbf::Kernel& kernel, const float* from, ScalarType dtype, int64_t count, void* to) {
   if (dtype == ScalarType::Float) {
-    std::memcpy(to, from, count * sizeof(float));
+    std::copy_n(from, count, static_cast<float*>(to));
   } else if (dtype == ScalarType::Half) {
     kernel.float_to_half(from, count, static_cast<uint16_t*>(to));
   } else {
