@@ -129,7 +129,7 @@ def _case(folder: Path, compiler: str, seconds: int, seed: int) -> Case:
     if done.returncode == 0:
         checked = ", ".join(line for line in done.stdout.splitlines() if line.endswith("wrong"))
         return Case(seed, part.name, "right, nothing out of bounds, no race", False, checked, seconds)
-    detail = f"exit code {done.returncode}: {done.stdout[-500:]}{done.stderr[-1500:]}".strip()
+    detail = f"exit code {done.returncode}: {done.stdout[-500:]}{done.stderr[:1500]}".strip()
     return Case(seed, part.name, "WRONG" if done.returncode == 1 else "A FAULT", True, detail, seconds)
 
 

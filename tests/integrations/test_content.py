@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 transformers = pytest.importorskip("transformers")
 
+from support.models.pretrained import QUICK  # noqa: E402
 from support.models.tiny import tiny_llama  # noqa: E402
 
 import dbf_compile  # noqa: E402
@@ -23,14 +24,6 @@ from dbf_compile.errors import CheckpointError  # noqa: E402
 from dbf_compile.inspection import inspect  # noqa: E402
 from dbf_compile.integrations.pretrained import open_any, open_dense  # noqa: E402
 
-QUICK: dict[str, Any] = {
-    "bits": 4.0,
-    "iterations": 2,
-    "mode": "independent",
-    "own_text": 0,
-    "distill": 0,
-    "progress": False,
-}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DOWN = "model.layers.0.mlp.down_proj"
 

@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("gguf")
 
 from support.models.gguf_files import TEMPLATE, write_gguf
+from support.models.pretrained import QUICK
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dbf_compile
@@ -19,14 +20,6 @@ from dbf_compile.errors import CheckpointError, ConversionError
 from dbf_compile.integrations import pretrained
 
 TOKENS = torch.arange(4, 20)[None]
-QUICK: dict[str, Any] = {
-    "bits": 4.0,
-    "iterations": 2,
-    "mode": "independent",
-    "own_text": 0,
-    "distill": 0,
-    "progress": False,
-}
 
 
 @pytest.fixture

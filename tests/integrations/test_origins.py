@@ -10,20 +10,11 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from support.models.pretrained import as_pickle, tiny_folder
+from support.models.pretrained import QUICK, as_pickle, tiny_folder
 
 import dbf_compile
 from dbf_compile.errors import ConversionError
 from dbf_compile.integrations import origins, pretrained
-
-QUICK: dict[str, Any] = {
-    "bits": 4.0,
-    "iterations": 2,
-    "mode": "independent",
-    "own_text": 0,
-    "distill": 0,
-    "progress": False,
-}
 
 
 @pytest.fixture(scope="module")

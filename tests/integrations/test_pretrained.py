@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("transformers")
 
-from support.models.pretrained import as_pickle, tiny_folder
+from support.models.pretrained import QUICK, as_pickle, tiny_folder
 from support.models.tiny import tiny_bert, tiny_llama
 
 import dbf_compile
@@ -22,14 +22,6 @@ from dbf_compile.errors import CheckpointError, ConversionError, DBFError
 from dbf_compile.integrations import pretrained
 
 TOKENS = torch.arange(1, 9)[None]
-QUICK: dict[str, Any] = {
-    "bits": 4.0,
-    "iterations": 2,
-    "mode": "independent",
-    "own_text": 0,
-    "distill": 0,
-    "progress": False,
-}
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
+from support.models.pretrained import QUICK
 from support.models.tiny import tiny_bert, tiny_llama
 
 import dbf_compile
@@ -22,15 +23,6 @@ from dbf_compile.integrations import pretrained
 from dbf_compile.options import CompressOptions
 from dbf_compile.run.request import Request
 from dbf_compile.run.verification import changed_tensors, differences, random_batch
-
-QUICK: dict[str, Any] = {
-    "bits": 4.0,
-    "iterations": 2,
-    "mode": "independent",
-    "own_text": 0,
-    "distill": 0,
-    "progress": False,
-}
 
 
 def batches(count: int = 2) -> list[dict[str, torch.Tensor]]:

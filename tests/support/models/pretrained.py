@@ -22,6 +22,15 @@ FAST: dict[str, Any] = {
     "distill": 1,
     "progress": False,
 }
+# In independent mode, with random tokens: no text is read or written.
+QUICK: dict[str, Any] = {
+    "bits": 4.0,
+    "iterations": 2,
+    "mode": "independent",
+    "own_text": 0,
+    "distill": 0,
+    "progress": False,
+}
 WORDS = ("add", "the", "signs", "of", "a", "matrix", "and", "scale", "what", "comes", "out", "twice")
 
 
