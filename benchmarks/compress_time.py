@@ -35,7 +35,8 @@ from dbf_compile.linear import swap_
 from dbf_compile.machine import cores
 from dbf_compile.options import PRESETS, CompressOptions
 from dbf_compile.run.request import view_of
-from dbf_compile.run.sequential import refining_epochs
+from dbf_compile.run.sequential import REFINING_STEPS, TUNING_STEPS, training_epochs
+from dbf_compile.run.steps import DISTILLING_STEPS
 from dbf_compile.signs import words_per_row
 
 WINDOWS, JUDGED, LENGTH = 64, 8, 512  # of a usual run
@@ -134,7 +135,11 @@ def of_block(
     blocks, steps = model.config.num_hidden_layers, len(batches) - 1
     for stage in result.stages:
         if stage["stage"] != "factor":
-            epochs = config.tune if stage["stage"] == "tune" else refining_epochs(config.refine, WINDOWS)
+            epochs = (
+                training_epochs(config.tune, WINDOWS, TUNING_STEPS)
+                if stage["stage"] == "tune"
+                else training_epochs(config.refine, WINDOWS, REFINING_STEPS)
+            )
             what = f"{stage['stage']} {stage['what'].removeprefix(f'{name}.')}"
             ms = 1e3 * stage["seconds"] / steps
             yield {
@@ -169,7 +174,7 @@ def distilled(model: nn.Module, batches: list[Any], jobs: list[FactorJob]) -> di
     began = time.perf_counter()
     distill(model, student, batches, [], DistillRecipe(1))
     ms = 1e3 * (time.perf_counter() - began) / len(batches)
-    times = CompressOptions().distill * WINDOWS
+    times = training_epochs(CompressOptions().distill, WINDOWS, DISTILLING_STEPS) * WINDOWS
     return {"stage": "distill", "unit": "step", "ms": ms, "times": times, "modes": "independent, sequential"}
 
 

@@ -55,9 +55,9 @@ class CompressKeywords(CompressionKeywords, total=False):
     form: str
     temper: float | None
     budget: str
-    tune: int
+    tune: int | None
     refine: int | None
-    distill: int
+    distill: int | None
     max_shard_size: int
     resume: str
     workers: int | None

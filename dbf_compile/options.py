@@ -149,10 +149,12 @@ class CompressOptions(CompressionConfig):
         curvature: Form of the importance: "diagonal", "input" or "kronecker"; see ``calibrate``.
         temper: Power of the spectrum of importances; None to leave them as measured, 0.5 is a usual value.
         budget: "equal" bits for all weights, or "allocated" by measured error curves.
-        tune: Epochs in which the still dense weights of a block are tuned before a weight is factored (sequential).
+        tune: Epochs in which the still dense weights of a block are tuned before a weight is factored (sequential); None for 4,
+            or the fewer that make 256 steps.
         refine: Epochs in which signs and scales of a block are refined at its end (sequential); None for 4, or the fewer that
             make 128 steps.
-        distill: Epochs in which scales learn the logits of the dense model at the end.
+        distill: Epochs in which scales learn the logits of the dense model at the end; None for 4, or the fewer that make 256
+            steps.
         max_shard_size: Bytes of a weight file.
         resume: "auto": continue an interrupted run. "required": fail without one. "never": start over.
         workers: Weights that this process factors at a time; None for one a core, or one a GPU.
@@ -174,9 +176,9 @@ class CompressOptions(CompressionConfig):
     curvature: str = option("diagonal", choices=CURVATURES)
     temper: float | None = option(None, low=0, high=1)
     budget: str = option("equal", choices=BUDGETS)
-    tune: int = option(4, low=0)
+    tune: int | None = option(None, low=0)
     refine: int | None = option(None, low=0)
-    distill: int = option(4, low=0)
+    distill: int | None = option(None, low=0)
     max_shard_size: int = option(2 * 10**9, low=1, changes_results=False)
     resume: str = option("auto", choices=RESUME, changes_results=False)
     workers: int | None = option(None, low=1, changes_results=False)

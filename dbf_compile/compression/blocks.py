@@ -42,6 +42,7 @@ from dbf_compile.linear import dense_bias, dense_linears, dense_weight, replace_
 
 # Rates of learning, in units of the root mean square of what is trained.
 _DENSE_RATE, _SCALE_RATE, _LATENT_RATE = 0.01, 0.01, 0.02
+_MEASURING_BATCHES = 64  # that second moments of inputs are measured with: more change little
 _NUMBER = re.compile(r"(?<=[._])\d+(?=\.|$)")  # of a member of a list: experts.3.down_proj, expert_3.wo
 
 
@@ -315,7 +316,7 @@ def _with_fresh_inputs(state: BlockState, jobs: Sequence[FactorJob]) -> list[Imp
     with _inputs_to(
         state, [job for job in jobs if job.name in moments], lambda name, x: moments[name].add(x, mask)
     ):
-        for batch in range(state.batches if moments else 0):
+        for batch in range(min(state.batches, _MEASURING_BATCHES) if moments else 0):
             mask = state.task.streams.masks[batch]  # read above
             state.run(batch)
     importances: list[Importance | None] = []

@@ -35,10 +35,14 @@ from dbf_compile.progress import over
 from dbf_compile.run.context import PlacedJob, Plan, Run
 from dbf_compile.run.folder import write_folder
 from dbf_compile.run.independent import factor_independent
-from dbf_compile.run.sequential import factor_sequential, stacks_to_factor
+from dbf_compile.run.sequential import factor_sequential, stacks_to_factor, training_epochs
 from dbf_compile.run.work import Result
 
 _LEAST_SHARE = 0.5  # of the weights, below which a user should know
+DISTILLING_STEPS = 256
+# Windows to measure importance with in sequential mode, which measures inputs again, block by block. A window costs as much
+# as a step of distillation.
+_MEASURING_WINDOWS = 64
 
 
 def run_steps(run: Run) -> None:
@@ -73,6 +77,8 @@ def _statistics(run: Run) -> dict[str, Importance]:
 
     def make(path: Path) -> None:
         batches = request.calibrating or None
+        if batches is not None and config.mode == "sequential":
+            batches = batches[:_MEASURING_WINDOWS]
         try:
             if batches is None:
                 check_reads_tokens(model)
@@ -128,7 +134,8 @@ def _plan(run: Run, importance: Mapping[str, Importance], allocation: Mapping[st
 def _distilled(run: Run, plan: Plan) -> dict[str, Any] | None:
     """Return what distillation gained, or None where it is left out; its factors are the result "distilled"."""
     request = run.request
-    if not (request.config.distill and request.calibrating and predicts_tokens(request.model)):
+    epochs = training_epochs(request.config.distill, len(request.calibrating), DISTILLING_STEPS)
+    if not (epochs and request.calibrating and predicts_tokens(request.model)):
         return None
 
     def make() -> Result:
@@ -136,10 +143,10 @@ def _distilled(run: Run, plan: Plan) -> dict[str, Any] | None:
         student = run.student(run.all_factors(plan))
         before = run.judge(student, plan.blocks)
         config, batches = request.config, request.calibrating
-        recipe = DistillRecipe(config.distill, config.seed, request.device)
+        recipe = DistillRecipe(epochs, config.seed, request.device)
         with (
             run.offloaded(student, plan.blocks),
-            run.bar("distilling", config.distill * len(batches), "step") as bar,
+            run.bar("distilling", epochs * len(batches), "step") as bar,
         ):
             factors, kept = distill(
                 request.model, student, batches, request.judging, recipe, lambda: bar.update(1)
