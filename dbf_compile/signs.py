@@ -24,6 +24,7 @@ from dbf_compile.errors import SignsError
 
 WORD_BITS = 32
 BLOCK_ROWS = 16
+_WORD = 2**WORD_BITS - 1
 
 
 def words_per_row(cols: int) -> int:
@@ -61,9 +62,7 @@ def pack_signs(signs: Tensor) -> Tensor:
     place = torch.ones((), dtype=torch.int64, device=signs.device) << torch.arange(
         WORD_BITS, device=signs.device
     )
-    words = (bits.view(rows, count, WORD_BITS) * place).sum(-1)
-    # Reinterpret unsigned 32-bit numbers as int32.
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32).contiguous()
+    return _as_words((bits.view(rows, count, WORD_BITS) * place).sum(-1))
 
 
 def unpack_signs(words: Tensor, cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -85,6 +84,23 @@ def unpack_signs(words: Tensor, cols: int, dtype: torch.dtype = torch.float32) -
     return nn.functional.embedding(octets, signs_of_byte.to(dtype)).flatten(1)[:, :cols].contiguous()
 
 
+def slice_columns(words: Tensor, first: int, last: int) -> Tensor:
+    """Return the words of columns ``first`` to ``last - 1`` of packed signs: [rows, W] to [rows, ceil((last - first) / 32)].
+
+    Args:
+        words: int32, row by row, not interleaved.
+        first: the first column; it need not begin a word.
+        last: the column behind the last one.
+    """
+    count, start, shift = words_per_row(last - first), first // WORD_BITS, first % WORD_BITS
+    wide = words[:, start : start + count + 1].long() & _WORD
+    wide = nn.functional.pad(wide, (0, count + 1 - wide.shape[1]))
+    result = (wide[:, :count] >> shift) | (wide[:, 1:] << (WORD_BITS - shift) & _WORD)
+    if (last - first) % WORD_BITS:
+        result[:, -1] &= (1 << (last - first) % WORD_BITS) - 1
+    return _as_words(result)
+
+
 def is_ragged(rows: int) -> bool:
     """Return whether the last 16-row block is incomplete; its rows are stored one by one."""
     return rows % BLOCK_ROWS != 0
@@ -98,6 +114,11 @@ def interleave(words: Tensor) -> Tensor:
 def deinterleave(words: Tensor) -> Tensor:
     """Return interleaved words [rows, W] row by row; the inverse of :func:`interleave`."""
     return _reordered(words, words.shape[1], BLOCK_ROWS)
+
+
+def _as_words(numbers: Tensor) -> Tensor:
+    """Reinterpret unsigned 32-bit numbers, held as int64, as int32."""
+    return torch.where(numbers >= 2**31, numbers - 2**32, numbers).to(torch.int32).contiguous()
 
 
 def _reordered(words: Tensor, outer: int, inner: int) -> Tensor:

@@ -16,6 +16,7 @@ from dbf_compile.signs import (
     interleave,
     pack_signs,
     padding_is_zero,
+    slice_columns,
     unpack_signs,
     words_per_row,
 )
@@ -52,6 +53,14 @@ def test_interleaved_words_lie_where_the_docstring_draws_them(rows: int, cols: i
     assert interleave(words).shape == words.shape
     assert torch.equal(deinterleave(interleave(words)), words)
     assert torch.equal(interleave(deinterleave(words)), words)
+
+
+@given(sign_matrices(), st.data())
+def test_columns_are_sliced_wherever_they_begin(signs: Tensor, data: st.DataObject) -> None:
+    last = data.draw(st.integers(1, signs.shape[1]))
+    first = data.draw(st.integers(0, last - 1))
+    sliced = slice_columns(pack_signs(signs), first, last)
+    assert torch.equal(sliced, pack_signs(signs[:, first:last])) and sliced.is_contiguous()
 
 
 @pytest.mark.parametrize("cols", range(1, 66))
