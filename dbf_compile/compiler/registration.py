@@ -20,6 +20,7 @@ _log = logging.getLogger(__name__)
 # Every use of torch.compile imports it first.
 REGISTRY = "torch._dynamo.backends.registry"
 TRACER = "torch._dynamo.symbolic_convert"
+_UNSEEN = "this release of torch does not say what it is about to trace"
 _named: WeakSet[nn.Module] = WeakSet()  # recurrent layers of which a warning has told
 
 
@@ -59,6 +60,7 @@ def watch_frames() -> None:
 
     refuse = getattr(InstructionTranslator, "_throw_if_in_functorch", None)
     if refuse is None:
+        _log.warning("dbf: compiled code within torch.func's transforms may use dense weights: %s", _UNSEEN)
         return
 
     def look(self: Any) -> None:

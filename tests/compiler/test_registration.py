@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from dbf_compile.compiler import registration
+
 FIRST_USE = """
 import sys, threading, torch
 exec(sys.argv[1])
@@ -37,3 +39,12 @@ def test_first_use(before, threads):
     command = [sys.executable, "-c", FIRST_USE, before, str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_release_of_torch_that_tells_nothing_of_frames_is_named(monkeypatch, caplog):
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    monkeypatch.delattr(InstructionTranslator, "_throw_if_in_functorch", raising=False)
+    registration.watch_frames()
+    assert not hasattr(InstructionTranslator, "_throw_if_in_functorch")
+    assert "does not say what it is about to trace" in caplog.text
