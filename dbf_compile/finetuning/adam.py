@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 _BETAS = (0.9, 0.95)
-_TINY = 1e-30
+_TINY = 1e-30  # a gradient whose square is less is no gradient
 
 
 class RelativeAdam:
@@ -47,7 +47,7 @@ class RelativeAdam:
                 for moment, beta in zip((mean, square), _BETAS, strict=True)
             ]
             size = float(value.square().mean().sqrt())
-            value.sub_(corrected[0] / (corrected[1].sqrt() + _TINY), alpha=rate * size)
+            value.sub_(corrected[0] / (corrected[1] + _TINY).sqrt(), alpha=rate * size)
 
     def state(self) -> dict[str, Tensor]:
         """Return the moments by name, not copied: copying into them restores a state."""

@@ -82,8 +82,8 @@ class Learner:
         for gradient in self._gradients.values():
             gradient.zero_()
         with torch.enable_grad():
-            for part in self._ranks.share(windows).split(1):
-                error = self._loss(part) / windows.numel()
+            for window in self._ranks.share(windows):
+                error = self._loss(window[None]) / windows.numel()
                 error.backward()
                 loss += float(error.detach())
         self._ranks.sum_([loss, *self._gradients.values()])
@@ -101,9 +101,9 @@ class Learner:
     def divergence(self, windows: Tensor) -> float:
         """Return the mean KL from the dense model on windows, in nats; the tokens that it finds unlikely count as one."""
         total = torch.zeros((), dtype=torch.float64, device=self._teacher.device)
-        for part in self._ranks.share(windows).split(1):
-            logits, _ = self._predicted(part)
-            total += float(top_divergence(logits, self._teacher.targets(part)))
+        for window in self._ranks.share(windows):
+            logits, _ = self._predicted(window[None])
+            total += float(top_divergence(logits, self._teacher.targets(window[None])))
         self._ranks.sum_([total])
         return float(total) / windows.numel()
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 _AT_A_TIME = 2**23  # logits in float32
-_TINY = 1e-12
+_TINY = 1e-30
 
 
 class _TopDivergence(torch.autograd.Function):
@@ -27,18 +27,21 @@ class _TopDivergence(torch.autograd.Function):
         total = logits.new_zeros((), dtype=torch.float64)
         for start in range(0, len(logits), rows):
             part = slice(start, start + rows)
-            chance = logits[part].float()
-            log_sum = chance.logsumexp(-1, keepdim=True)
-            log_q = chance.gather(-1, tokens[part]) - log_sum
+            wide = logits[part].float()
+            log_sum = wide.logsumexp(-1, keepdim=True)
+            log_q = wide.gather(-1, tokens[part]) - log_sum
             p, q = log_p[part].exp(), log_q.exp()
-            q_rest = (1 - q.sum(-1)).clamp_min(_TINY)
-            kl = (p * (log_p[part] - log_q)).sum(-1)
+            # Summed, as 1 - Σ q is but rounding where the model is sure.
+            others = (wide - log_sum).exp_().scatter_(-1, tokens[part], 0.0)
+            q_rest = others.sum(-1).clamp_min(_TINY)
+            # A model may rule tokens out: 0 log 0 is 0.
+            kl = torch.where(p > 0, p * (log_p[part] - log_q), 0.0).sum(-1)
             kl += torch.where(rest[part] > 0, rest[part] * (rest[part].clamp_min(_TINY) / q_rest).log(), 0.0)
             total += kl.sum()
             if gradient is not None:
                 # q - p inside of S; outside all q are to grow or shrink by one factor.
-                chance = chance.sub_(log_sum).exp_().mul_((1 - rest[part] / q_rest)[:, None])
-                gradient[part] = chance.scatter_(-1, tokens[part], q - p)
+                others.mul_((1 - rest[part] / q_rest)[:, None])
+                gradient[part] = others.scatter_(-1, tokens[part], q - p)
         ctx.save_for_backward(gradient)
         return total.float()
 

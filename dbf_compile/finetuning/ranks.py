@@ -32,7 +32,7 @@ class Ranks:
     size: int = 1
 
     def share(self, windows: Tensor) -> Tensor:
-        """Return the windows of a step that this process takes: every ``size``-th."""
+        """Return the windows of a step that this process takes: every ``size``-th; none where there are too few."""
         return windows[self.rank :: self.size]
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:

@@ -50,16 +50,21 @@ def stacks_of(model: nn.Module) -> list[dict[str, DoubleBinaryLinear]]:
 
 
 def write_out_(model: nn.Module, dtype: torch.dtype) -> dict[str, WrittenOut]:
-    """Put dense weights in place of factors and of the head's table, in place; all other tensors get the dtype.
+    """Put dense weights in place of factors and of the head's table, in place; tensors of the model's dtype get the dtype.
+
+    Others keep theirs: angles of rotary embeddings would point elsewhere in 16 bits.
 
     Args:
-        model: the compressed model. Its factors are kept by who called.
+        model: the compressed model, of transformers. Its factors are kept by who called.
         dtype: of the training, floating point.
 
     Returns:
         The layers in place of factored ones, by name; their weights have no content yet.
     """
-    model.to(dtype)
+    own: Any = model.dtype
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype == own:
+            tensor.data = tensor.data.to(dtype)
     model.requires_grad_(False)
     layers: dict[str, WrittenOut] = {}
     replacements: dict[nn.Module, nn.Module] = {}

@@ -4,7 +4,7 @@
                                          "log_p" float16 of the same shape
                                          "rest" float32 [windows, positions]: probability of all other tokens
 
-The key is a hash of the dense model's content, of the tokens of the windows and of ``top``. So runs with other bits or other
+The key is a hash of the dense model's content, of the tokens of the windows, of ``top`` and of the format. So runs with other bits or other
 settings read the same files, a run that goes on finds what it had, and a damaged file is made again.
 """
 
@@ -25,7 +25,7 @@ from dbf_compile.checksums import changed_tensors
 from dbf_compile.finetuning.loss import Targets
 from dbf_compile.hashes import tensor_hash
 
-_FORMAT = {"format": "dbf targets", "format_version": "1"}
+_FORMAT = {"format": "dbf targets", "format_version": "2"}
 _SMALL = 2**16  # tokens that 16 bits tell apart
 
 
@@ -48,7 +48,8 @@ class Teacher:
 
     def targets(self, windows: Tensor) -> Targets:
         """Return the predictions for windows of tokens, int64 [windows, length], position after position."""
-        digest = hashlib.sha256(f"{self._content} {self._top}".encode() + tensor_hash(windows))
+        version = _FORMAT["format_version"]
+        digest = hashlib.sha256(f"{version} {self._content} {self._top}".encode() + tensor_hash(windows))
         name = digest.hexdigest()
         path = self._folder / name[:2] / f"{name[2:40]}.safetensors"
         tensors = _read(path)
@@ -57,9 +58,8 @@ class Teacher:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_tensors(tensors, _FORMAT, path)
         log_p, rest = tensors["log_p"].to(self.device).float(), tensors["rest"].to(self.device)
-        # Rounding moved what the probabilities sum to.
-        log_p = log_p - (log_p.exp().sum(-1, keepdim=True) + rest[..., None]).log()
-        rest = (1 - log_p.exp().sum(-1)).clamp_min(0)
+        total = log_p.exp().sum(-1) + rest  # which rounding moved
+        log_p, rest = log_p - total.log()[..., None], rest / total
         tokens = tensors["tokens"].to(self.device).long()
         return Targets(tokens.flatten(0, 1), log_p.flatten(0, 1), rest.flatten())
 
@@ -77,7 +77,7 @@ class Teacher:
         for window in windows.to(self.device).split(1):
             log_p = torch.log_softmax(logits_of(model(input_ids=window)).float(), -1)
             best, tokens = log_p.topk(min(self._top, log_p.shape[-1]))
-            rest = (1 - best.exp().sum(-1)).clamp_min(0)
+            rest = log_p.exp().scatter_(-1, tokens, 0.0).sum(-1)
             narrow = torch.uint16 if log_p.shape[-1] <= _SMALL else torch.int32
             parts.append((tokens.to(torch.int32).cpu().to(narrow), best.half().cpu(), rest.cpu()))
         names = ("tokens", "log_p", "rest")

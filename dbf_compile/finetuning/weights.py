@@ -36,7 +36,7 @@ from dbf_compile.signs import pack_signs, unpack_signs
 
 _MEMORY = 0.95  # of the second moments
 _LARGEST = 2.0  # latent: what has always agreed with its sign can still change its mind
-_TINY = 1e-30
+_TINY = 1e-30  # as in Adafactor; else rows whose gradient is next to nothing would move like all others, or overflow
 
 
 class Latents:
@@ -59,11 +59,10 @@ class Latents:
         """Learn from a gradient, float32 [rows, columns], which is overwritten; return how many signs flipped."""
         self.steps += 1
         square = gradient.square()
-        self.rows.lerp_(square.mean(1), 1 - _MEMORY)
-        self.columns.lerp_(square.mean(0), 1 - _MEMORY)
+        self.rows.lerp_(square.mean(1) + _TINY, 1 - _MEMORY)
+        self.columns.lerp_(square.mean(0) + _TINY, 1 - _MEMORY)
         seen = 1 - _MEMORY ** float(self.steps)
-        rows = (self.rows / self.rows.mean().clamp_min(_TINY)).sqrt().clamp_min(_TINY)
-        columns = (self.columns / seen).sqrt().clamp_min(_TINY)
+        rows, columns = (self.rows / self.rows.mean()).sqrt(), (self.columns / seen).sqrt()
         return self.move(gradient.div_(rows[:, None]).div_(columns), rate)
 
     def move(self, direction: Tensor, rate: float) -> int:

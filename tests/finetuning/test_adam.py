@@ -22,6 +22,14 @@ def test_steps_are_those_of_torch():
         assert torch.allclose(value, expected)
 
 
+def test_gradients_next_to_nothing_move_nothing():
+    value, before = torch.ones(4), torch.ones(4)
+    adam = RelativeAdam({"x": value})
+    for size in (1e-25, 1e-22, 1e-18):
+        adam.step({"x": torch.tensor([1.0, size, -size, 0.0])}, 0.1)
+    assert float(value[0]) < 0.9 and torch.allclose(value[1:], before[1:], atol=1e-3)
+
+
 def test_zeros_change_neither_value_nor_moments():
     value = randn(5)
     adam = RelativeAdam({"x": value})

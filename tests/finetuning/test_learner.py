@@ -60,6 +60,13 @@ def test_processes_that_share_a_step_sum_what_one_would(learner, monkeypatch):
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(sums[1:], expected, strict=True))
 
 
+def test_a_process_without_a_window_of_a_step_adds_nothing(learner, monkeypatch):
+    monkeypatch.setattr(Ranks, "sum_", lambda self, tensors: None)
+    idle = learner(Ranks(2, 3))
+    loss, _ = idle.step(WINDOWS[:2], NONE)
+    assert loss == 0 and idle.divergence(WINDOWS[:2]) == 0
+
+
 def test_norms_stay_where_they_are_to(learner):
     one = learner(norm_rate=0.0)
     before = {name: value.clone() for name, value in one.small().items()}

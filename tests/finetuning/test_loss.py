@@ -11,7 +11,7 @@ from dbf_compile.finetuning.loss import Targets, hidden_error, top_divergence
 def targets_of(logits, top):
     log_p = torch.log_softmax(logits, -1)
     best, tokens = log_p.topk(top)
-    return Targets(tokens, best, (1 - best.exp().sum(-1)).clamp_min(0))
+    return Targets(tokens, best, log_p.exp().scatter(-1, tokens, 0.0).sum(-1))
 
 
 def plain(logits, targets):
@@ -46,6 +46,37 @@ def test_all_tokens_give_the_divergence_and_equal_models_none():
         torch.log_softmax(other, -1), torch.log_softmax(dense, -1), log_target=True, reduction="sum"
     )
     assert float(top_divergence(other, targets_of(dense, 19))) == pytest.approx(float(kl), rel=1e-4)
+
+
+def test_what_sure_models_leave_to_others_is_no_rounding():
+    sure = torch.cat([torch.full((3, 2), 20.0), randn(3, 60)], 1).double()
+    logits = (sure + randn(3, 62, seed=1)).requires_grad_()
+    targets = targets_of(sure, 2)
+    others = torch.log_softmax(logits, -1).scatter(-1, targets.tokens, -torch.inf).logsumexp(-1)
+    kept = torch.log_softmax(logits, -1).gather(-1, targets.tokens)
+    expected = (targets.log_p.exp() * (targets.log_p - kept)).sum()
+    expected = expected + (targets.rest * (targets.rest.log() - others)).sum()
+    (gradient,) = torch.autograd.grad(expected, logits)
+    narrow = logits.detach().float().requires_grad_()
+    top_divergence(narrow, Targets(targets.tokens, targets.log_p.float(), targets.rest.float())).backward()
+    assert torch.allclose(narrow.grad.double()[:, 2:], gradient[:, 2:], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("top", [3, 9])
+def test_tokens_that_a_model_rules_out_count_nothing(top):
+    dense = randn(4, 9)
+    dense[:, 2:5] = -torch.inf
+    logits = randn(4, 9, seed=1).masked_fill(dense.isinf(), -torch.inf).requires_grad_()
+    loss = top_divergence(logits, targets_of(dense, top))
+    loss.backward()
+    assert bool(loss.isfinite()) and bool(logits.grad.isfinite().all())
+
+
+def test_logits_stay_as_they_are():
+    logits = randn(4, 9).requires_grad_()
+    before = logits.detach().clone()
+    top_divergence(logits, targets_of(randn(4, 9, seed=1), 3))
+    assert torch.equal(logits, before)
 
 
 def test_half_precision_rounds_the_gradient_alone():

@@ -29,6 +29,15 @@ def test_it_computes_what_the_compressed_model_does(build):
     assert trained == {f"{name}.weight" for name in layers}
 
 
+def test_tensors_of_another_dtype_than_the_model_keep_it():
+    model = factored(tiny_llama(1).bfloat16())
+    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq.float()  # as from_pretrained has it
+    write_out_(model, torch.bfloat16)
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    write_out_(half := factored(tiny_llama(1).half()), torch.float32)
+    assert {tensor.dtype for tensor in half.parameters()} == {torch.float32}
+
+
 def test_layers_that_share_a_first_stage_are_one_stack():
     stacks = [list(stack) for stack in stacks_of(factored(tiny_llama(1)))]
     assert [len(stack) for stack in stacks] == [3, 1, 2, 1]

@@ -77,6 +77,17 @@ def test_a_row_without_gradient_keeps_its_signs_and_is_finite():
     assert all(bool(tensor.isfinite().all()) for tensor in weight.learned().values())
 
 
+@pytest.mark.parametrize("size", [1e-37, 1e-30, 1e-22, 1e-18])
+def test_rows_whose_gradient_is_next_to_nothing_stay(size):
+    weight, _ = learning()
+    gradient = randn(37, 50, seed=1)
+    gradient[3] *= size
+    before = weight.learned()["outer"].clone()
+    weight.step(gradient, 0.1, 0.1)
+    after = weight.learned()["outer"]
+    assert float((after[3] - before[3]).abs().max()) < 0.01 < float((after[2] - before[2]).abs().max())
+
+
 def test_signs_follow_a_gradient_that_stays_more_than_noise():
     weight, _ = learning()
     goal, _ = learning()
