@@ -101,6 +101,9 @@ class FinetuneKeywords(TypedDict, total=False):
     tokens: int
     length: int | None
     batch: int
+    own_text: float | None
+    own_temperature: float
+    own_top_k: int
     holdout: int
     judge: int
     sign_rate: float

@@ -315,7 +315,10 @@ class FinetuneConfig(Record):
         tokens: Tokens to learn from, each used once; fewer where the text is shorter.
         length: Tokens of a window; None for 512, or for as many as the model has positions.
         batch: Windows of a step, those of all processes together.
-        holdout: Windows of every kind of text, its first ones, to judge with.
+        own_text: Share of the windows that the dense model writes itself, 0 to 1. None: all of them without data, none beside it.
+        own_temperature: Above 1 flattens, below 1 sharpens the distribution that the model's own text is drawn from.
+        own_top_k: The model's own text is drawn from so many likeliest tokens; 0 for all.
+        holdout: Windows of every kind of text to judge with, but no more than a fifth of them.
         judge: How often the model is judged on the way; the best state is kept.
         sign_rate: How readily signs flip: how far noise alone would move one over the whole run, in units of its distance
             from flipping; 0 leaves all signs.
@@ -325,9 +328,9 @@ class FinetuneConfig(Record):
         top: Likeliest tokens of the dense model that are kept for every position; all others count as one.
         column: Column of the data to read; None for the first that is known, such as text or messages.
         split: Split of the data to read, such as train; needed where there are several.
-        seed: Seed of the order of windows.
+        seed: Seed of the order of windows, and of the model's own text.
         resume: "auto": continue an interrupted run. "required": fail without one. "never": start over.
-        cache_dir: Folder of the dense model's predictions, 260 bytes a token; None for the user's cache folder.
+        cache_dir: Folder of the dense model's predictions, 260 bytes a token, and of its text; None for the user's cache folder.
         device: Where to compute, such as cuda or cpu; None for a GPU if there is one.
         trust_remote_code: Run code that comes with the model.
         progress: Show progress bars.
@@ -336,6 +339,9 @@ class FinetuneConfig(Record):
     tokens: int = option(2_000_000, low=2)
     length: int | None = option(None, low=2)
     batch: int = option(4, low=1)
+    own_text: float | None = option(None, low=0, high=1)
+    own_temperature: float = option(1.0, low=0.01)
+    own_top_k: int = option(50, low=0)
     holdout: int = option(8, low=1)
     judge: int = option(10, low=1)
     sign_rate: float = option(0.3, low=0)

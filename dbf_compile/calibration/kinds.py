@@ -37,13 +37,13 @@ def by_kind(source: Any, column: str | None = None) -> dict[str, Any] | None:
 
     Args:
         source: data as for :func:`~dbf_compile.calibration.batches.token_batches`, or a mapping from kind to such data. A mapping
-            is one of kinds if its keys are in ``KINDS``, or ``OTHER``, or if its values are paths (``Path``, or lists of them);
-            any other is a table, or splits of one.
+            is one of kinds if its keys are in ``KINDS``, or ``OTHER``, or if one of its values is a path (``Path``, or a list of
+            them), which no table holds; any other is a table, or splits of one.
         column: a key of that name makes the mapping a table.
     """
     if not isinstance(source, Mapping) or not source or column in source:
         return None
-    if all(kind in (*KINDS, OTHER) for kind in source) or all(map(_is_path, source.values())):
+    if all(kind in (*KINDS, OTHER) for kind in source) or any(map(_is_path, source.values())):
         return {str(kind): part for kind, part in source.items()}
     return None
 

@@ -7,24 +7,23 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from dbf_compile.calibration.batches import alternating_batches, windows_for
-from dbf_compile.calibration.kinds import OTHER, by_kind
+from dbf_compile.calibration.batches import alternating_batches, token_batches
+from dbf_compile.calibration.kinds import OTHER, OWN_TEXT, by_kind
 from dbf_compile.calibration.limits import checked, window_length
-from dbf_compile.calibration.sources import name_of
+from dbf_compile.calibration.sources import are_paths, name_of
 from dbf_compile.errors import DBFError, OptionError
-from dbf_compile.options import CompressOptions
+from dbf_compile.options import CompressOptions, FinetuneConfig
 from dbf_compile.progress import over
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
-_LEAST_TRAINED = 5  # windows for one that is kept back: where data is short, calibration needs it more
+LEAST_TRAINED = 5  # windows for one that is kept back: where data is short, calibration needs it more
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,29 @@ class Part:
     @staticmethod
     def of(kind: str, source: str, batches: Sequence[Any], judged: int) -> Part:
         """Return a part whose last batches are kept back: ``judged`` of them, but no more than a fifth."""
-        split = len(batches) - min(judged, len(batches) // _LEAST_TRAINED)
+        split = len(batches) - kept_back(len(batches), judged)
         return Part(kind, source, batches[:split], batches[split:])
+
+
+def kept_back(windows: int, asked: int) -> int:
+    """Return how many windows of a kind are kept back to judge with: as many as are asked for, but no more than a fifth."""
+    return min(asked, windows // LEAST_TRAINED)
+
+
+def kinds_of(data: Any, column: str | None, alone: str = OTHER) -> dict[str, Any]:
+    """Return data to learn from by kind of text, as :func:`~dbf_compile.calibration.kinds.by_kind`; what has no kinds is ``alone``.
+
+    Raises:
+        OptionError: a kind has the name of the model's own text.
+    """
+    kinds = by_kind(data, column)
+    if kinds is not None and OWN_TEXT in kinds:
+        raise OptionError(
+            f"data of the kind {OWN_TEXT!r}",
+            "any other name",
+            "that is what the model writes itself: see own_text",
+        )
+    return {alone: data} if kinds is None else kinds
 
 
 def read_parts(
@@ -68,7 +88,7 @@ def read_parts(
         OptionError, ConversionError: as for :func:`~dbf_compile.calibration.batches.token_batches`, or a share of a kind that
             there is not.
     """
-    kinds = by_kind(data, options.column) or {OTHER: data}
+    kinds = kinds_of(data, options.column)
     shares = _shares(options.shares, kinds)
     calibrated, judged = split_count(windows, shares), split_count(options.holdout, shares)
     parts = []
@@ -104,13 +124,23 @@ def _windows(
     model: nn.Module, source: Any, tokenizer: Any, options: CompressOptions, count: int, usual: int
 ) -> list[dict[str, Any]]:
     """Return at most ``count`` windows of one kind."""
-    several = isinstance(source, (list, tuple)) and all(isinstance(path, Path) for path in source)
-    if not several or len(source) == 1:
-        return windows_for(model, source, tokenizer, options, usual, count)
-    length = window_length(model, options.length, usual)
-    column, split = options.column, options.split
-    batches = alternating_batches(source, tokenizer, length=length, count=count, column=column, split=split)
+    batches = in_turns(source, tokenizer, options, window_length(model, options.length, usual), count)
     return list(checked(model, list(over(batches, "reading data", "window", options.progress, count))))
+
+
+def in_turns(
+    source: Any, tokenizer: Any, options: CompressOptions | FinetuneConfig, length: int, count: int
+) -> Iterator[dict[str, Tensor]]:
+    """Yield batches of one window of a source, of several paths a window of each in turn.
+
+    Args:
+        source, tokenizer: as for :func:`~dbf_compile.calibration.batches.token_batches`.
+        options: column and split.
+        length: tokens of a window.
+        count: windows, at most.
+    """
+    read = alternating_batches if are_paths(source) and len(source) > 1 else token_batches
+    return read(source, tokenizer, length=length, count=count, column=options.column, split=options.split)
 
 
 def split_count(total: int, shares: Mapping[str, float]) -> dict[str, int]:

@@ -54,7 +54,7 @@ def name_of(source: Any) -> str:
     """Return what a report calls a source: its paths or names, or "texts"."""
     if isinstance(source, (str, Path)):
         return str(source)
-    return ", ".join(map(str, source)) if _are_paths(source) else "texts"
+    return ", ".join(map(str, source)) if are_paths(source) else "texts"
 
 
 def _items(source: Any, column: str | None, split: str | None) -> Iterator[Any]:
@@ -62,7 +62,7 @@ def _items(source: Any, column: str | None, split: str | None) -> Iterator[Any]:
         yield from _stored(str(source), column, split)
     elif isinstance(source, Mapping):
         yield from _items(table_of(source, column, split), column, None)
-    elif _are_paths(source):
+    elif are_paths(source):
         for path in source:
             yield from _stored(str(path), column, split)
     else:
@@ -89,7 +89,7 @@ def _rows_of(source: Any) -> Any:
     return rows
 
 
-def _are_paths(source: Any) -> bool:
+def are_paths(source: Any) -> bool:
     """Return whether a list holds paths and no texts: all are ``Path``, or words with the ending of a file."""
     return isinstance(source, (list, tuple)) and bool(source) and all(map(_is_path, source))
 

@@ -62,7 +62,7 @@ class Finetuned:
 
 def finetune(
     folder: str | Path,
-    data: Any,
+    data: Any = None,
     output: str | Path | None = None,
     *,
     dense: str | Path | None = None,
@@ -78,7 +78,8 @@ def finetune(
 
     Args:
         folder: as ``compress`` wrote it.
-        data: text that the model has not been calibrated with, as for ``token_batches``, or by kind of text.
+        data: text that the model has not been calibrated with, as for ``token_batches``, or by kind of text. None: the dense
+            model writes it (``own_text``).
         output: the folder to write; None for that of ``folder`` with "-finetuned" behind its name.
         dense: the dense model: folder, GGUF file or name on the Hub; None for the one that the folder's report names.
         tokenizer: for ``data``; None for that of the folder.
@@ -126,12 +127,20 @@ def _finetuned(request: Request, ranks: Ranks) -> Finetuned:
         before = _distance(request, model, "before")
         put_(model, learner.factors(), learner.small())
         after = _distance(request, model, "after")
-        improved = after["kl"] < before["kl"]
+        improved = is_better(after, before)
         result = Finetuned(output if improved else request.folder, improved, before, after, course)
         if improved:
             _write(request, model, learner, result, work)
         work.remove()
     return ranks.broadcast(result)
+
+
+def is_better(after: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """Return whether a model is nearer to the dense one in the mean over the kinds of text, and in no kind farther from it."""
+    kinds = before["kinds"]
+    return bool(
+        after["kl"] < before["kl"] and all(after["kinds"][kind]["kl"] <= kinds[kind]["kl"] for kind in kinds)
+    )
 
 
 def _work(request: Request, ranks: Ranks) -> Work:

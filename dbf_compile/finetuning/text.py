@@ -1,23 +1,27 @@
-"""What is learned from: windows of fresh text, each used once; and the first ones of every kind, to judge with."""
+"""What is learned from: windows of fresh text, each used once; and some of every kind, to judge with."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dbf_compile.calibration.batches import token_batches
-from dbf_compile.calibration.kinds import by_kind
+from dbf_compile.calibration.kinds import OWN_TEXT
 from dbf_compile.calibration.limits import checked, window_length
-from dbf_compile.errors import ConversionError, DBFError
+from dbf_compile.calibration.mixture import LEAST_TRAINED, in_turns, kept_back, kinds_of, split_count
+from dbf_compile.errors import ConversionError, DBFError, OptionError
+from dbf_compile.hashes import batches_hash
 from dbf_compile.options import FinetuneConfig
 from dbf_compile.progress import over, say
+from dbf_compile.run.own_text import OwnText, share_of
+from dbf_compile.run.work import Work
 
 _LENGTH = 512  # tokens of a window
+_NO_SHARE = 0.0  # of own text beside data: writing takes longer than learning
 
 
 @dataclass(frozen=True)
@@ -27,59 +31,105 @@ class Text:
     Args:
         learning: windows to learn from, int32 [windows, length], in the order in which they are used.
         judging: windows to judge with by kind, int32 [windows, length].
+        own: what the dense model is to write, and is no part yet; or None.
     """
 
     learning: Tensor
     judging: dict[str, Tensor]
+    own: OwnText | None = None
 
     @staticmethod
     def read(data: Any, tokenizer: Any, model: nn.Module, config: FinetuneConfig) -> Text:
-        """Read data no further than needed; kinds of text take turns until each has come to its end.
+        """Read data no further than needed, and plan what the dense model is to write.
 
         Args:
-            data: as for ``token_batches``, or by kind of text.
-            tokenizer: of the model.
-            model: its positions and its vocabulary are the limits.
-            config: ``tokens``, ``length``, ``holdout``, ``seed``, ``column`` and ``split``.
+            data: as for ``token_batches``, or by kind of text; None for none.
+            tokenizer: of the model, or None where there is none and no data.
+            model: the dense model; its positions and its vocabulary are the limits.
+            config: ``tokens``, ``length``, ``holdout``, ``seed``, ``column``, ``split``, and those of own text.
 
         Raises:
             ConversionError: the data cannot be read, or is too short.
+            OptionError: neither data nor own text, or both where there is room for one.
         """
+        share = share_of(model, config.own_text, data, usual=_NO_SHARE)
+        if data is None and not share:
+            raise OptionError(
+                "no data, and own_text=0",
+                "text to learn from",
+                "pass data=..., on the command line --data, or leave own_text out",
+            )
         length = window_length(model, config.length, _LENGTH)
-        count = -(-config.tokens // length)
-        kinds = by_kind(data, config.column) or {"text": data}
-        streams = {kind: _windows(kind, source, tokenizer, config, length) for kind, source in kinds.items()}
-        judging = {
-            kind: torch.stack(list(islice(stream, config.holdout))) for kind, stream in streams.items()
-        }
-        turns = over(
-            islice(_in_turns(list(streams.values())), count), "reading text", "window", config.progress, count
-        )
-        learning = list(turns)
-        if not learning:
+        counts = split_count(-(-config.tokens // length), {"data": 1 - share, OWN_TEXT: share})
+        text = Text(torch.empty(0, length, dtype=torch.int32), {})
+        if counts["data"]:
+            text = _read(data, tokenizer, config, length, counts["data"])
+            windows = (text.learning, *text.judging.values())
+            checked(model, [{"input_ids": part.long()} for part in windows])
+        if counts[OWN_TEXT]:
+            kept = max(1, min(config.holdout, counts[OWN_TEXT] // 4))  # a fifth of all, as of data
+            own = OwnText.of(model, tokenizer, config, length, (counts[OWN_TEXT], kept))
+            text = replace(text, own=own)
+        return text._mixed(config.seed)
+
+    def hash(self) -> str:
+        """Return a hash of all of it, including what the model has yet to write."""
+        read = batches_hash([self.learning, self.judging])
+        return read if self.own is None else f"{read} {self.own.fingerprint()}"
+
+    def written(self, model: nn.Module, work: Work, device: torch.device, config: FinetuneConfig) -> Text:
+        """Return the text with the dense model's own in it.
+
+        Args:
+            model: the dense model on the device.
+            work: where its text lies as it comes.
+            device, config: where to compute, and the seed.
+        """
+        if self.own is None:
+            return self
+        own = replace(self.own, writer=replace(self.own.writer, model=model))
+        windows = own.windows(work, device, config.progress)
+        learning, judging = windows.split([own.calibrating, own.judging])
+        judged = {**self.judging, OWN_TEXT: judging}
+        return Text(torch.cat([self.learning, learning]), judged)._mixed(config.seed)
+
+    def _mixed(self, seed: int) -> Text:
+        order = torch.randperm(len(self.learning), generator=torch.Generator().manual_seed(seed))
+        return replace(self, learning=self.learning[order])
+
+
+def _read(data: Any, tokenizer: Any, config: FinetuneConfig, length: int, count: int) -> Text:
+    """Read so many windows to learn from, of all kinds in turns until each has come to its end, and those to judge with."""
+    streams: list[Iterator[Tensor]] = []
+    judging: dict[str, Tensor] = {}
+    enough = LEAST_TRAINED * config.holdout
+    for kind, source in kinds_of(data, config.column, "text").items():
+        stream = _windows(kind, source, tokenizer, config, length, enough + count)
+        first = list(islice(stream, enough))
+        if len(first) == 1:
             raise ConversionError(
-                f"text of no more than {config.holdout} windows of {length} tokens",
-                f"{config.holdout} to judge with, and more to learn from",
-                "give more text, or a smaller holdout or length",
+                f"{kind}: a text of one window of {length} tokens",
+                "one to judge with, and more to learn from",
+                "give more text, or a smaller length",
             )
-        if len(learning) < count:
-            say(
-                f"{len(learning) * length} tokens of text, fewer than the {config.tokens} that were asked for",
-                config.progress,
-            )
-        mixed = torch.randperm(len(learning), generator=torch.Generator().manual_seed(config.seed))
-        text = Text(torch.stack(learning)[mixed], judging)
-        checked(model, [{"input_ids": windows.long()} for windows in (text.learning, *judging.values())])
-        return text
-
-
-def _windows(kind: str, source: Any, tokenizer: Any, config: FinetuneConfig, length: int) -> Iterator[Tensor]:
-    most = config.holdout + -(-config.tokens // length)
-    try:
-        batches = token_batches(
-            source, tokenizer, length=length, count=most, column=config.column, split=config.split
+        kept = max(1, kept_back(len(first), config.holdout))
+        judging[kind] = torch.stack(first[:kept])
+        streams.append(chain(first[kept:], stream))
+    turns = islice(_in_turns(streams), count)
+    learning = list(over(turns, "reading text", "window", config.progress, count))
+    if len(learning) < count:
+        say(
+            f"{len(learning) * length} tokens of text, fewer than the {count * length} that were asked for",
+            config.progress,
         )
-        for batch in batches:
+    return Text(torch.stack(learning), judging)
+
+
+def _windows(
+    kind: str, source: Any, tokenizer: Any, config: FinetuneConfig, length: int, count: int
+) -> Iterator[Tensor]:
+    try:
+        for batch in in_turns(source, tokenizer, config, length, count):
             yield batch["input_ids"][0].to(torch.int32)
     except DBFError as error:
         raise error.inside(kind) from error.__cause__

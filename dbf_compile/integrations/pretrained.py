@@ -39,7 +39,7 @@ def open_dense(folder: Path, trust_remote_code: bool = False) -> nn.Module:
         ConversionError: no model is there, or one that is compressed, or has an adapter beside it.
         CheckpointError: its files are damaged, or do not hold the tensors of its class.
     """
-    if (folder / _ADAPTER).is_file():
+    if has_adapter(folder):
         raise ConversionError(
             f"{folder} with an adapter that is not merged ({_ADAPTER})", "a dense model", _MERGE
         )
@@ -52,6 +52,11 @@ def open_dense(folder: Path, trust_remote_code: bool = False) -> nn.Module:
     model, info = loaded(kind, folder, trust_remote_code=trust_remote_code)
     refuse_others(f"{folder} as {type(model).__name__}", info, CheckpointError)
     return _settled(model)
+
+
+def has_adapter(folder: Path) -> bool:
+    """Return whether transformers puts an adapter of PEFT on the model of a folder."""
+    return (folder / _ADAPTER).is_file()
 
 
 def open_any(folder: Path, trust_remote_code: bool = False) -> Any:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dbf_compile import checksums
@@ -30,16 +30,45 @@ def rewrite_model(source: Path, folder: Path, model: nn.Module, tensors: Mapping
     Raises:
         CheckpointError: the files do not store one of them, or a file cannot be written.
     """
+    check_stores(source, model, tensors)
     shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
     rename = in_files(model)
     new = {rename(name): tensor for name, tensor in tensors.items()}
-    files = sorted(path.relative_to(source) for path in source.rglob("*.safetensors"))
-    stored: set[str] = set()
+    files = _files(source)
     for file in files:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        stored |= _rewrite_file(source / file, folder / file, new)
+        _rewrite_file(source / file, folder / file, new)
+    content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    if HASH in content.get(QUANTIZATION, {}):
+        content[QUANTIZATION][HASH] = content_hash(folder / file for file in files if len(file.parts) == 1)
+        write_text(folder / CONFIG, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def check_stores(source: Path, model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse a folder that could not be written anew with other content for some tensors.
+
+    Args:
+        source, model: as for :func:`rewrite_model`.
+        names: of the tensors.
+
+    Raises:
+        CheckpointError: the files do not store one of them, or cannot be read.
+    """
+    stored: set[str] = set()
+    for path in _files(source):
+        try:
+            with safe_open(source / path, framework="pt") as file:
+                stored |= set(file.keys())
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{source / path}, which cannot be read ({error})",
+                "a whole file",
+                "take it out of the folder",
+            ) from error
+    rename = in_files(model)
     ties = getattr(model, "all_tied_weights_keys", None) or {}
     owners = {rename(name): rename(owner) for name, owner in ties.items()}
+    new = map(rename, names)
     missing = sorted(name for name in new if name not in stored and owners.get(name) not in stored)
     if missing:
         raise CheckpointError(
@@ -47,14 +76,13 @@ def rewrite_model(source: Path, folder: Path, model: nn.Module, tensors: Mapping
             "a folder that stores every tensor that is trained",
             "save the model again with save_pretrained, and start from that folder",
         )
-    content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    if HASH in content.get(QUANTIZATION, {}):
-        content[QUANTIZATION][HASH] = content_hash(folder / file for file in files if len(file.parts) == 1)
-        write_text(folder / CONFIG, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _rewrite_file(source: Path, path: Path, new: Mapping[str, Tensor]) -> set[str]:
-    """Write one file anew; return the names of the tensors in it."""
+def _files(folder: Path) -> list[Path]:
+    return sorted(path.relative_to(folder) for path in folder.rglob("*.safetensors"))
+
+
+def _rewrite_file(source: Path, path: Path, new: Mapping[str, Tensor]) -> None:
     tensors: dict[str, Tensor] = {}
     with safe_open(source, framework="pt") as file:
         header = dict(file.metadata() or {})
@@ -69,4 +97,3 @@ def _rewrite_file(source: Path, path: Path, new: Mapping[str, Tensor]) -> set[st
                 )
     header.pop(checksums.KEY, None)
     write_tensors(tensors, header, path)
-    return set(tensors)

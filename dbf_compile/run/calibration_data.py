@@ -70,7 +70,7 @@ class CalibrationData:
         """
         parts: list[Part] = []
         own_text = None
-        share = share_of(model, config, data, batches)
+        share = share_of(model, config.own_text, data, batches)
         if batches:
             parts = [Part.of(BATCHES, BATCHES, list(checked(model, batches)), config.holdout)]
         elif data is not None or share:
@@ -84,7 +84,8 @@ class CalibrationData:
                 options = replace(config, holdout=judged["data"])
                 parts = read_parts(model, data, tokenizer, options, trained["data"], _LENGTH)
             if trained[OWN_TEXT]:
-                own_text = OwnText.of(model, tokenizer, config, (trained[OWN_TEXT], judged[OWN_TEXT]))
+                kept_back = min(judged[OWN_TEXT], trained[OWN_TEXT] // 4)  # as many as Part.of keeps back
+                own_text = OwnText.of(model, tokenizer, config, length, (trained[OWN_TEXT], kept_back))
         if data is None and batches is None and not share and config.own_text is None:
             _say_random(model)
         config = replace(config, mode=_mode(config, bool(parts or own_text)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
 from pathlib import Path
 
@@ -34,6 +35,32 @@ def check_output(output: Path) -> None:
         raise existing(output)
     if output.name:
         _check_work(work_folder(output))
+
+
+def check_place(output: Path, source: Path | None, least: int) -> None:
+    """Refuse an output inside the folder of its source, or where there is too little room.
+
+    Args:
+        output: the folder to write.
+        source: the folder of the model that it is made of, or None.
+        least: bytes that the work takes at the very least.
+
+    Raises:
+        OptionError: it cannot lie there.
+    """
+    if source is not None and output.resolve().is_relative_to(source.resolve()):
+        raise OptionError(
+            f"output {output} inside {source}, the model's own folder",
+            "a path outside",
+            "choose another output",
+        )
+    free = shutil.disk_usage(output.parent).free
+    if free < least:
+        raise OptionError(
+            f"output {output}, where {free:,} bytes are free",
+            f"{least:,} bytes at the very least",
+            "make room, or choose another place",
+        )
 
 
 def existing(output: Path) -> OptionError:

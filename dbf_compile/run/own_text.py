@@ -23,14 +23,14 @@ from dbf_compile.calibration.offload import blocks_of, offloaded
 from dbf_compile.checkpoint import write_tensors
 from dbf_compile.errors import OptionError
 from dbf_compile.linear import dense_linears
-from dbf_compile.options import CompressOptions, Sampling
+from dbf_compile.options import CompressOptions, FinetuneConfig, Sampling
 from dbf_compile.progress import bar
 from dbf_compile.run.work import Work
 
 if TYPE_CHECKING:
     from dbf_compile.run.writing import Writer
 
-_SHARE = 0.5  # of the windows, beside data
+SHARE = 0.5  # of the windows, beside data
 # Of a file, and of one step of writing: a cache of 16,384 tokens takes 0.4 GB of SmolLM2-135M, 2.1 GB of Llama-3-8B.
 _TOKENS, _MOST_ROWS = 2**14, 64
 
@@ -50,23 +50,33 @@ class OwnText:
     judging: int
 
     @staticmethod
-    def of(model: nn.Module, tokenizer: Any, config: CompressOptions, windows: tuple[int, int]) -> OwnText:
-        """Return what a model is to write: windows of ``config.length`` tokens, some to calibrate and some to judge with."""
+    def of(
+        model: nn.Module,
+        tokenizer: Any,
+        config: CompressOptions | FinetuneConfig,
+        length: int,
+        windows: tuple[int, int],
+    ) -> OwnText:
+        """Return what a model is to write: windows of so many tokens, some to calibrate and some to judge with."""
         from dbf_compile.run.writing import Writer
 
         calibrating, judging = windows
         sampling = Sampling(
             temperature=config.own_temperature, top_k=config.own_top_k, seed=config.seed % 2**62
         )
-        writer = Writer.of(model, tokenizer, config.length or 1, sampling)
-        return OwnText(writer, calibrating, min(judging, calibrating // 4))  # as many as Part.of keeps back
+        return OwnText(Writer.of(model, tokenizer, length, sampling), calibrating, judging)
 
     def fingerprint(self) -> str:
         """Return a hash of all that the windows depend on but the model."""
         return f"{self.writer.fingerprint()} {self.calibrating} {self.judging}"
 
     def part(self, work: Work, device: torch.device, progress: bool) -> Part:
-        """Return the windows, each a batch on the CPU; those that are not there yet are written."""
+        """Return the windows, each a batch on the CPU."""
+        batches = [{"input_ids": row[None].long()} for row in self.windows(work, device, progress)]
+        return Part.of(OWN_TEXT, "written by the model itself", batches, self.judging)
+
+    def windows(self, work: Work, device: torch.device, progress: bool) -> Tensor:
+        """Return the windows, int32 [windows, length], on the CPU; those that are not there yet are written."""
         length, total = self.writer.length, self.calibrating + self.judging
         rows = max(1, min(_TOKENS // length, _MOST_ROWS))
         files = {
@@ -79,8 +89,7 @@ class OwnText:
                 if not work.once_if_free(name, maker.of(part)):
                     moving.update(len(part) * length)
             ids = [load_file(work.once(name, maker.of(part)))["input_ids"] for name, part in files.items()]
-        batches = [{"input_ids": row[None].long()} for row in torch.cat(ids)]
-        return Part.of(OWN_TEXT, "written by the model itself", batches, self.judging)
+        return torch.cat(ids)
 
 
 @dataclass(frozen=True)
@@ -108,8 +117,16 @@ class _Maker:
             return self.writer.write(rows, self.advance)
 
 
-def share_of(model: nn.Module, config: CompressOptions, data: Any, batches: Any) -> float:
+def share_of(
+    model: nn.Module, asked: float | None, data: Any, batches: Any = None, usual: float = SHARE
+) -> float:
     """Return the share of the windows that a model is to write itself, 0 to 1.
+
+    Args:
+        model: the dense model.
+        asked: the option ``own_text``.
+        data, batches: what there is beside it, or None.
+        usual: the share beside data where none is asked for.
 
     Raises:
         OptionError: it was asked for where there is no room for it.
@@ -117,10 +134,10 @@ def share_of(model: nn.Module, config: CompressOptions, data: Any, batches: Any)
     """
     from dbf_compile.run.writing import check_writes, writes
 
-    asked = config.own_text
     if asked is None:
-        share = 0.0 if batches is not None or not writes(model) else _SHARE
-        return share if data is not None or not share else 1.0
+        if batches is not None or not writes(model):
+            return 0.0
+        return usual if data is not None else 1.0
     if not asked:
         return 0.0
     if batches is not None or (asked == 1 and data is not None):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from dbf_compile.machine import chosen_device
 from dbf_compile.options import CompressOptions
 from dbf_compile.progress import say
 from dbf_compile.run.calibration_data import CalibrationData
-from dbf_compile.run.output import check_output
+from dbf_compile.run.output import check_output, check_place
 from dbf_compile.run.report import ModelFacts
 from dbf_compile.run.verification import differences
 
@@ -176,22 +175,9 @@ def _check_place(source: Source, output: Path, config: CompressOptions, tokenize
     """Refuse before the work what would fail after it: an output inside its source, and whatever cannot be saved."""
     from dbf_compile.integrations import folder as model_folder
 
-    if source.folder is not None and output.resolve().is_relative_to(source.folder.resolve()):
-        raise OptionError(
-            f"output {output} inside {source.folder}, the model's own folder",
-            "a path outside",
-            "choose another output",
-        )
     bits = min([config.bits_per_weight, *config.overrides.values()])
     weights = sum(parameter.numel() for parameter in source.model.parameters())
-    least = int(2 * weights * bits / 8)  # results and folder are there at once
-    free = shutil.disk_usage(output.parent).free
-    if free < least:
-        raise OptionError(
-            f"output {output}, where {free:,} bytes are free",
-            f"{least:,} bytes at the very least",
-            "make room, or choose another place",
-        )
+    check_place(output, source.folder, int(2 * weights * bits / 8))  # results and folder are there at once
     model_folder.check_saving(source.model, source.folder, tokenizer, output.parent)
 
 

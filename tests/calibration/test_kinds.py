@@ -39,6 +39,8 @@ def test_a_mapping_of_kinds_is_no_table():
         "web": "pages.txt",
     }
     assert by_kind({"medicine": Path("a.txt"), "law": [Path("b.txt"), Path("c.txt")]}) is not None
+    mixed = {"medicine": Path("a.txt"), "law": ["a text"]}
+    assert by_kind(mixed) == mixed  # else the path would be no part of a table, and be left out
     for table in ({"text": ["a"]}, {"train": ["a"], "test": ["b"]}, {"text": "a"}, {}, "a.txt", ["a"], None):
         assert by_kind(table) is None
     assert by_kind({"code": ["a"]}, column="code") is None

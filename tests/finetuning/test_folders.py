@@ -17,6 +17,7 @@ transformers = pytest.importorskip("transformers")
 import dbf_compile  # noqa: E402
 from dbf_compile.errors import OptionError  # noqa: E402
 from dbf_compile.finetuning import training  # noqa: E402
+from dbf_compile.finetuning.folders import is_better  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,6 +88,19 @@ def test_nothing_is_written_where_nothing_gets_better(start):
     )
     assert not worse.improved and worse.folder == start["folder"] and not output.exists()
     assert "stays as it was" in str(worse)
+
+
+def test_what_is_worse_for_one_kind_is_not_better():
+    start = {"kl": 2.0, "kinds": {"web": {"kl": 1.0}, "code": {"kl": 3.0}}}
+    assert is_better({"kl": 1.5, "kinds": {"web": {"kl": 1.0}, "code": {"kl": 2.0}}}, start)
+    assert not is_better({"kl": 1.0, "kinds": {"web": {"kl": 1.1}, "code": {"kl": 0.9}}}, start)
+    assert not is_better(start, start)
+
+
+def test_without_data_it_learns_from_what_the_dense_model_writes(start):
+    output, options = start["folder"].with_name("own"), {**SHORT, "sign_rate": 0.0}
+    own = dbf_compile.finetune(start["folder"], dense=start["dense"], output=output, **options)
+    assert own.improved and list(own.after["kinds"]) == ["own text"]
 
 
 def test_scales_alone_leave_the_signs(start):

@@ -1,5 +1,8 @@
 """Requests: what is refused before any work."""
 
+import shutil
+from types import SimpleNamespace
+
 import pytest
 from support.models.compressed import SHORT, compressed_folder
 
@@ -7,7 +10,10 @@ pytest.importorskip("transformers")
 
 import dbf_compile
 from dbf_compile.errors import ConversionError, OptionError
+from dbf_compile.finetuning import request
 from dbf_compile.finetuning.request import default_output
+from dbf_compile.integrations import pretrained
+from dbf_compile.options import FinetuneConfig
 
 
 @pytest.fixture(scope="module")
@@ -33,4 +39,38 @@ def test_a_dense_folder_is_refused(start):
 
 def test_text_is_needed(start):
     with pytest.raises(OptionError, match="no data"):
-        dbf_compile.finetune(start["folder"], None, dense=start["dense"], **SHORT)
+        dbf_compile.finetune(start["folder"], None, dense=start["dense"], own_text=0, **SHORT)
+
+
+def test_an_output_in_the_folder_itself_is_refused(start):
+    with pytest.raises(OptionError, match="the model's own folder"):
+        dbf_compile.finetune(**start, output=start["folder"] / "inside", **SHORT)
+    assert not (start["folder"] / "inside.work").exists()
+
+
+def test_a_folder_with_an_adapter_is_refused_before_the_work(start, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = pretrained.open_any(start["folder"])
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear"))
+    folder = shutil.copytree(start["folder"], tmp_path / "both")
+    adapted.save_pretrained(folder)
+    with pytest.raises(ConversionError, match="an adapter beside its layers"):
+        dbf_compile.finetune(folder, start["data"], dense=start["dense"], **SHORT)
+
+
+def test_a_dense_model_that_was_moved_is_to_be_named(start, monkeypatch):
+    facts = SimpleNamespace(model=SimpleNamespace(source="/no/where", hash=None))
+    monkeypatch.setattr(request, "read_report", lambda folder: facts)
+    with pytest.raises(ConversionError, match=r"as the dense model /no/where, which is not there .*--dense"):
+        dbf_compile.finetune(start["folder"], start["data"], **SHORT)
+
+
+def test_a_cache_that_cannot_be_is_refused_and_without_a_home_it_lies_with_the_work(
+    start, tmp_path, monkeypatch
+):
+    (tmp_path / "file").touch()
+    place = str(tmp_path / "file" / "cache")
+    with pytest.raises(OptionError, match=r"cache_dir=.* which cannot be made"):
+        dbf_compile.finetune(**start, **SHORT, cache_dir=place)
+    monkeypatch.setenv("DBF_CACHE_DIR", place)
+    assert request._cache_of(FinetuneConfig(), tmp_path / "new") == tmp_path / "new.work"

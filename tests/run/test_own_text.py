@@ -54,13 +54,13 @@ def ids(data: CalibrationData) -> torch.Tensor:
 def test_the_share_is_all_without_data_and_what_was_asked_for_beside_it(
     asked: float | None, data: Any, batches: Any, share: float
 ) -> None:
-    assert share_of(tiny_llama(), CompressOptions(own_text=asked), data, batches) == share
+    assert share_of(tiny_llama(), asked, data, batches) == share
 
 
 def test_models_that_write_nothing_have_no_share_unless_it_is_asked_for() -> None:
-    assert share_of(tiny_bert(), CompressOptions(), None, None) == 0.0
+    assert share_of(tiny_bert(), None, None) == 0.0
     with pytest.raises(ConversionError, match="pass data="):
-        share_of(tiny_bert(), CompressOptions(own_text=0.5), "text", None)
+        share_of(tiny_bert(), 0.5, "text")
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_models_that_write_nothing_have_no_share_unless_it_is_asked_for() -> Non
 )
 def test_a_share_without_room_is_refused(asked: float, data: Any, batches: Any) -> None:
     with pytest.raises(OptionError, match=f"own_text={asked} with"):
-        share_of(tiny_llama(), CompressOptions(own_text=asked), data, batches)
+        share_of(tiny_llama(), asked, data, batches)
 
 
 def test_half_of_the_windows_beside_data_and_the_report_says_it(tmp_path: Path) -> None:
