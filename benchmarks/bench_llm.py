@@ -291,7 +291,7 @@ def ours(row: Row, dense: torch.nn.Module, setting: Setting, store: Store) -> Ou
     data = None
     if row.calibration != "own":
         data = setting.sources(row.calibration)
-        options["own_text"] = 0.0  # peers read the same
+        options.setdefault("own_text", 0.0)  # peers read the same
     compressed = begun_anew_if_refused(
         lambda: dbf_compile.compress(setting.dense, folder, data=data, **options), folder
     )
