@@ -45,6 +45,7 @@ for _library, _integration in (
     ("transformers.quantizers.auto", "transformers"),
     ("transformers.modeling_utils", "saving"),
     ("peft", "peft"),
+    ("torch.optim.swa_utils", "averaging"),
 ):
     when_imported(_library, partial(import_module, f"dbf_compile.integrations.{_integration}"))
 

@@ -85,7 +85,9 @@ def _check(x: Tensor, signs: Tensor, in_scale: _Vector, out_scale: _Vector, bias
             f"signs of dtype {signs.dtype} and shape {tuple(signs.shape)} "
             f"for activations of shape {tuple(x.shape)}",
             f"int32 [N, {words_per_row(columns)}]",
-            "check that the input has in_features columns",
+            "check that the input has in_features columns"
+            if signs.dtype == torch.int32
+            else "cast a model with to(dtype), which leaves signs as they are",
         )
     for name, vector in (("out_scale", out_scale), ("bias", bias)):
         if vector is not None and vector.shape != (signs.shape[0],):

@@ -14,8 +14,9 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from dbf_compile.errors import ConversionError
+from dbf_compile.errors import CheckpointError, ConversionError
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ _KINDS_OF_HOOKS = (
     "_forward_pre_hooks_with_kwargs",
     "_is_full_backward_hook",
 )
+# Parameters to what took their place in one layer, while others hold them still: those that share one go on sharing.
+_replaced = WeakTensorKeyDictionary()
 # A compiled call is one of the dense layer.
 _PLAIN = frozenset({*vars(nn.Linear(1, 1, device="meta")), "weight", "bias", "_compiled_call_impl"})
 
@@ -172,6 +175,47 @@ class WithoutWeight(nn.Module):
             )
         super().__setattr__(name, value)
 
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        for name, parameter in self._parameters.items():
+            entry = state_dict.get(f"{prefix}{name}")
+            if parameter is None or parameter.is_floating_point() or not isinstance(entry, Tensor):
+                continue
+            if entry.dtype != parameter.dtype:
+                raise CheckpointError(
+                    f"{prefix}{name} of dtype {entry.dtype} in a state",
+                    f"{parameter.dtype}: words of bits, of which there is no mean and no other dtype",
+                    "load the words as they were saved; average and cast floating-point tensors alone",
+                )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = dict(self._parameters)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._parameters[name]
+            if old is None or new is None or new is old:
+                continue
+            shared = _replaced[old]() if old in _replaced else None
+            if shared is not None and (shared.dtype, shared.device) == (new.dtype, new.device):
+                self._parameters[name] = shared
+            else:
+                _replaced[old] = TensorWeakRef(new)
+        return self
+
+    def __prepare_scriptable__(self) -> Any:
+        """Refuse torch.jit.script, which compiles the sources of what a dense layer computes.
+
+        Raises:
+            ConversionError: always.
+        """
+        raise ConversionError(
+            "torch.jit.script of a model with factored layers or quantized tables",
+            "torch.compile, torch.export and torch.jit.trace",
+            "call torch.export.export(model, inputs), or script the dense model",
+        )
+
 
 class StandIn(WithoutWeight):
     """A module in the place of a dense linear layer.
@@ -257,6 +301,6 @@ class FactoredStandIn(StandIn):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
         return self

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dbf_compile import row_ops as row_ops  # registers the operator
 from dbf_compile.candidates.dense import dense_bias, dense_weight
-from dbf_compile.errors import KernelInputError, WeightError
+from dbf_compile.errors import ConversionError, KernelInputError, WeightError
 from dbf_compile.linear import WEIGHT_PLACEHOLDER, dense_dtype, on_swap, replace_all
 from dbf_compile.rows import ROW_FORMATS, RowFormat, dequantize_rows, quantize_rows, read_rows
 from dbf_compile.stand_in import FactoredWeight, StandIn, WithoutWeight
@@ -95,8 +95,8 @@ class ReadsRows(WithoutWeight):
 
     @property
     def weight(self) -> Tensor:
-        """What the dense weight looks like; of a layer that is loaded or offloaded the empty parameter itself."""
-        if self._empty.is_meta or "_hf_hook" in vars(self):
+        """What the dense weight looks like; of a layer that is loaded, offloaded or sharded the empty parameter itself."""
+        if self._empty.is_meta or "_hf_hook" in vars(self) or type(self._empty) is not nn.Parameter:
             return self._empty
         weight: Any = super().weight
         weight.empty = self._empty
@@ -195,6 +195,12 @@ def _read(rows: Tensor, ids: Tensor, columns: int, kind: str, dtype: torch.dtype
     if ids.dtype not in (torch.int32, torch.int64):
         raise KernelInputError(
             f"ids of dtype {ids.dtype}", "int32 or int64", "pass ids of rows, as to nn.Embedding"
+        )
+    if torch.jit.is_tracing():  # TorchScript has no view as another dtype
+        raise ConversionError(
+            "torch.jit.trace of an embedding that is a quantized table",
+            "torch.compile and torch.export",
+            'call torch.export.export(model, inputs), or convert with embedding="dense"',
         )
     return read_rows(rows, ids, columns, ROW_FORMATS[kind], dtype)
 

@@ -13,10 +13,11 @@ from support.strategies import random_factors
 from torch import Tensor, nn
 
 from dbf_compile.compression.training import TrainableDoubleBinary, TrainableScales
-from dbf_compile.errors import ConversionError
+from dbf_compile.errors import CheckpointError, ConversionError
 from dbf_compile.factors import TENSOR_NAMES
 from dbf_compile.linear import DoubleBinaryLinear, is_conv1d, replace_everywhere
 from dbf_compile.stand_in import LOOKS, FactoredWeight, StandIn
+from dbf_compile.tables import QuantizedRows, table_layer
 
 K, R, N = 33, 5, 7
 FACTORS = random_factors(K, R, N)
@@ -202,3 +203,55 @@ def test_dense_weights_that_are_not_loaded_are_told(caplog: pytest.LogCaptureFix
     caplog.clear()
     model.load_state_dict({"0.weight": torch.empty(50, 0)} | model.state_dict(), strict=False)
     assert not caplog.messages
+
+
+TABLE = QuantizedRows.of(torch.ones(N, K), "int8")
+OF_WORDS: dict[str, Callable[[], nn.Module]] = {
+    "factors": KINDS["factored"],
+    "a head": lambda: table_layer(nn.Linear(K, N), TABLE),
+    "an embedding": lambda: table_layer(nn.Embedding(N, K), TABLE),
+}
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "cast": Tensor.half,
+    "as other integers": Tensor.long,
+    "averaged": lambda words: 0.9 * words + 0.1 * words,
+}
+
+
+@pytest.mark.parametrize("layer", OF_WORDS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_states_of_words_that_were_changed_are_refused(layer: str, change: str) -> None:
+    model = nn.Sequential(OF_WORDS[layer]())
+    before = copy.deepcopy(model.state_dict())
+    state = {key: v if v.is_floating_point() else CHANGES[change](v) for key, v in before.items()}
+    for assign in (False, True):
+        with pytest.raises(
+            CheckpointError, match=r"0\.(signs_in|rows) of dtype .* in a state; allowed: torch\.int32"
+        ):
+            model.load_state_dict(state, assign=assign)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    model.load_state_dict({key: v.double() if v.is_floating_point() else v for key, v in before.items()})
+
+
+@pytest.mark.parametrize("layer", OF_WORDS)
+def test_scripts_are_refused_and_traces_compute_the_same(layer: str) -> None:
+    model = nn.Sequential(OF_WORDS[layer]())
+    x = torch.tensor([1, 5]) if layer == "an embedding" else torch.ones(2, K)
+    with pytest.raises(ConversionError, match=r"torch\.jit\.script of a model with .*torch\.export"):
+        torch.jit.script(model)
+    with torch.no_grad():
+        if layer == "an embedding":
+            with pytest.raises(ConversionError, match=r"torch\.jit\.trace of an embedding .*torch\.export"):
+                torch.jit.trace(model, (x,))
+        else:
+            assert torch.equal(torch.jit.trace(model, (x,))(x), model(x))
+        assert torch.equal(torch.export.export(model, (x,)).module()(x), model(x))
+
+
+def test_the_weight_of_a_sharded_table_is_the_parameter() -> None:
+    class Sharded(Tensor):
+        pass
+
+    layer: Any = OF_WORDS["a head"]()
+    layer.weight = nn.Parameter(torch.empty(N, 0).as_subclass(Sharded))
+    assert layer.weight is layer._parameters["weight"]

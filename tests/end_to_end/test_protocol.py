@@ -17,8 +17,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from support.models.sharing import sharing
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.optim.swa_utils import AveragedModel
+from torch.func import functional_call, stack_module_state, vmap
 from torch.utils._pytree import tree_leaves
 
 X = torch.randn(3, 64, generator=torch.Generator().manual_seed(3))
@@ -92,11 +91,22 @@ WAYS: dict[str, Callable[[nn.Module, Path], Callable[[Tensor], Any]]] = {
     "functional_call of a state": lambda model, folder: (
         lambda x: functional_call(sharing(1), model.state_dict(), (x,), tie_weights=False)
     ),
+    "stack_module_state": lambda model, folder: stacked(model),
     "torch.distributed.checkpoint": through_a_checkpoint,
     "no gradients": lambda model, folder: copy.deepcopy(model).requires_grad_(False),
     "a step of an optimizer": lambda model, folder: stepped(copy.deepcopy(model)),
 }
-TIED = ("deepcopy", "torch.save of the model", "shared memory", "load", "in place")
+TIED = ("deepcopy", "torch.save of the model", "shared memory", "load", "meta and to_empty", "in place")
+
+
+def stacked(model: nn.Module) -> Callable[[Tensor], Any]:
+    parameters, buffers = stack_module_state([sharing(1), model])  # type: ignore[list-item]
+    skeleton = sharing(2).to("meta")
+
+    def call(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Any:
+        return functional_call(skeleton, (parameters, buffers), (x,))
+
+    return lambda x: [y[1] for y in vmap(call, in_dims=(0, 0, None))(parameters, buffers, x)]
 
 
 def stepped(model: nn.Module) -> nn.Module:
@@ -144,17 +154,6 @@ def test_what_is_trained_is_told_by_requires_grad() -> None:
     assert torch.equal(model(X)[1], sharing()(X)[1])
 
 
-def test_an_average_of_models_leaves_signs_alone_where_it_is_told_so() -> None:
-    def average(mean: Tensor, value: Tensor, count: int) -> Tensor:
-        return mean.lerp(value, 0.1) if value.is_floating_point() else value
-
-    model = sharing()
-    averaged = AveragedModel(model, avg_fn=average)  # type: ignore[arg-type]
-    for _ in range(3):
-        averaged.update_parameters(model)
-    assert same(averaged, sharing())
-
-
 def test_gradients_of_signs_are_refused() -> None:
     with pytest.raises(RuntimeError, match="floating point"):
         sharing().requires_grad_(True)
@@ -179,6 +178,6 @@ def test_two_processes_shard_save_and_train_a_model(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     errors = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-    assert len(errors) == 8
+    assert len(errors) == 9
     # Sums of gradients of two processes, in another order.
     assert max(errors.values()) < 1e-5, errors

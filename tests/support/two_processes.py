@@ -1,5 +1,6 @@
 """A program of two processes that shard, save, load and train a converted model; prints the errors of each as JSON."""
 
+import copy
 import json
 import sys
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+
+from dbf_compile.tables import quantize_tables, swap_tables_
 
 X = torch.randn(3, 64, generator=torch.Generator().manual_seed(3))
 FULL = StateDictOptions(full_state_dict=True)
@@ -62,6 +65,15 @@ def gradient_error(wrap: Callable[[nn.Module], nn.Module]) -> float:
     return float((gradient(sharing(), wrap) - expected).abs().max() / expected.abs().max())
 
 
+def table_error() -> float:
+    model = nn.Sequential(nn.Embedding(40, 24), nn.Linear(24, 40)).requires_grad_(False)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    model = swap_tables_(model, quantize_tables(model, {"0": "int8", "1": "int4"}))
+    ids = torch.tensor([[1, 39, 0]])
+    return float((model(ids) - sharded(copy.deepcopy(model))(ids)).abs().max())
+
+
 def main() -> None:
     """Run all ways one after the other."""
     dist.init_process_group("gloo")
@@ -71,6 +83,7 @@ def main() -> None:
         "FSDP2, compiled": error(torch.compile(sharded(sharing()), backend="dbf")),
         "FSDP2, from meta": error(from_meta()),
         "FSDP2, gathered": error(gathered()),
+        "FSDP2, tables": table_error(),
         "a checkpoint, sharded": error(reloaded(sharded(sharing()), sharded(sharing(1)), f"{folder}/one")),
         "a checkpoint, from shards": error(reloaded(sharded(sharing()), sharing(1), f"{folder}/two")),
         "FSDP2, trained": gradient_error(sharded),
