@@ -32,7 +32,11 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 KINDS: dict[str, dict[str, Any]] = {
     "shared": {"sharing": True, "dense": ("lm_head",)},
     "own": {"sizes": {"attention_bias": True, "mlp_bias": True}},
-    "mixed": {"dense": ("k_proj", "up_proj", "layers.1.self_attn.o_proj", "lm_head"), "sharing": True},
+    "mixed": {
+        "dense": ("k_proj", "up_proj", "layers.1.self_attn.o_proj"),
+        "sharing": True,
+        "tables": {"model.embed_tokens": "int8"},
+    },
     "tables": {
         "tables": {"model.embed_tokens": "int8", "lm_head": "int8"},
         "sizes": {"tie_word_embeddings": True},
