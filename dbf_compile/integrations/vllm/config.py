@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vllm import envs
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from dbf_compile.checksums import listed
-from dbf_compile.errors import ConversionError
+from dbf_compile.errors import ConversionError, OptionError
 from dbf_compile.integrations.content import METHOD, check_content, check_index
 from dbf_compile.integrations.transformers import DBFConfig
 from dbf_compile.integrations.vllm.linear import DenseLinearMethod, FactoredLinearMethod
@@ -93,10 +94,19 @@ class VLLMConfig(QuantizationConfig):
 
         Raises:
             ConversionError: no layer of vLLM serves a layer of the folder.
+            OptionError: vLLM would keep what the backend "dbf" compiles, which it cannot.
         """
         from vllm.model_executor.models.utils import WeightsMapper
 
-        if get_current_vllm_config().parallel_config.pipeline_parallel_size == 1:
+        current = get_current_vllm_config()
+        compilation = current.compilation_config
+        if compilation.mode and compilation.backend == "dbf" and envs.VLLM_USE_AOT_COMPILE:
+            raise OptionError(
+                "compilation_config with backend 'dbf', whose code vLLM cannot keep on disk",
+                "VLLM_USE_AOT_COMPILE=0 with that backend",
+                "set it in the environment, or leave the backend to vLLM, which calls the same kernels",
+            )
+        if current.parallel_config.pipeline_parallel_size == 1:
             forgotten = sorted(set(self.layers) - self.served)
             if forgotten:
                 raise ConversionError(

@@ -17,7 +17,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.models.utils import WeightsMapper
 
 import dbf_compile
-from dbf_compile.errors import CheckpointError, ConversionError
+from dbf_compile.errors import CheckpointError, ConversionError, OptionError
 from dbf_compile.integrations.transformers import DBFConfig, layer_table
 from dbf_compile.integrations.vllm.config import VLLMConfig
 
@@ -56,6 +56,17 @@ def test_layers_that_no_layer_of_the_engine_serves_are_refused() -> None:
         config.get_checkpoint_weight_mapper()
     config.served.update(config.layers)
     assert config.get_checkpoint_weight_mapper() == WeightsMapper()
+
+
+def test_code_that_the_engine_cannot_keep_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(("q",))
+    config.served.add("q")
+    with set_current_vllm_config(VllmConfig(compilation_config={"mode": 2, "backend": "dbf"})):
+        monkeypatch.setenv("VLLM_USE_AOT_COMPILE", "1")
+        with pytest.raises(OptionError, match="VLLM_USE_AOT_COMPILE=0"):
+            config.get_checkpoint_weight_mapper()
+        monkeypatch.setenv("VLLM_USE_AOT_COMPILE", "0")
+        config.get_checkpoint_weight_mapper()
 
 
 def test_a_table_of_layers_that_no_compression_wrote_is_refused() -> None:
