@@ -15,13 +15,15 @@ template as in Xu et al. (arXiv 2406.08464).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 
 from dbf_compile.calibration.batches import start_of
+from dbf_compile.errors import ConversionError
 from dbf_compile.integrations.chat_templates import before_messages
 
 FREE, DIALOGUES = "free", "dialogues"
@@ -99,14 +101,23 @@ class Openings:
             vocabulary: the ids of the model are below it.
             barred: ids that no text has, such as those that stand for a picture.
             seed: as above.
+
+        Raises:
+            ConversionError: the tokenizer has words that the model does not know.
         """
         special = {*barred, *getattr(tokenizer, "all_special_ids", ())}
         plain = tuple(token for token in range(vocabulary) if token not in special) or (0,)
         if tokenizer is None:
             return Openings((), {}, (), plain, seed)
-        words = {kind: tuple(_ids(tokenizer, text) for text in texts) for kind, texts in _WORDS.items()}
-        conversation = before_messages(tokenizer, _TURNS) or []
-        return Openings(tuple(start_of(tokenizer)), words, tuple(map(tuple, conversation)), plain, seed)
+        start = tuple(start_of(tokenizer))
+        texts = {kind: [_ids(tokenizer, text) for text in texts] for kind, texts in _WORDS.items()}
+        _check_known(vocabulary, (start, *chain.from_iterable(texts.values())))
+        # Of letters that it does not know a tokenizer may make nothing.
+        words = {kind: tuple(filter(None, ids)) for kind, ids in texts.items() if any(ids)}
+        conversation = before_messages(tokenizer, _TURNS) or [[]]
+        if not conversation[0] or max(chain.from_iterable(conversation)) >= vocabulary:
+            conversation = []  # it begins with nothing, or with marks that the model was not trained with
+        return Openings(start, words, tuple(map(tuple, conversation)), plain, seed)
 
     def texts_of(self, row: int) -> Iterator[list[list[int]]]:
         """Yield beginnings of the texts of a row, without end: each the ids it begins with, then those of further turns."""
@@ -132,6 +143,16 @@ class Openings:
 
     def _seed_of(self, row: int) -> int:
         return int.from_bytes(hashlib.sha256(f"{self.seed} {row}".encode()).digest()[:7])
+
+
+def _check_known(vocabulary: int, texts: Iterable[Sequence[int]]) -> None:
+    largest = max(chain([0], *texts))
+    if largest >= vocabulary:
+        raise ConversionError(
+            f"a tokenizer with a token of id {largest}",
+            f"0 to {vocabulary - 1}, the model's vocabulary",
+            "use the tokenizer of this model; own_text=0 leaves out what the model writes itself",
+        )
 
 
 def _ids(tokenizer: Any, text: str) -> tuple[int, ...]:

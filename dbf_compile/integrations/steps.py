@@ -263,6 +263,9 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
+_NO_TOKEN = 2**31 - 1  # of any vocabulary; below 0 transformers warns that it may crash
+
+
 def generate_by(model: Any, first: Tensor, count: int, choose: Callable[[Tensor], Tensor]) -> None:
     """Run ``generate`` of transformers, which knows all models, with tokens that are chosen elsewhere.
 
@@ -283,7 +286,7 @@ def generate_by(model: Any, first: Tensor, count: int, choose: Callable[[Tensor]
         max_new_tokens=count,
         do_sample=False,
         num_beams=1,
-        eos_token_id=-1,  # it stops at none
+        eos_token_id=_NO_TOKEN,  # it stops at none
         pad_token_id=0,
         disable_compile=True,
         logits_processor=[process],

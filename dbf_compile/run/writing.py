@@ -57,6 +57,7 @@ class Writer:
         model: a causal language model, in evaluation mode.
         openings: what texts begin with.
         length: tokens of a window, 2 or more.
+        vocabulary: ids that are drawn are below it: those that the model reads and the tokenizer has a text for.
         sampling: how tokens are drawn.
         ends: tokens that end a text, or a turn of a conversation.
         barred: ids that are never drawn.
@@ -65,6 +66,7 @@ class Writer:
     model: Any
     openings: Openings
     length: int
+    vocabulary: int
     sampling: Sampling
     ends: frozenset[int]
     barred: tuple[int, ...]
@@ -79,21 +81,25 @@ class Writer:
             sampling: with a seed.
 
         Raises:
-            ConversionError: the model writes no text.
+            ConversionError: the model writes no text, or the tokenizer is that of another one.
         """
         check_writes(model)
-        vocabulary, barred = embedded_ids(model) or 1, tuple(sorted(Limits.of(model).placeholders))
+        read = embedded_ids(model) or 1
+        vocabulary = min(read, _known(tokenizer) or read)
+        placeholders = Limits.of(model).placeholders  # which may lie behind the vocabulary, as may ends
+        barred = tuple(sorted(token for token in placeholders if token < vocabulary))
         seed = sampling.seed or 0
         # Texts of one seed are to be others than those of the next one, whose rows would draw alike.
         drawing = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:7])
-        openings = Openings.of(tokenizer, vocabulary, barred, seed)
+        openings = Openings.of(tokenizer, read, (*barred, *range(vocabulary, read)), seed)
         sampling = replace(sampling, do_sample=True, seed=drawing)
-        return Writer(model, openings, length, sampling, _end_tokens(model, tokenizer), barred)
+        ends = frozenset(token for token in _end_tokens(model, tokenizer) if 0 <= token < vocabulary)
+        return Writer(model, openings, length, vocabulary, sampling, ends, barred)
 
     def fingerprint(self) -> str:
         """Return a hash of all that the text depends on but the model."""
-        settings = (self.openings.fingerprint(), self.length, self.sampling, sorted(self.ends), self.barred)
-        return hashlib.sha256(repr(settings).encode()).hexdigest()
+        drawn = (self.vocabulary, self.sampling, sorted(self.ends), self.barred)
+        return hashlib.sha256(repr((self.openings.fingerprint(), self.length, drawn)).encode()).hexdigest()
 
     @torch.no_grad()
     def write(self, rows: range, advance: Callable[[int], object] = lambda tokens: None) -> Tensor:
@@ -134,7 +140,7 @@ class _Chooser:
         seed = (writer.sampling.seed or 0) + rows.start
         # Drawn on the CPU, so that all devices draw alike; of the likeliest, which the device finds.
         self._sampler = Sampler(replace(writer.sampling, seed=seed, top_k=0), len(rows), torch.device("cpu"))
-        self._top_k = writer.sampling.top_k or None
+        self._top_k, self._vocabulary = writer.sampling.top_k or None, writer.vocabulary
         self._barred, self._ends = (
             torch.tensor(sorted(ids), dtype=torch.int64) for ids in (writer.barred, writer.ends)
         )
@@ -154,7 +160,7 @@ class _Chooser:
     def choose(self, logits: Tensor) -> Tensor:
         """Add a token to every row, for logits [rows, vocabulary]; return them, int64 [rows, 1], on the CPU."""
         device = logits.device
-        logits = logits.float().index_fill(1, self._barred.to(device), -torch.inf)
+        logits = logits[:, : self._vocabulary].float().index_fill(1, self._barred.to(device), -torch.inf)
         ends, young = self._ends.to(device), torch.tensor([row.is_young for row in self._rows])
         logits[:, ends] = logits[:, ends].masked_fill(young[:, None].to(device), -torch.inf)
         if not bool(logits.amax(1).isfinite().all()):
@@ -204,6 +210,14 @@ class _Row:
         self._pieces.extend(next(self._texts))
         self._is_conversation, self._began = len(self._pieces) > 1, len(self.tokens)
         self._forced.extend(self._pieces.popleft())
+
+
+def _known(tokenizer: Any) -> int | None:
+    """Return how many ids a tokenizer has texts for; None where it does not say."""
+    try:
+        return max(tokenizer.get_vocab().values(), default=-1) + 1
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

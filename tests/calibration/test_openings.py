@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 from support.models.pretrained import tiny_tokenizer
 
 from dbf_compile.calibration.openings import Openings
+from dbf_compile.errors import ConversionError
 from dbf_compile.integrations.chat_templates import before_messages, rendered
 
 TEMPLATE = (
@@ -34,18 +35,48 @@ def test_without_a_tokenizer_texts_begin_with_any_token_but_the_barred() -> None
 
 
 def test_kinds_take_turns_and_conversations_have_three(tokenizer: Any, monkeypatch: Any) -> None:
-    plain = [Openings.of(tokenizer, 64, [], 0).kind_of(row) for row in range(5)]
+    plain = [Openings.of(tokenizer, 256, [], 0).kind_of(row) for row in range(5)]
     assert plain == ["free", "encyclopedia", "web", "stories", "code"]
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE, raising=False)
-    openings = Openings.of(tokenizer, 64, [], 0)
+    openings = Openings.of(tokenizer, 256, [], 0)
     kinds = [openings.kind_of(row) for row in range(8)]
     assert kinds.count("dialogues") == 3 and set(kinds) == {*plain, "dialogues"}
     (pieces, *_) = begun(openings, 0)
     assert len(pieces) == 4
 
 
+class Silent:
+    """A tokenizer that knows none of our letters."""
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": []}
+
+
+def test_what_begins_with_nothing_is_left_out(tokenizer: Any, monkeypatch: Any) -> None:
+    openings = Openings.of(Silent(), 8, [], 0)
+    assert {openings.kind_of(row) for row in range(9)} == {"free"}
+    for template in ("{% for m in messages %}{{ m.content }}|{% endfor %}", TEMPLATE + "é"):
+        monkeypatch.setattr(tokenizer, "chat_template", template, raising=False)
+        openings = Openings.of(tokenizer, 256, [], 0)
+        assert ("dialogues" in {openings.kind_of(row) for row in range(8)}) == (TEMPLATE in template)
+        assert all(text[0] for row in range(8) for text in begun(openings, row))
+
+
+def test_a_template_with_marks_that_the_model_does_not_know_makes_no_conversation(monkeypatch: Any) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<user>"])
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE, raising=False)
+    assert Openings.of(tokenizer, 256, [], 0).conversation == ()
+    assert Openings.of(tokenizer, 257, [], 0).conversation
+
+
+def test_the_tokenizer_of_another_model_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(ConversionError, match=r"a tokenizer with a token of id .* to 63"):
+        Openings.of(tokenizer, 64, [], 0)
+
+
 def test_equal_seeds_begin_alike(tokenizer: Any) -> None:
-    first, again, other = (Openings.of(tokenizer, 64, [], seed) for seed in (0, 0, 1))
+    first, again, other = (Openings.of(tokenizer, 256, [], seed) for seed in (0, 0, 1))
     rows = range(10)
     assert [begun(first, row) for row in rows] == [begun(again, row) for row in rows]
     assert [begun(first, row) for row in rows] != [begun(other, row) for row in rows]

@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+from support.models.pretrained import tiny_tokenizer
 from support.models.tiny import tiny_bert, tiny_gpt2, tiny_llama
 
 from dbf_compile.errors import ConversionError, WeightError
@@ -105,6 +106,16 @@ def test_what_is_barred_is_never_written() -> None:
 def test_models_that_write_nothing_are_refused_with_what_to_do() -> None:
     with pytest.raises(ConversionError, match=r"BertModel is to write itself; .*pass data="):
         writer_of(tiny_bert())
+
+
+def test_ids_that_no_text_has_are_neither_drawn_nor_begun_with_nor_waited_for() -> None:
+    model = tiny_llama(1, vocab_size=512)  # a head with more rows than there are tokens
+    model.config.image_token_id = (
+        model.config.vocab_size
+    )  # some configurations name ids behind the vocabulary
+    model.generation_config.eos_token_id = [-1, 600]  # type: ignore[union-attr]
+    writer = Writer.of(model.eval(), tiny_tokenizer(), LENGTH, Sampling(temperature=5.0, top_k=0, seed=0))
+    assert int(writer.write(range(8)).max()) < 256 and not writer.ends
 
 
 def test_logits_that_are_no_numbers_are_no_text() -> None:
