@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import triton
-from support.cuda import libdevice
+from support.cuda import libdevice, triton_interpreter
 from support.cuda.codegen import (
     ARCHITECTURE_TOKENS,
     CASES,
@@ -37,7 +37,6 @@ from support.cuda.codegen import (
     run_program,
 )
 from support.cuda.models import CACHED_TOKENS, Deep, Overwritten, Plain, Siblings, llama, llama_blocks
-from support.cuda.triton_interpreter import compute_bfloat16_as_devices_do, reduce_whole_slices
 from support.models.architectures import batches, random_factored_model, settings_of
 from support.strategies import random_factors
 from torch._inductor.runtime.triton_heuristics import GridExpr
@@ -58,8 +57,10 @@ def run_all(what: str, programs: dict[str, Program]) -> dict[str, float]:
 
 def main() -> None:
     """Print the errors of the programs on standard input as JSON."""
-    compute_bfloat16_as_devices_do()
-    reduce_whole_slices()
+    triton_interpreter.compute_bfloat16_as_devices_do()
+    triton_interpreter.reduce_halves()
+    triton_interpreter.patch_the_language_once()
+    triton_interpreter.add_without_checks()
     what, loaded = json.load(sys.stdin)
     programs = {name: Program(**fields) for name, fields in loaded.items()}
     print(json.dumps({"layers": _run_layers, "architectures": _run_architectures}[what](programs)))

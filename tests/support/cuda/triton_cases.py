@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.cuda.triton_interpreter import compute_bfloat16_as_devices_do
+from support.cuda import triton_interpreter
 from torch import Tensor
 
 
@@ -323,7 +323,9 @@ def _at_the_edge(values: Tensor) -> Tensor:
 
 def main() -> None:
     """Print what :func:`run_all` returns as JSON."""
-    compute_bfloat16_as_devices_do()
+    triton_interpreter.compute_bfloat16_as_devices_do()
+    triton_interpreter.patch_the_language_once()
+    triton_interpreter.add_without_checks()
     # Deterministic algorithms fill new memory with NaN: a lane the kernel forgets is seen.
     torch.use_deterministic_algorithms(True)
     reports = {}

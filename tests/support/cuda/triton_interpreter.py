@@ -26,8 +26,41 @@ def compute_bfloat16_as_devices_do() -> None:
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = rounded, widened
 
 
-def reduce_whole_slices() -> None:
-    """Patch reductions by a function until this process ends: combine whole rows at once, not number by number."""
+def patch_the_language_once() -> None:
+    """Patch the interpreter until this process ends: it looks through ``triton.language`` once, not at every call of a function.
+
+    That was a third of its time.
+    """
+    from triton.runtime import interpreter
+
+    patch, seen = interpreter._patch_lang, set()
+    nothing_to_restore = interpreter._LangPatchScope()
+
+    def patch_once(function: Any) -> Any:
+        modules = (interpreter.tl, interpreter.tl.core)
+        visible = frozenset(id(value) for value in function.__globals__.values() if value in modules)
+        if visible not in seen:
+            patch(function)
+            seen.add(visible)
+        return nothing_to_restore
+
+    interpreter._patch_lang = patch_once
+
+
+def add_without_checks() -> None:
+    """Patch the interpreter until this process ends: sums of integers are computed once, not in 64 bits as well, for a check.
+
+    A device does not check them, and shapes in tests are small. It was a quarter of the interpreter's time.
+    """
+    import dataclasses
+
+    from triton.runtime.interpreter import interpreter_builder
+
+    interpreter_builder.options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
+
+
+def reduce_halves() -> None:
+    """Patch reductions by a function until this process ends: combine halves, as devices do, not number by number."""
     import numpy as np
     from triton.runtime.interpreter import ReduceOps
 
@@ -37,13 +70,16 @@ def reduce_whole_slices() -> None:
         if self.axis is None or values[0].handle.data.ndim < 2:
             return one_by_one(self, values)
         dtypes = [value.dtype for value in values]
-        slices = zip(*(np.moveaxis(value.handle.data, self.axis, 0) for value in values), strict=True)
-        wrapped = (tuple(map(self.to_tensor, slice_, dtypes)) for slice_ in slices)
-        total = next(wrapped)
-        for following in wrapped:
-            combined = self.combine_fn.fn(*total, *following)
-            total = combined if isinstance(combined, tuple) else (combined,)
-        arrays = [value.handle.data for value in total]
+        arrays = [np.moveaxis(value.handle.data, self.axis, 0) for value in values]
+        while (length := len(arrays[0])) > 1:  # a power of two, as all sizes of tiles
+            halves = [
+                *(array[: length // 2] for array in arrays),
+                *(array[length // 2 :] for array in arrays),
+            ]
+            combined = self.combine_fn.fn(*map(self.to_tensor, halves, [*dtypes, *dtypes]))
+            parts = combined if isinstance(combined, tuple) else (combined,)
+            arrays = [part.handle.data for part in parts]
+        arrays = [array[0] for array in arrays]
         if self.keep_dims:
             arrays = [np.expand_dims(array, self.axis) for array in arrays]
         return list(map(self.to_tensor, arrays, dtypes))
