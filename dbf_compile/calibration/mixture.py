@@ -73,7 +73,7 @@ def kinds_of(data: Any, column: str | None, alone: str = OTHER) -> dict[str, Any
 def read_parts(
     model: nn.Module, data: Any, tokenizer: Any, options: CompressOptions, windows: int, usual: int
 ) -> list[Part]:
-    """Return the windows of data, by kind, each a batch; those after ``windows`` are kept back.
+    """Return the windows of data, by kind, each a batch; those after ``windows`` are kept back, a quarter of these at most.
 
     Args:
         model: its positions and its vocabulary are the limits.
@@ -93,7 +93,8 @@ def read_parts(
     calibrated, judged = split_count(windows, shares), split_count(options.holdout, shares)
     parts = []
     for kind, source in kinds.items():
-        asked = calibrated[kind] + judged[kind]
+        kept = min(judged[kind], calibrated[kind] // (LEAST_TRAINED - 1))  # all that Part.of keeps back
+        asked = calibrated[kind] + kept
         if not calibrated[kind]:
             _log.warning("no window of %s: its share of %s windows is less than one", kind, windows)
             continue
@@ -103,7 +104,7 @@ def read_parts(
             raise (error.inside(kind) if len(kinds) > 1 else error) from error.__cause__
         if len(read) < asked:
             _log.warning("%s has %s windows of the %s that its share asks for", kind, len(read), asked)
-        parts.append(Part.of(kind, name_of(source), read, judged[kind]))
+        parts.append(Part.of(kind, name_of(source), read, kept))
     return parts
 
 

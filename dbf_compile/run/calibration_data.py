@@ -71,8 +71,8 @@ class CalibrationData:
         parts: list[Part] = []
         own_text = None
         share = share_of(model, config.own_text, data, batches)
-        if batches:
-            parts = [Part.of(BATCHES, BATCHES, list(checked(model, batches)), config.holdout)]
+        if batches is not None:
+            parts = [Part.of(BATCHES, BATCHES, _checked(model, batches), config.holdout)]
         elif data is not None or share:
             length = window_length(model, config.length, _LENGTH)
             windows = config.windows or max(1, min(_WINDOWS, _MOST_TOKENS // length))
@@ -123,6 +123,15 @@ class CalibrationData:
             tokens=_tokens(self.calibrating),
             kinds=kinds if is_told_apart else None,
         )
+
+
+def _checked(model: nn.Module, batches: Sequence[Any]) -> list[Any]:
+    ready = list(checked(model, batches))
+    if not ready:
+        raise OptionError(
+            "batches without a batch", "one or more", "look at where they come from, or leave batches out"
+        )
+    return ready
 
 
 def _hash(parts: Sequence[Part], own_text: OwnText | None) -> str:

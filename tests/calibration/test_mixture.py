@@ -56,8 +56,13 @@ def test_kinds_have_their_shares_and_windows_kept_back(tmp_path: Path) -> None:
     data = {"code": code, "web": [web]}
     parts = {part.kind: part for part in parts_of(data, 12, holdout=4, shares={"code": 3})}
     sizes = {kind: (len(part.calibrating), len(part.judging)) for kind, part in parts.items()}
-    assert sizes == {"code": (10, 2), "web": (4, 0)}  # of twelve and four; no more than a fifth is kept back
+    assert sizes == {"code": (9, 2), "web": (3, 0)}  # of eleven and three; no more than a fifth is kept back
     assert set(first_letters(parts["code"])) == {"c"} and parts["web"].source == str(web)
+
+
+def test_windows_to_judge_with_are_no_more_windows_to_calibrate_with() -> None:
+    (part,) = parts_of(["abcd" * 99], 8, holdout=90)
+    assert (len(part.calibrating), len(part.judging)) == (8, 2)
 
 
 def test_a_list_of_files_gives_a_window_of_each_in_turn_and_joins_the_short_ones(tmp_path: Path) -> None:

@@ -73,11 +73,17 @@ def test_a_share_without_room_is_refused(asked: float, data: Any, batches: Any) 
 
 def test_half_of_the_windows_beside_data_and_the_report_says_it(tmp_path: Path) -> None:
     facts = data_of(tmp_path, TEXT).facts()
-    assert facts.windows == 9 and facts.tokens == 9 * 16  # of six given ones one is kept back
-    assert {kind: part.windows for kind, part in (facts.kinds or {}).items()} == {"other": 5, "own text": 4}
+    assert facts.windows == 8 and facts.tokens == 8 * 16
+    assert {kind: part.windows for kind, part in (facts.kinds or {}).items()} == {"other": 4, "own text": 4}
     assert facts.one_kind is None
     alone = data_of(tmp_path / "alone").facts()
     assert list(alone.kinds or ()) == ["own text"] and alone.one_kind is None
+
+
+def test_batches_without_a_batch_are_refused() -> None:
+    for batches in ([], iter(())):
+        with pytest.raises(OptionError, match="batches without a batch"):
+            CalibrationData.of(tiny_llama(), CompressOptions(), None, batches, None, CPU)  # type: ignore[arg-type]
 
 
 def test_a_run_that_was_stopped_goes_on_with_the_same_text(tmp_path: Path, monkeypatch: Any) -> None:
