@@ -6,6 +6,7 @@ Every command prints for people, or with ``--json`` one JSON object for programs
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -368,7 +369,8 @@ def _source(data: list[str] | None) -> Any:
 
 
 def _print(as_json: bool, facts: dict[str, Any], text: Callable[[], str]) -> None:
-    print(as_json_text(facts) if as_json else text())
+    if os.environ.get("RANK", "0") == "0":  # of processes of torchrun one says what all have done
+        print(as_json_text(facts) if as_json else text())
 
 
 def _figure(value: Any) -> str:

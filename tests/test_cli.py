@@ -222,3 +222,10 @@ def test_ctrl_c_leaves_what_can_be_gone_on_with(dense, tmp_path):
     assert process.returncode == 130, errors
     assert "run the same command again" in errors and "Traceback" not in errors
     assert (tmp_path / "made.work" / "manifest.json").exists() and not output.exists()
+
+
+def test_of_processes_of_torchrun_one_prints(capsys, monkeypatch):
+    for rank, printed in (("0", "done\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        cli._print(False, {}, lambda: "done")
+        assert capsys.readouterr().out == printed

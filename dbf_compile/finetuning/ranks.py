@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,12 @@ class Ranks:
     Args:
         rank: its number.
         size: how many there are.
+        device: where each of them computes, a GPU of its own or the CPU.
     """
 
     rank: int = 0
     size: int = 1
+    device: torch.device = _CPU
 
     def share(self, windows: Tensor) -> Tensor:
         """Return the windows of a step that this process takes: every ``size``-th; none where there are too few."""
@@ -45,7 +48,7 @@ class Ranks:
         """Return what the first process has, in all of them."""
         values: list[Any] = [value]
         if self.size > 1:
-            dist.broadcast_object_list(values)
+            dist.broadcast_object_list(values, device=self.device)  # else all would use the first GPU
         return cast(T, values[0])
 
     def wait(self) -> None:
@@ -58,13 +61,16 @@ class Ranks:
 def joined(device: torch.device) -> Iterator[Ranks]:
     """Yield this process among those that were started with it; alone it is the only one."""
     if dist.is_available() and dist.is_initialized():
-        yield Ranks(dist.get_rank(), dist.get_world_size())
+        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
         return
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not dist.is_available():
         yield Ranks()
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size())
+        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
     finally:
         dist.destroy_process_group()
