@@ -25,7 +25,7 @@ from unittest import mock
 import pytest
 import torch
 from support.cuda import sass
-from support.cuda.models import CACHED_TOKENS, Block, Deep, Overwritten, Plain, Siblings, llama, llama_blocks
+from support.cuda.models import CACHED_TOKENS, Block, Deep, Overwritten, Plain, Siblings, llama
 from support.cuda.pretended import pretend_cuda
 from support.models.architectures import batches, random_factored_model, settings_of
 from support.strategies import random_factors
@@ -92,7 +92,8 @@ class Program:
     Attributes:
         call: the Python method that launches, ``call(self, args)``.
         kernels: sources of the Triton kernels by name.
-        cubins: machine code, in hexadecimal, of those that read signs; not of whole models, which launch what layers do.
+        cubins: machine code, in hexadecimal, of those that read signs; of one program of each kind, and not of whole models,
+            since they launch what layers do.
         copied: shapes of the inputs that a replay of its CUDA graph would copy, because other calls pass other tensors.
         obstacle: why Inductor would record no CUDA graph; "" if it would.
     """
@@ -140,16 +141,19 @@ def main() -> None:
 
 
 def _layers() -> dict[str, Program]:
-    programs = {str(case): _generate_layer(case) for case in CASES}
-    programs |= {f"siblings of {M}": _generate(Siblings(), M, 256, torch.bfloat16) for M in SIBLING_TOKENS}
-    programs |= {f"deep of {M}": _generate(Deep(True), M, 2100, torch.bfloat16) for M in DEEP_TOKENS}
+    programs = {str(case): _generate_layer(case, machine_code=True) for case in CASES}
+    for M in SIBLING_TOKENS:
+        programs[f"siblings of {M}"] = _generate(Siblings(), M, 256, torch.bfloat16, machine_code=M == 1)
+    for M in DEEP_TOKENS:
+        programs[f"deep of {M}"] = _generate(Deep(True), M, 2100, torch.bfloat16, machine_code=M == 1)
     programs["chain"] = _generate(Deep(False), 1, 2100, torch.bfloat16)
-    programs["plain"] = _generate(Plain(), PLAIN_TOKENS, Plain.SIZE[1], torch.bfloat16)
+    programs["plain"] = _generate(Plain(), PLAIN_TOKENS, Plain.SIZE[1], torch.bfloat16, machine_code=True)
     programs["overwritten"] = _generate(Overwritten(), 1, 2100, torch.float32)
     with _tuning():
         programs |= {f"tuned {case}": _generate_layer(case, TUNING) for case in TUNED}
         programs["tuned deep of 1"] = _generate(Deep(True), 1, 2100, torch.bfloat16, inductor=TUNING)
-    programs |= {f"block of {M}": _generate(Block(), M, 256, torch.bfloat16) for M in BLOCK_TOKENS}
+    for M in BLOCK_TOKENS:
+        programs[f"block of {M}"] = _generate(Block(), M, 256, torch.bfloat16, machine_code=M == 1)
     programs["apart"] = _generate(Siblings(apart=True), 1, 256, torch.bfloat16, inductor=COMBINED)
     if find_spec("transformers"):
         programs |= {f"llama of {M}": _generate_llama("dbf", M) for M in LLAMA_TOKENS}
@@ -175,20 +179,22 @@ def _generate_architecture(name: str, M: int) -> Program:
         step = torch.compile(
             model, backend="dbf", options={"inductor": NO_FOLDING}, fullgraph=True, dynamic=False
         )
-        return _program(lambda _: step(**batch, **settings_of(name)), None, machine_code=False)
+        return _program(lambda _: step(**batch, **settings_of(name)), None)
 
 
-def _generate_layer(case: Case, inductor: dict[str, Any] | None = None) -> Program:
+def _generate_layer(
+    case: Case, inductor: dict[str, Any] | None = None, machine_code: bool = False
+) -> Program:
     dtype = getattr(torch, case.dtype)
     layer = DoubleBinaryLinear(random_factors(case.K, case.R, case.N), torch.zeros(case.N, dtype=dtype))
-    return _generate(layer, case.M, case.K, dtype, case.dynamic, inductor)
+    return _generate(layer, case.M, case.K, dtype, case.dynamic, inductor, machine_code)
 
 
 def _generate_llama(backend: str, M: int, settings: dict[str, Any] | None = None) -> Program:
     """Compile a Llama for M tokens and a static cache."""
     from transformers import StaticCache
 
-    model = llama(factored=backend == "dbf", blocks=llama_blocks(M))
+    model = llama(factored=backend == "dbf")
     inductor = {**(settings or {}), **NO_FOLDING}
     options = {"inductor": inductor} if backend == "dbf" else inductor
     step = torch.compile(model, backend=backend, options=options, fullgraph=True, dynamic=False)
@@ -203,7 +209,7 @@ def _generate_llama(backend: str, M: int, settings: dict[str, Any] | None = None
         cache.early_initialization(1, heads, size, torch.bfloat16, tokens.device)
         positions = torch.empty_like(tokens)
         call = functools.partial(step, past_key_values=cache, position_ids=positions)
-        return _program(call, tokens, machine_code=False)
+        return _program(call, tokens)
 
 
 def _generate(
@@ -213,13 +219,14 @@ def _generate(
     dtype: torch.dtype,
     dynamic: bool = False,
     inductor: dict[str, Any] | None = None,
+    machine_code: bool = False,
 ) -> Program:
     with _on_pretended_device(model, dtype):
         x = torch.empty(M, K, dtype=dtype, device="cuda")
         if dynamic:
             torch._dynamo.mark_dynamic(x, 0)
         options = {"inductor": inductor or {}}
-        return _program(torch.compile(model, backend="dbf", options=options, fullgraph=True), x)
+        return _program(torch.compile(model, backend="dbf", options=options, fullgraph=True), x, machine_code)
 
 
 @contextmanager
@@ -266,7 +273,7 @@ def _tuning() -> Iterator[None]:
         yield
 
 
-def _program(compiled: Any, x: torch.Tensor, machine_code: bool = True) -> Program:
+def _program(compiled: Any, x: torch.Tensor, machine_code: bool = False) -> Program:
     source, copied, obstacle = _lowered(compiled, x)
     kernels = re.findall(r"(\w+) = async_compile\.triton\('(\w+)', '''\n(.*?)'''", source, re.S)
     return Program(

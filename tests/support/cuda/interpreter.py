@@ -36,7 +36,7 @@ from support.cuda.codegen import (
     Program,
     run_program,
 )
-from support.cuda.models import CACHED_TOKENS, Deep, Overwritten, Plain, Siblings, llama, llama_blocks
+from support.cuda.models import CACHED_TOKENS, Deep, Overwritten, Plain, Siblings, llama
 from support.models.architectures import batches, random_factored_model, settings_of
 from support.strategies import random_factors
 from torch._inductor.runtime.triton_heuristics import GridExpr
@@ -189,7 +189,7 @@ def _worst_of_overwritten(program: Program, folder: Path) -> float:
 def _worst_of_llama(M: int, program: Program, folder: Path) -> float:
     """Compare the logits and the cache with those of the eager model."""
     tokens = torch.randint(0, 320, (1, 4 + M), generator=torch.Generator().manual_seed(0))
-    model = llama(factored=True, blocks=llama_blocks(M)).bfloat16()
+    model = llama(factored=True).bfloat16()
     exact, eager = _read(copy.deepcopy(model).float(), tokens), _read(model, tokens)
     recorder = _Recorder()
     _read(model, tokens, recorder)

@@ -13,7 +13,6 @@ from dbf_compile.factors import DoubleBinaryFactors
 from dbf_compile.linear import DoubleBinaryLinear
 from dbf_compile.signs import interleave, pack_signs
 
-LLAMA_BLOCKS = 2
 CACHED_TOKENS = 256
 
 
@@ -121,22 +120,18 @@ class Block(torch.nn.Module):
         return x + self.down(torch.nn.functional.silu(self.gate(z)) * self.up(z))
 
 
-def llama_blocks(M: int) -> int:
-    """Return the blocks of the Llama that is called with M tokens: several where launches are counted."""
-    return LLAMA_BLOCKS if M == 1 else 1
-
-
-def llama(factored: bool, blocks: int) -> torch.nn.Module:
+def llama(factored: bool) -> torch.nn.Module:
     """Return a random model of transformers, always the same; all its layers but the head are factored, or none is.
 
-    The layers of attention have so many middle columns that split-K applies.
+    In its one block stands all that a layer may follow: embedding and norm, attention, norm and residual, activation and
+    product. The layers of attention have so many middle columns that split-K applies.
     """
     sizes = {
         "hidden_size": 256,
         "intermediate_size": 512,
         "vocab_size": 320,
     }  # heads of 64, as large models have
-    model = tiny_llama(blocks, **sizes, max_position_embeddings=CACHED_TOKENS, pad_token_id=None)
+    model = tiny_llama(1, **sizes, max_position_embeddings=CACHED_TOKENS, pad_token_id=None)
     for block in model.model.layers if factored else []:
         attention, mlp = block.self_attn, block.mlp
         attention.q_proj, attention.k_proj, attention.v_proj = _as_one(
