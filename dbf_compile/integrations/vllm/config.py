@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from vllm import envs
 from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -17,6 +18,7 @@ from dbf_compile.checksums import listed
 from dbf_compile.errors import ConversionError, OptionError
 from dbf_compile.integrations.content import METHOD, check_content, check_index
 from dbf_compile.integrations.transformers import DBFConfig
+from dbf_compile.integrations.vllm.experts import ExpertsMethod
 from dbf_compile.integrations.vllm.linear import DenseLinearMethod, FactoredLinearMethod
 from dbf_compile.integrations.vllm.vocabulary import VocabularyMethod
 
@@ -87,6 +89,10 @@ class VLLMConfig(QuantizationConfig):
                 self.served.update(names)
                 return FactoredLinearMethod(names, self.layers)
             return DenseLinearMethod(names)
+        if isinstance(layer, RoutedExperts):
+            names = [name for name in self.layers if name.startswith(f"{prefix}.")]
+            self.served.update(names)
+            return ExpertsMethod(layer.moe_config, prefix, self.layers) if names else None
         return None
 
     def get_checkpoint_weight_mapper(self) -> Any:

@@ -144,31 +144,16 @@ class FactoredLinearMethod(LinearMethodBase):
         Raises:
             CheckpointError: tensors are missing, or are no factors.
         """
-        projections: list[Projection] = layer.dbf_projections
-        by_name = {one.name: one for one in projections}
-        for one in projections:
-            check_complete(one.name, one.tensors, one.expected)
-        stages = {}
-        for one in projections:
-            if one.entry is not None:
-                stage = {name: by_name[one.owner].tensors[name] for name in FIRST_STAGE}
-                _check_factors(one.name, {**one.tensors, **stage})
-                stages[one.owner] = {**stage, "signs_in": interleave(stage["signs_in"])}
-        layer.dbf_groups = []
-        device = layer.weight.device
-        for owner, members in groupby(projections, lambda one: one.owner):
-            group = [one.tensors for one in members]
-            layer.dbf_groups.append(_register(layer, group, stages.get(owner), device))
+        finish(layer, layer.dbf_projections, layer.weight.device)
         for name in TENSOR_NAMES:
             delattr(layer, name)
         del layer.dbf_projections
-        _prepare(layer, device)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return y [..., N] for x [..., K] of this rank, in the dtype of x."""
         if bias is None:
-            return _product(layer, x, x.dtype)
-        return (_product(layer, x, torch.float32) + bias).to(x.dtype)
+            return product(layer, x, x.dtype)
+        return (product(layer, x, torch.float32) + bias).to(x.dtype)
 
     def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
         """Return the layer: a factored head has a weight of its own."""
@@ -249,6 +234,32 @@ def _load(layer: Any, parameter: Any, tensor: Tensor, shard: str | int | None = 
     projections[index].load(parameter.tensor_name, tensor)
 
 
+def finish(layer: Any, projections: Sequence[Projection], device: torch.device) -> None:
+    """Put together what a layer computes with: groups of neighbours of one first stage, and dense ones.
+
+    Args:
+        layer: any module; ``params_dtype`` is the dtype of its dense weights.
+        projections: in the order of its rows, loaded.
+        device: where the layer computes.
+
+    Raises:
+        CheckpointError: tensors are missing, or are no factors.
+    """
+    by_name = {one.name: one for one in projections}
+    for one in projections:
+        check_complete(one.name, one.tensors, one.expected)
+    stages = {}
+    for one in projections:
+        if one.entry is not None:
+            stage = {name: by_name[one.owner].tensors[name] for name in FIRST_STAGE}
+            _check_factors(one.name, {**one.tensors, **stage})
+            stages[one.owner] = {**stage, "signs_in": interleave(stage["signs_in"])}
+    layer.dbf_groups = []
+    for owner, members in groupby(projections, lambda one: one.owner):
+        layer.dbf_groups.append(_register(layer, [one.tensors for one in members], stages.get(owner), device))
+    _prepare(layer, device)
+
+
 def _check_factors(name: str, tensors: Mapping[str, Tensor]) -> None:
     try:
         DoubleBinaryFactors(**{key: tensors[key] for key in TENSOR_NAMES})
@@ -280,7 +291,7 @@ def _prepare(layer: Any, device: torch.device) -> None:
     """Gather what the CPU kernel needs of all factored groups, which it then computes in one call."""
     factored = [group for group in layer.dbf_groups if len(group) > 1]
     prepared = None
-    if device.type == "cpu" and cpu_kernel.available():
+    if factored and device.type == "cpu" and cpu_kernel.available():
         # The bytes have addresses of signs: these stay where they are, whatever becomes of the parameters.
         layer.dbf_kept = [tensor.detach() for group in factored for tensor in group]
         prepared = prepare_layers(layer.dbf_kept)
@@ -289,29 +300,33 @@ def _prepare(layer: Any, device: torch.device) -> None:
     layer.dbf_factored_rows = sum(len(group[1]) for group in factored)
 
 
-def _product(layer: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the product with a layer's weight."""
-    groups = layer.dbf_groups
+def product(layer: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the product of x [..., K] with a layer's weight, in ``dtype``, without a bias.
+
+    For x of 16 bits sums are fast: the result is rounded by forty times their error.
+    """
+    groups, fast = layer.dbf_groups, x.dtype.itemsize < 4
     if layer.dbf_prepared is None:
-        results = [_apply_group(x, group, dtype) for group in groups]
+        results = [_apply_group(x, group, dtype, fast) for group in groups]
         return results[0] if len(results) == 1 else torch.cat(results, -1)
-    y: Tensor = torch.ops.dbf.prepared_layers(x, layer.dbf_prepared, layer.dbf_factored_rows, dtype)
-    if layer.dbf_factored_rows == sum(layer.dbf_rows):
+    rows = layer.dbf_factored_rows
+    y: Tensor = torch.ops.dbf.prepared_layers(x, layer.dbf_prepared, rows, dtype, fast)
+    if rows == sum(layer.dbf_rows):
         return y
     results, start = [], 0
-    for group, rows in zip(groups, layer.dbf_rows, strict=True):
+    for group, count in zip(groups, layer.dbf_rows, strict=True):
         if len(group) == 1:
-            results.append(_apply_group(x, group, dtype))
+            results.append(_apply_group(x, group, dtype, fast))
         else:
-            results.append(y.narrow(-1, start, rows))
-            start += rows
+            results.append(y.narrow(-1, start, count))
+            start += count
     return torch.cat(results, -1)
 
 
-def _apply_group(x: Tensor, group: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def _apply_group(x: Tensor, group: Sequence[Tensor], dtype: torch.dtype, fast: bool) -> Tensor:
     if len(group) == 1:
         return nn.functional.linear(x, group[0]).to(dtype)
     signs_in, signs_out, scale_in, scale_mid, scale_out = group
     return double_binary_linear(
-        x, signs_in, signs_out, scale_in, scale_mid, scale_out, None, dtype, interleaved=True
+        x, signs_in, signs_out, scale_in, scale_mid, scale_out, None, dtype, True, fast
     )

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from support.models.architectures import SHARPER
 from support.models.pretrained import tiny_tokenizer
-from support.models.tiny import tiny_llama
+from support.models.tiny import LLAMA
 from support.strategies import random_factors_like
 from torch import Tensor
 
+from dbf_compile.integrations.experts import linearize_experts_
 from dbf_compile.linear import dense_linears, dense_weight, swap_
 from dbf_compile.tables import quantize_tables, swap_tables_
 
@@ -41,14 +42,20 @@ KINDS: dict[str, dict[str, Any]] = {
         "tables": {"model.embed_tokens": "int8", "lm_head": "int8"},
         "sizes": {"tie_word_embeddings": True},
     },
+    "experts": {
+        "model": "Qwen3Moe",
+        "sizes": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 80},
+    },
+    "phi3": {"model": "Phi3", "sizes": {"pad_token_id": 0}},
 }
 MID_FEATURES = (150, 65, 192)  # odd, or no multiple of 32
 
 
 def served_model(kind: str) -> Any:
-    """Return a Llama of one kind of layers, in float32."""
+    """Return a model of one kind of layers, in float32."""
     settings = KINDS[kind]
-    model = tiny_llama(2, **SIZES, **settings.get("sizes", {}))
+    model = _dense(settings.get("model", "Llama"), {**LLAMA, **SIZES, **settings.get("sizes", {})})
+    linearize_experts_(model)
     tables = settings.get("tables", {})
     left = (*settings.get("dense", ()), *tables)
     layers = {key: layer for key, layer in dense_linears(model).items() if not key.endswith(left)}
@@ -63,7 +70,7 @@ def served_model(kind: str) -> Any:
         )
         factors |= dict(zip(names, split, strict=True))
     model = swap_(model, factors)
-    for key in layers:
+    for key in factors:
         if key.endswith(("q_proj", "k_proj")):
             model.get_submodule(key).scale_out.mul_(SHARPER)
     return swap_tables_(model, quantize_tables(model, tables)).requires_grad_(False)
@@ -93,10 +100,18 @@ def greedy(folder: Path, texts: Sequence[Sequence[int]], tokens: int) -> list[li
     results = []
     for text in texts:
         ids: Tensor = model.generate(
-            torch.tensor([text]), max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
+            torch.tensor([text]), max_new_tokens=tokens, do_sample=False, pad_token_id=0
         )
         results.append(ids[0, len(text) :].tolist())
     return results
+
+
+def _dense(name: str, sizes: dict[str, Any]) -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
 
 
 def _groups(names: Sequence[str], sharing: bool) -> list[list[str]]:
