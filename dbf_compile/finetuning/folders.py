@@ -82,7 +82,7 @@ def finetune(
             model writes it (``own_text``).
         output: the folder to write; None for that of ``folder`` with "-finetuned" behind its name.
         dense: the dense model: folder, GGUF file or name on the Hub; None for the one that the folder's report names.
-        tokenizer: for ``data``; None for that of the folder.
+        tokenizer: for ``data``; None for that of the folder, or of the dense model where it has none.
         config: how to train.
         **options: fields of ``config`` as keywords, which win over it.
 

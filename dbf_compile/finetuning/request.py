@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -95,7 +96,7 @@ class Request:
         content = pretrained.content_hash(source)
         _check_content(content, report, source)
         if tokenizer is None:
-            tokenizer = _tokenizer(folder, config, data is not None)
+            tokenizer = _tokenizer((folder, source), config, data is not None)
         text = Text.read(data, tokenizer, pretrained.open_dense(source, config.trust_remote_code), config)
         return Request(folder, output, source, content, report, text, config, cache, device)
 
@@ -231,16 +232,17 @@ def _dense_folder(folder: Path, report: Report | None, dense: str | Path | None)
         ) from error
 
 
-def _tokenizer(folder: Path, config: FinetuneConfig, needed: bool) -> Any:
-    """Return the tokenizer of a folder, or None where there is none and it is not needed."""
+def _tokenizer(folders: Sequence[Path], config: FinetuneConfig, needed: bool) -> Any:
+    """Return the tokenizer of the first folder that has one, or None where none does and it is not needed."""
     from dbf_compile.integrations import pretrained
 
-    try:
-        return pretrained.tokenizer_of(folder, config.trust_remote_code)
-    except ConversionError:
-        if needed:
-            raise
-        return None
+    for folder in folders:
+        try:
+            return pretrained.tokenizer_of(folder, config.trust_remote_code)
+        except ConversionError:
+            if needed and folder == folders[-1]:
+                raise
+    return None
 
 
 def _check_content(content: str, report: Report | None, source: Path) -> None:

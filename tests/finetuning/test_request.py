@@ -65,6 +65,15 @@ def test_a_dense_model_that_was_moved_is_to_be_named(start, monkeypatch):
         dbf_compile.finetune(start["folder"], start["data"], **SHORT)
 
 
+def test_the_tokenizer_of_the_dense_model_serves_where_the_folder_has_none(start, tmp_path):
+    none = shutil.copytree(start["folder"], tmp_path / "none", ignore=shutil.ignore_patterns("tokenizer*"))
+    config = FinetuneConfig()
+    assert request._tokenizer((none, start["dense"]), config, True) is not None
+    assert request._tokenizer((none, none), config, False) is None
+    with pytest.raises(ConversionError, match="text without a tokenizer"):
+        request._tokenizer((none, none), config, True)
+
+
 def test_a_cache_that_cannot_be_is_refused_and_without_a_home_it_lies_with_the_work(
     start, tmp_path, monkeypatch
 ):
