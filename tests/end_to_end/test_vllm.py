@@ -22,7 +22,7 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 from safetensors.torch import load_file, save_file
-from support.models.served import KINDS, greedy, prompts, served_folder
+from support.models.served import KINDS, greedy, prompts, served_folder, write_adapter
 
 pytestmark = pytest.mark.slow
 TOKENS = 24
@@ -111,6 +111,21 @@ def bytes_of(model: torch.nn.Module) -> int:
     tensors = {id(one): one.nbytes for one in (*model.parameters(), *model.buffers())}
     rotary = {id(one) for name, one in model.named_buffers() if "rotary" in name}
     return sum(size for key, size in tensors.items() if key not in rotary)
+
+
+def test_an_adapter_beside_factored_layers(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    from vllm.lora.request import LoRARequest
+
+    folder = folder_of("shared")
+    sizes = {"self_attn.q_proj": (256, 256), "self_attn.v_proj": (128, 256), "mlp.down_proj": (256, 688)}
+    layers = {f"model.layers.{block}.{name}": size for block in range(2) for name, size in sizes.items()}
+    adapter = write_adapter(tmp_path / "adapter", layers)
+    model = engine(folder, enable_lora=True, max_lora_rank=8)
+    requests = [LoRARequest("adapter", 1, str(tmp_path / "adapter")), None] * 2
+    plain, adapted = greedy(folder, prompts(4), TOKENS), greedy(folder, prompts(4), TOKENS, adapter)
+    expected = [(adapted, plain)[number % 2][number] for number in range(4)]
+    assert adapted != plain
+    assert tokens_of(model, prompts(4), lora_request=requests) == expected
 
 
 def test_two_ranks_give_the_same_tokens(folder_of: Callable[[str], Path]) -> None:

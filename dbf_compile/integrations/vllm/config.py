@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from dbf_compile.integrations.vllm.experts import ExpertsMethod
 from dbf_compile.integrations.vllm.linear import DenseLinearMethod, FactoredLinearMethod
 from dbf_compile.integrations.vllm.vocabulary import VocabularyMethod
 
+_log = logging.getLogger(__name__)
+
 
 class VLLMConfig(QuantizationConfig):
     """What a compressed folder's config.json says, for vLLM.
@@ -35,6 +38,7 @@ class VLLMConfig(QuantizationConfig):
         self.layers = {name: dict(entry) for name, entry in config.layers.items()}
         self.tables = {name: dict(entry) for name, entry in config.tables.items()}
         self.served: set[str] = set()
+        self._methods: list[FactoredLinearMethod] = []
 
     def get_name(self) -> str:
         """Return the name of the method."""
@@ -86,8 +90,7 @@ class VLLMConfig(QuantizationConfig):
         if isinstance(layer, LinearBase):
             names = self._names(prefix)
             if any(name in self.layers for name in names):
-                self.served.update(names)
-                return FactoredLinearMethod(names, self.layers)
+                return self._factored(names)
             return DenseLinearMethod(names)
         if isinstance(layer, RoutedExperts):
             names = [name for name in self.layers if name.startswith(f"{prefix}.")]
@@ -120,7 +123,16 @@ class VLLMConfig(QuantizationConfig):
                     "linear layers and heads of the model",
                     "leave these layers dense: name them in skip=[...]",
                 )
+        whole = sum(method.whole_bits for method in self._methods)
+        if whole:
+            share = sum(method.own_bits for method in self._methods) / whole
+            _log.info("this rank holds %.0f %% of the signs of factored linear layers", 100 * share)
         return WeightsMapper()
+
+    def _factored(self, names: Sequence[str]) -> FactoredLinearMethod:
+        self.served.update(names)
+        self._methods.append(FactoredLinearMethod(names, self.layers))
+        return self._methods[-1]
 
     def _names(self, prefix: str) -> Sequence[str]:
         """Return the names in the folder of what a layer of vLLM stands for."""
@@ -132,8 +144,7 @@ class VLLMConfig(QuantizationConfig):
 
     def _vocabulary(self, layer: VocabParallelEmbedding, prefix: str) -> QuantizeMethodBase | None:
         if prefix in self.layers and isinstance(layer, ParallelLMHead):
-            self.served.add(prefix)
-            return FactoredLinearMethod([prefix], self.layers)
+            return self._factored([prefix])
         return VocabularyMethod() if self.tables and (not prefix or prefix in self.tables) else None
 
 

@@ -35,6 +35,7 @@ from dbf_compile.integrations.vllm.sharding import (
     cut,
     own_range,
     own_ranges,
+    sign_bits,
 )
 from dbf_compile.kernels.sign_matmul import cpu_kernel
 from dbf_compile.linear import WEIGHT_PLACEHOLDER
@@ -97,6 +98,7 @@ class FactoredLinearMethod(LinearMethodBase):
     def __init__(self, names: Sequence[str], layers: Layers) -> None:
         self.names = names
         self.entries = [layers.get(name) for name in names]
+        self.own_bits = self.whole_bits = 0  # signs that this rank holds, and all
 
     def create_weights(
         self,
@@ -129,6 +131,8 @@ class FactoredLinearMethod(LinearMethodBase):
                     f"first stages shared within {', '.join(self.names)}",
                     "compress the model for vLLM with merge_shared_inputs=False",
                 )
+            own, whole = sign_bits(one.shard, one.mid_features, one.owner == one.name)
+            self.own_bits, self.whole_bits = self.own_bits + own, self.whole_bits + whole
         dtypes = {str(entry.get("scale_dtype", "float16")) for entry in self.entries if entry is not None}
         for name in (*TENSOR_NAMES, WEIGHT_PLACEHOLDER):
             dtype = torch.int32 if name in SIGN_NAMES else SCALES[min(dtypes)]
@@ -222,8 +226,18 @@ def _rows(layer: Any, own: Sequence[int], count: int) -> list[tuple[int, Sequenc
 
 
 def _load(layer: Any, parameter: Any, tensor: Tensor, shard: str | int | None = None) -> None:
-    """Load a tensor; vLLM names the part of a merged layer that it belongs to."""
-    projections: list[Projection] = layer.dbf_projections
+    """Load a tensor; vLLM names the part of a merged layer that it belongs to.
+
+    Raises:
+        ConversionError: the layer has no such part, or was loaded before.
+    """
+    projections: list[Projection] | None = getattr(layer, "dbf_projections", None)
+    if projections is None:
+        raise ConversionError(
+            f"weights for {layer.prefix}, which has some",
+            "weights that are loaded once",
+            "start the engine again",
+        )
     index = _QKV.index(shard) if isinstance(shard, str) and shard in _QKV else shard or 0
     if not isinstance(index, int) or (shard is None and len(projections) > 1):
         raise ConversionError(

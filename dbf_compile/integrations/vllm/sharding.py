@@ -79,6 +79,22 @@ def own_ranges(wholes: Sequence[int], owns: Sequence[int], rank: int, ranks: int
     return ranges
 
 
+def sign_bits(shard: Shard, mid_features: int, has_first_stage: bool) -> tuple[int, int]:
+    """Return how many signs of a layer a rank holds, and how many there are.
+
+    Args:
+        shard: what the rank holds.
+        mid_features: R.
+        has_first_stage: whether the layer has one of its own.
+    """
+    own_columns = shard.own_columns.stop - shard.own_columns.start
+    own_rows = sum(one.stop - one.start for one in shard.own_rows)
+    return (
+        mid_features * (own_columns * has_first_stage + own_rows),
+        mid_features * (shard.columns * has_first_stage + shard.rows),
+    )
+
+
 def cut(name: str, tensor: Tensor, shard: Shard) -> Tensor:
     """Return a rank's part of a tensor of a layer, contiguous.
 
@@ -126,6 +142,8 @@ def check_tensor(layer: str, name: str, tensor: Tensor, sizes: tuple[int, int, i
     """
     in_features, mid_features, out_features = sizes
     if name == WEIGHT_PLACEHOLDER:
+        if mid_features and not tensor.numel():
+            return  # empty beside factors, and on its side where vLLM turns the weights of GPT-2
         expected: tuple[int, ...] = (out_features, 0 if mid_features else in_features)
     else:
         expected = factor_shapes(in_features, mid_features, out_features)[name]

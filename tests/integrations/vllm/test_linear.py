@@ -19,6 +19,7 @@ from dbf_compile.errors import CheckpointError, ConversionError
 from dbf_compile.factors import FIRST_STAGE, SIGN_NAMES, DoubleBinaryFactors
 from dbf_compile.integrations.transformers import DBFConfig, layer_table
 from dbf_compile.integrations.vllm.config import VLLMConfig
+from dbf_compile.integrations.vllm.linear import _load
 from dbf_compile.kernels.sign_matmul import cpu_kernel
 from dbf_compile.signs import interleave
 
@@ -259,5 +260,9 @@ def test_first_stages_of_other_layers_and_unknown_parts_are_refused(as_rank: Any
         vllm_linear.QKVParallelLinear(
             K, HEAD, 4, 2, bias=False, quant_config=config_of(weights, {"qkv": "qk"}), prefix="block.qkv"
         )
+    layer = load(qkv_layer(weights), weights, "qkv")
+    weight = torch.nn.Parameter(torch.empty(0))
+    with pytest.raises(ConversionError, match="weights that are loaded once"):
+        _load(layer, weight, torch.empty(0), "q")
     with pytest.raises(ConversionError, match="part None"):
         load(qkv_layer(weights), weights, [None, None, None])

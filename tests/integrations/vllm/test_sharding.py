@@ -10,7 +10,7 @@ from support.strategies import random_factors, seeds
 from torch import Tensor
 
 from dbf_compile.errors import CheckpointError, ConversionError
-from dbf_compile.factors import SIGN_NAMES, DoubleBinaryFactors
+from dbf_compile.factors import SIGN_NAMES, DoubleBinaryFactors, mid_features_for
 from dbf_compile.integrations.vllm.sharding import (
     Shard,
     check_complete,
@@ -18,6 +18,7 @@ from dbf_compile.integrations.vllm.sharding import (
     cut,
     own_range,
     own_ranges,
+    sign_bits,
     take_interleaved_rows,
     take_rows,
 )
@@ -99,6 +100,24 @@ def test_rows_behind_the_last_one_are_zero(rows: int, words: int, padding: int, 
 def test_keys_that_ranks_share_are_those_of_their_queries() -> None:
     assert [own_range(128, 64, rank, 4).start for rank in range(4)] == [0, 0, 64, 64]
     assert [own_range(64, 64, rank, 4).start for rank in range(4)] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("ranks", "share"), [(1, 1.0), (2, 0.61), (4, 0.41), (8, 0.31)])
+def test_share_of_a_rank_of_llama_8b(ranks: int, share: float) -> None:
+    """With 2 bits: both halves of a column- and a row-parallel layer would be 1 / ranks, their other stage is whole."""
+    own = whole = 0
+    merged = [(4096, [4096, 1024, 1024]), (4096, [14336, 14336])]
+    for columns, rows in merged:
+        middle = mid_features_for(2.0, columns, sum(rows))
+        for index, count in enumerate(rows):
+            shard = Shard(count, columns, [own_range(count, count // ranks, 0, ranks)], slice(0, columns), 0)
+            bits = sign_bits(shard, middle, index == 0)
+            own, whole = own + bits[0], whole + bits[1]
+    for columns in (4096, 14336):
+        shard = Shard(4096, columns, [slice(0, 4096)], own_range(columns, columns // ranks, 0, ranks), 4096)
+        bits = sign_bits(shard, mid_features_for(2.0, columns, 4096), True)
+        own, whole = own + bits[0], whole + bits[1]
+    assert own / whole == pytest.approx(share, abs=0.006)
 
 
 @pytest.mark.parametrize(("whole", "own", "ranks"), [(10, 4, 2), (12, 4, 2), (12, 4, 4)])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from support.models.architectures import SHARPER
 from support.models.pretrained import tiny_tokenizer
 from support.models.tiny import LLAMA
@@ -48,6 +50,7 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "phi3": {"model": "Phi3", "sizes": {"pad_token_id": 0}},
 }
+ADAPTED = "base_model.model."  # what PEFT puts before a layer's name
 MID_FEATURES = (150, 65, 192)  # odd, or no multiple of 32
 
 
@@ -92,11 +95,20 @@ def prompts(count: int = 8, longest: int = 40) -> list[list[int]]:
 
 
 @torch.no_grad()
-def greedy(folder: Path, texts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
-    """Return what transformers continues each text with, in float32."""
+def greedy(
+    folder: Path, texts: Sequence[Sequence[int]], tokens: int, adapter: Mapping[str, Tensor] | None = None
+) -> list[list[int]]:
+    """Return what transformers continues each text with, in float32, with an adapter's products added if there is one."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for name, down in (adapter or {}).items():
+        layer, _, kind = name.removeprefix(ADAPTED).rpartition(".lora_")
+        if kind == "A.weight":
+            up = adapter[name.replace("lora_A", "lora_B")]
+            model.get_submodule(layer).register_forward_hook(
+                lambda _, inputs, y, down=down, up=up: y + inputs[0] @ down.T @ up.T
+            )
     results = []
     for text in texts:
         ids: Tensor = model.generate(
@@ -104,6 +116,29 @@ def greedy(folder: Path, texts: Sequence[Sequence[int]], tokens: int) -> list[li
         )
         results.append(ids[0, len(text) :].tolist())
     return results
+
+
+def write_adapter(folder: Path, layers: Mapping[str, tuple[int, int]], rank: int = 4) -> dict[str, Tensor]:
+    """Write a LoRA adapter of random matrices as PEFT does; return its tensors.
+
+    Args:
+        folder: to be made.
+        layers: name to rows and columns.
+        rank: of its matrices; its products are added as they are.
+    """
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(3)
+    tensors = {}
+    for name, (rows, columns) in layers.items():
+        tensors[f"{ADAPTED}{name}.lora_A.weight"] = (
+            torch.randn(rank, columns, generator=generator) / columns**0.5
+        )
+        tensors[f"{ADAPTED}{name}.lora_B.weight"] = torch.randn(rows, rank, generator=generator)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    targets = sorted({name.rpartition(".")[2] for name in layers})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return tensors
 
 
 def _dense(name: str, sizes: dict[str, Any]) -> Any:
