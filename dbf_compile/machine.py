@@ -58,7 +58,8 @@ def chosen_device(device: torch.device | str | None) -> torch.device:
         return with_index(device)
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"  # of torchrun, or of srun
+    return torch.device("cuda", int(rank) % torch.cuda.device_count())
 
 
 def with_index(device: torch.device | str) -> torch.device:

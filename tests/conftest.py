@@ -44,6 +44,7 @@ LONGEST = (
     "factorizer/test_factorize_quality.py",
     "end_to_end/test_devices.py",
     "end_to_end/test_processes.py",
+    "end_to_end/test_cluster.py",
     "compiler/test_backend.py",
     "kernels/sign_matmul/test_triton_kernel.py",
     "integrations/test_transformers.py",

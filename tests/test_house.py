@@ -35,7 +35,6 @@ TESTED_ELSEWHERE = {
     "dbf_compile/integrations/datasets": "calibration/test_sources.py",
     "dbf_compile/integrations/lm_eval": "test_evaluation.py",
     "dbf_compile/integrations/generate": "test_generation.py",
-    "dbf_compile/integrations/ray": "end_to_end/test_compress.py",
     **{
         f"dbf_compile/run/{name}": "end_to_end/test_compress.py"
         for name in ("compress", "context", "folder", "independent", "steps")

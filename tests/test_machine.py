@@ -23,11 +23,19 @@ def test_without_a_gpu_the_cpu_is_chosen(monkeypatch):
     assert machine.chosen_device(None) == torch.device("cpu")
 
 
-@pytest.mark.parametrize(("rank", "index"), [(None, 0), ("0", 0), ("1", 1), ("3", 1)])
-def test_every_local_rank_has_its_gpu(two_gpus, monkeypatch, rank, index):
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    if rank is not None:
-        monkeypatch.setenv("LOCAL_RANK", rank)
+@pytest.mark.parametrize(
+    ("ranks", "index"),
+    [
+        ({}, 0),
+        *(({name: str(rank)}, rank % 2) for name in ("LOCAL_RANK", "SLURM_LOCALID") for rank in (0, 1, 3)),
+        ({"LOCAL_RANK": "1", "SLURM_LOCALID": "0"}, 1),  # torchrun, started once by srun
+    ],
+)
+def test_every_local_rank_has_its_gpu(two_gpus, monkeypatch, ranks, index):
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, rank in ranks.items():
+        monkeypatch.setenv(name, rank)
     assert machine.chosen_device(None) == torch.device("cuda", index)
 
 

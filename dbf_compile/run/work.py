@@ -13,15 +13,17 @@ yesterday are one case.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from dbf_compile.checkpoint import load, read_metadata, save
@@ -34,6 +36,7 @@ from dbf_compile.files import write_text
 
 _MANIFEST = "manifest.json"
 _FACTS = "facts"
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # what a file system without locks answers
 
 _log = logging.getLogger(__name__)
 
@@ -147,12 +150,15 @@ class Work:
     def new_folder(self, name: str) -> Path:
         """Return an empty folder of that name; one process at a time may call this. What a killed one left is removed.
 
-        It lies on the disk of the output, and can be moved there.
+        It lies on the disk of the output, and can be moved there. No two calls return the same path: where locks of one
+        machine are not seen by another, neither moves what the other has begun.
         """
         place = self.folder / "unfinished"
         shutil.rmtree(place, ignore_errors=True)
-        (place / name).mkdir(parents=True)
-        return place / name
+        place.mkdir()
+        folder = Path(tempfile.mkdtemp(dir=place)) / name
+        folder.mkdir()
+        return folder
 
     def remove(self) -> None:
         """Remove the folder and all that is in it."""
@@ -162,15 +168,45 @@ class Work:
     def _lock(self, name: str, wait: bool = True) -> Iterator[bool]:
         """Yield whether the lock is held; without ``wait`` it is not while another process holds it."""
         lock = FileLock(self.folder / "locks" / f"{name}.lock")
-        try:
-            lock.acquire(timeout=-1 if wait else 0)
-        except Timeout:
+        if not _acquired(lock, wait):
             yield False
             return
         try:
             yield True
         finally:
             lock.release()
+
+
+def _acquired(lock: BaseFileLock, wait: bool) -> bool:
+    """Acquire a lock, and return whether it is held.
+
+    Raises:
+        CheckpointError: the file system has none that are released when their holder dies.
+    """
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        return False
+    except NotImplementedError as error:  # of older releases of filelock
+        raise _without_locks(lock) from error
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            raise _without_locks(lock) from error
+        raise
+    if isinstance(
+        lock, SoftFileLock
+    ):  # what newer releases make of a lock where there are none: it outlives its holder
+        lock.release()
+        raise _without_locks(lock)
+    return True
+
+
+def _without_locks(lock: BaseFileLock) -> CheckpointError:
+    return CheckpointError(
+        f"{lock.lock_file} on a file system without locks",
+        "one that locks files (flock), for all machines that share the work",
+        "choose an output elsewhere, or mount this file system with locks",
+    )
 
 
 def remove_work(folder: Path) -> None:
@@ -180,14 +216,14 @@ def remove_work(folder: Path) -> None:
         ResumeError: another process is at work there.
     """
     for path in folder.glob("locks/*.lock"):
-        try:
-            FileLock(path).acquire(timeout=0).lock.release()
-        except Timeout:
+        lock = FileLock(path)
+        if not _acquired(lock, wait=False):
             raise ResumeError(
                 f"{folder}, in which another process is at work",
                 "a folder that nobody works in",
                 "wait for it, stop it, or choose another output",
-            ) from None
+            )
+        lock.release()
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle  # noqa: TID251  # of calls to our own processes, as the pool does it
+import platform
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from dbf_compile.errors import CheckpointError, OptionError, ResumeError
 from dbf_compile.files import user_path
@@ -22,7 +25,7 @@ from dbf_compile.machine import cores
 from dbf_compile.options import CompressionConfig, CompressOptions
 from dbf_compile.records import resolve
 from dbf_compile.run.compress import Compressed, compress
-from dbf_compile.run.output import work_folder
+from dbf_compile.run.output import check_output, work_folder
 from dbf_compile.run.work import remove_work
 
 _INTERRUPTED = 130  # exit status
@@ -54,7 +57,11 @@ def compress_in_processes(
         ResumeError: a process was ended from outside.
         CheckpointError: the processes cannot be started.
     """
-    settings, inputs = _settings(output, config, arguments, max(1, cores() // processes))
+    _check_count("processes", processes)
+    settings, inputs = _settings(arguments, config, max(1, cores() // processes))
+    if settings.resume == "never":
+        remove_work(work_folder(user_path(output)))
+        settings = _begun(settings)
     quiet = replace(settings, progress=False)
     first, other = (
         _packed(partial(compress, model, output, config=one, **inputs)) for one in (settings, quiet)
@@ -128,6 +135,8 @@ def compress_on_ray(
 ) -> Compressed:
     """Call ``compress`` in several tasks of a Ray cluster at once; they share the work through the output's folder.
 
+    A task that is lost with its machine is started again, by Ray. The work goes on as long as one is left.
+
     Args:
         model: folder or name of the model, as every machine sees it.
         output: the folder to write, on a file system that every machine sees.
@@ -138,13 +147,67 @@ def compress_on_ray(
 
     Returns:
         What ``compress`` returns.
-    """
-    from dbf_compile.integrations import ray
 
-    settings, inputs = _settings(output, config, {"progress": False, **arguments}, max(1, int(cpus)))
+    Raises:
+        OptionError: Ray is not installed, or a machine does not see what another has written beside the output.
+        ResumeError: all tasks were lost.
+        Exception: any other error of ``compress``.
+    """
+    _check_count("tasks", tasks)
+    try:
+        from dbf_compile.integrations import ray
+    except ImportError as error:
+        raise OptionError(
+            f"tasks={tasks} without Ray ({error})", "Ray installed", "pip install 'dbf-compile[ray]'"
+        ) from error
+    output = user_path(output).absolute()
+    settings, inputs = _settings({"progress": False, **arguments}, config, max(1, int(cpus)))
+    mark = ray.first_result(partial(_begin, output, settings.resume == "never"), 1, cpus, gpus)
+    settings = _begun(settings)
     call = partial(compress, model, output, config=settings, **inputs)
-    results: list[Compressed] = ray.run_tasks(call, tasks, cpus, gpus)
-    return results[0]
+    result: Compressed = ray.first_result(
+        partial(_where_marked, mark, output, Path.cwd(), call), tasks, cpus, gpus
+    )
+    return result
+
+
+def _begin(output: Path, start_over: bool) -> tuple[Path, str]:
+    """Leave a mark where the work is kept, and return it with this machine's name.
+
+    Called on one of the machines that will work: the driver's may not have the folder.
+
+    Args:
+        output: the folder to write.
+        start_over: remove what is there before.
+    """
+    check_output(output)
+    work = work_folder(output)
+    if start_over:
+        remove_work(work)
+    mark = work / "marks" / uuid4().hex
+    if not output.exists():
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    return mark, platform.node()
+
+
+def _where_marked(
+    mark: tuple[Path, str], output: Path, folder: Path, call: Callable[[], Compressed]
+) -> Compressed:
+    """Call ``call`` with the driver's working folder, on a machine that sees the mark or what it stood for.
+
+    Raises:
+        OptionError: this machine sees other files.
+    """
+    path, machine = mark
+    if not (path.exists() or output.exists()):
+        raise OptionError(
+            f"output {output} on {platform.node()}, which does not see what {machine} wrote beside it",
+            "a place on a file system that all machines of the cluster share",
+            "mount one on each, and choose an output there",
+        )
+    with contextlib.chdir(folder) if folder.is_dir() else nullcontext():
+        return call()
 
 
 def _packed(call: partial[Compressed]) -> bytes:
@@ -165,16 +228,20 @@ def _call(packed: bytes) -> Compressed:
 
 
 def _settings(
-    output: str | Path, config: CompressionConfig | None, arguments: Mapping[str, Any], workers: int
+    arguments: Mapping[str, Any], config: CompressionConfig | None, workers: int
 ) -> tuple[CompressOptions, dict[str, Any]]:
-    """Return the options of every worker, and the arguments of ``compress`` that are no options.
-
-    To start over is done here, once: a worker that did so would remove what the others are doing.
-    """
+    """Return the options of every worker, and the arguments of ``compress`` that are no options."""
     inputs = {name: value for name, value in arguments.items() if name in _INPUTS}
     options = {name: value for name, value in arguments.items() if name not in _INPUTS}
     settings = resolve(CompressOptions, config, options)
-    if settings.resume == "never":
-        remove_work(work_folder(user_path(output)))
-        settings = replace(settings, resume="auto")
     return replace(settings, workers=settings.workers or workers), inputs
+
+
+def _begun(settings: CompressOptions) -> CompressOptions:
+    """Return the options for workers where what was there is removed: one that did so again would remove what others are doing."""
+    return replace(settings, resume="auto") if settings.resume == "never" else settings
+
+
+def _check_count(name: str, count: int) -> None:
+    if count < 1:
+        raise OptionError(f"{name}={count}", "1 or more", f"choose {name} for the cores that are there")

@@ -122,37 +122,6 @@ def test_processes_that_share_the_work_write_the_same_files(dense, mode, expecte
     assert weights_of(made.folder) == weights_of(expected)
 
 
-@pytest.mark.slow
-def test_ranks_of_torchrun_share_the_work(dense, independent, tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(RUN)
-    arguments = [
-        str(dense),
-        str(tmp_path / "made"),
-        {**FAST, "data": str(text_of(dense)), "mode": "independent"},
-    ]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launcher, str(script), json.dumps(arguments)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert weights_of(tmp_path / "made") == weights_of(independent.folder)
-
-
-@pytest.mark.slow
-def test_ray_tasks_share_the_work(dense, independent, tmp_path):
-    ray = pytest.importorskip("ray")
-    from dbf_compile.integrations.ray import compress_on_ray  # the former place, which goes on working
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        options = {**FAST, "data": str(text_of(dense)), "mode": "independent"}
-        made = compress_on_ray(str(dense), str(tmp_path / "made"), tasks=2, **options)
-    finally:
-        ray.shutdown()
-    assert weights_of(made.folder) == weights_of(independent.folder)
-
-
 def test_a_model_in_memory_gives_the_same_and_is_left_alone(dense, independent, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(dense)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

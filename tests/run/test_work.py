@@ -1,16 +1,19 @@
 """Durable results: made once, by one, whole or not at all, and only for what they were begun for."""
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
 import threading
 import time
 
+import filelock
 import pytest
 from support.strategies import random_factors
 
-from dbf_compile.errors import ResumeError
+from dbf_compile.errors import CheckpointError, ResumeError
 from dbf_compile.run.work import Work
 
 FINGERPRINT = {"model": "m", "data": "d", "settings": {"bits": 2.0}}
@@ -83,6 +86,35 @@ def test_an_unfinished_folder_of_a_killed_run_is_removed(work):
     assert not any(work.new_folder("model").iterdir())
     work.remove()
     assert not folder.parent.exists()
+
+
+def test_an_unfinished_folder_of_a_machine_whose_locks_are_not_seen_is_not_moved_into_place(work, tmp_path):
+    mine, other = work.new_folder("model"), work.new_folder("model")
+    (other / "half").touch()
+    with pytest.raises(FileNotFoundError):
+        mine.rename(tmp_path / "model")
+    assert mine.name == other.name == "model"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_a_file_system_without_locks_is_refused_before_any_work(tmp_path, monkeypatch, number):
+    def no_lock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", no_lock)
+    with pytest.raises(CheckpointError, match="file system without locks"):
+        Work(tmp_path / "work", FINGERPRINT)
+    assert list((tmp_path / "work").rglob("*.safetensors")) == []
+
+
+def test_a_lock_that_fails_for_another_reason_says_so(work, monkeypatch):
+    def denied(*_, **__):
+        raise PermissionError(errno.EPERM, "denied")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", denied)
+    with pytest.raises(PermissionError, match="denied"):
+        work.factors("a", made)
 
 
 @pytest.mark.parametrize("damage", [b"", b"nonsense", None], ids=["empty", "other", "cut"])

@@ -135,3 +135,36 @@ def test_to_start_over_is_done_once_and_not_by_every_process(monkeypatch, tmp_pa
 def test_what_cannot_be_sent_is_refused(unfit):
     with pytest.raises(OptionError, match="processes=1"):
         workers.compress_in_processes("model", "output", processes=2, bits=2.0, data=unfit)
+
+
+@pytest.mark.parametrize(("call", "words"), [
+    (partial(workers.compress_in_processes, processes=0), "processes=0"),
+    (partial(workers.compress_on_ray, tasks=0), "tasks=0"),
+])  # fmt: skip
+def test_no_worker_at_all_is_refused(call, words):
+    with pytest.raises(OptionError, match=f"{words}; allowed: 1 or more"):
+        call("model", "output", bits=2.0)
+
+
+def test_a_machine_that_sees_other_files_is_refused(tmp_path):
+    mark = workers._begin(tmp_path / "output", start_over=False)
+    call = partial(workers._where_marked, mark, folder=tmp_path, call=Path.cwd)
+    assert call(tmp_path / "output") == tmp_path  # relative paths begin where the driver's do
+    mark[0].unlink()
+    with pytest.raises(OptionError, match=r"does not see what .* wrote beside it.*share"):
+        call(tmp_path / "output")
+    (tmp_path / "output").mkdir()  # a task that starts when another has ended
+    assert call(tmp_path / "output") == tmp_path
+
+
+def test_a_mark_is_left_where_work_is_to_be_done_alone(tmp_path):
+    work = Work(tmp_path / "output.work", {"model": "m"})
+    mark, _ = workers._begin(tmp_path / "output", start_over=True)
+    assert [path.name for path in work.folder.iterdir()] == ["marks"] and mark.exists()
+    Work(work.folder, {"model": "m"})  # it is no damaged result
+    with pytest.raises(OptionError, match="no folder"):
+        workers._begin(tmp_path / "none" / "output", start_over=False)
+    done = tmp_path / "done"
+    done.mkdir()
+    (done / "dbf_report.json").touch()
+    assert not workers._begin(done, start_over=False)[0].parent.parent.exists()
