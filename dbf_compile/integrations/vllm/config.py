@@ -11,7 +11,7 @@ import torch
 from vllm import envs
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
-from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.linear import LinearBase, ReplicatedLinear
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
@@ -21,6 +21,7 @@ from dbf_compile.integrations.content import METHOD, check_content, check_index
 from dbf_compile.integrations.transformers import DBFConfig
 from dbf_compile.integrations.vllm.experts import ExpertsMethod
 from dbf_compile.integrations.vllm.linear import DenseLinearMethod, FactoredLinearMethod
+from dbf_compile.integrations.vllm.split import SplitLinearMethod
 from dbf_compile.integrations.vllm.vocabulary import VocabularyMethod
 
 _log = logging.getLogger(__name__)
@@ -90,7 +91,8 @@ class VLLMConfig(QuantizationConfig):
         if isinstance(layer, LinearBase):
             names = self._names(prefix)
             if any(name in self.layers for name in names):
-                return self._factored(names)
+                split = _settings().get("split_stages") and not isinstance(layer, ReplicatedLinear)
+                return self._factored(names, SplitLinearMethod if split else FactoredLinearMethod)
             return DenseLinearMethod(names)
         if isinstance(layer, RoutedExperts):
             names = [name for name in self.layers if name.startswith(f"{prefix}.")]
@@ -129,9 +131,9 @@ class VLLMConfig(QuantizationConfig):
             _log.info("this rank holds %.0f %% of the signs of factored linear layers", 100 * share)
         return WeightsMapper()
 
-    def _factored(self, names: Sequence[str]) -> FactoredLinearMethod:
+    def _factored(self, names: Sequence[str], kind: type[FactoredLinearMethod]) -> FactoredLinearMethod:
         self.served.update(names)
-        self._methods.append(FactoredLinearMethod(names, self.layers))
+        self._methods.append(kind(names, self.layers))
         return self._methods[-1]
 
     def _names(self, prefix: str) -> Sequence[str]:
@@ -144,8 +146,23 @@ class VLLMConfig(QuantizationConfig):
 
     def _vocabulary(self, layer: VocabParallelEmbedding, prefix: str) -> QuantizeMethodBase | None:
         if prefix in self.layers and isinstance(layer, ParallelLMHead):
-            return self._factored([prefix])
+            return self._factored([prefix], FactoredLinearMethod)
         return VocabularyMethod() if self.tables and (not prefix or prefix in self.tables) else None
+
+
+def _settings() -> dict[str, Any]:
+    """Return what the user gave as ``additional_config={"dbf": ...}``.
+
+    Raises:
+        OptionError: it has something else than is known.
+    """
+    user = get_current_vllm_config().additional_config
+    settings = user.get("dbf", {}) if isinstance(user, dict) else {}
+    if not isinstance(settings, dict) or set(settings) - {"split_stages"}:
+        raise OptionError(
+            f"additional_config with dbf={settings!r}", '{"split_stages": true}', "take out the rest"
+        )
+    return settings
 
 
 def _renamed(entries: dict[str, Any], mapper: Any, owner: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from dbf_compile.errors import CheckpointError, ConversionError
 from dbf_compile.factors import factor_shapes
 from dbf_compile.linear import WEIGHT_PLACEHOLDER
-from dbf_compile.signs import deinterleave, interleave, slice_columns
+from dbf_compile.signs import WORD_BITS, deinterleave, interleave, slice_columns, words_per_row
 
 _DAMAGED = "copy the folder again, or compress the model again"
 
@@ -67,6 +67,12 @@ def own_range(whole: int, own: int, rank: int, ranks: int) -> slice:
         )
     first = rank * (whole // own) // ranks * own
     return slice(first, first + own)
+
+
+def middle_range(mid_features: int, rank: int, ranks: int) -> tuple[slice, int]:
+    """Return which part of R a rank holds where it is split, and how many that are with padding: whole words, as many on each."""
+    count = words_per_row(-(-mid_features // ranks)) * WORD_BITS
+    return slice(min(rank * count, mid_features), min((rank + 1) * count, mid_features)), count
 
 
 def own_ranges(wholes: Sequence[int], owns: Sequence[int], rank: int, ranks: int) -> list[slice]:

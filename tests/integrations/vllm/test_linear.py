@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,21 +12,17 @@ from torch import Tensor
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 import vllm.model_executor.layers.linear as vllm_linear
-import vllm.model_executor.parameter as vllm_parameter
 from support.strategies import random_factors
+from support.vllm_layers import Weights, config_of, dense, load
+from support.vllm_layers import as_rank as become
 from vllm.config import VllmConfig, set_current_vllm_config
 
 from dbf_compile.errors import CheckpointError, ConversionError
-from dbf_compile.factors import FIRST_STAGE, SIGN_NAMES, DoubleBinaryFactors
-from dbf_compile.integrations.transformers import DBFConfig, layer_table
-from dbf_compile.integrations.vllm.config import VLLMConfig
 from dbf_compile.integrations.vllm.linear import _load
 from dbf_compile.kernels.sign_matmul import cpu_kernel
-from dbf_compile.signs import interleave
 
 K, HEAD = 88, 24  # 44 and 22 columns a rank, 24 rows a head: no multiples of 32 or 16
 RANKS = (1, 2, 4)
-Weights = Mapping[str, DoubleBinaryFactors | Tensor]
 
 
 @pytest.fixture(autouse=True)
@@ -36,45 +33,9 @@ def current_config() -> Iterator[None]:
 
 @pytest.fixture
 def as_rank(monkeypatch: pytest.MonkeyPatch) -> Any:
-    def become(rank: int, ranks: int) -> None:
-        for module in (vllm_linear, vllm_parameter):
-            monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
-            monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: ranks)
-        # What a rank computes is what is asked for here.
-        monkeypatch.setattr(vllm_linear, "tensor_model_parallel_all_reduce", lambda x: x)
-
-    return become
-
-
-def config_of(weights: Weights, fused: Mapping[str, Sequence[str]]) -> VLLMConfig:
-    factors = {f"block.{name}": one for name, one in weights.items() if isinstance(one, DoubleBinaryFactors)}
-    config = VLLMConfig(DBFConfig(layer_table(factors)))
-    config.packed_modules_mapping = {name: list(parts) for name, parts in fused.items()}
-    return config
-
-
-def load(layer: Any, weights: Weights, shards: Sequence[str | int | None]) -> Any:
-    """Give a layer the tensors of its projections as vLLM does, and let it finish."""
-    owners: dict[int, str] = {}
-    for (name, one), shard in zip(weights.items(), shards, strict=True):
-        if isinstance(one, Tensor):
-            stored = {"weight": one}
-        else:
-            owner = owners.setdefault(id(one.signs_in), name)
-            stored = {"weight": torch.empty(one.out_features, 0)} | {
-                key: interleave(tensor) if key in SIGN_NAMES else tensor
-                for key, tensor in one.tensors().items()
-                if owner == name or key not in FIRST_STAGE
-            }
-        for key, tensor in stored.items():
-            parameter = getattr(layer, key)
-            parameter.weight_loader(parameter, tensor, *([] if shard is None else [shard]))
-    layer.quant_method.process_weights_after_loading(layer)
-    return layer
-
-
-def dense(weights: Weights) -> list[Tensor]:
-    return [one.double() if isinstance(one, Tensor) else one.dense(torch.float64) for one in weights.values()]
+    # What a rank computes is what is asked for here.
+    monkeypatch.setattr(vllm_linear, "tensor_model_parallel_all_reduce", lambda x: x)
+    return partial(become, monkeypatch)
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
