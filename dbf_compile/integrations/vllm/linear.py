@@ -178,13 +178,8 @@ class DenseLinearMethod(UnquantizedLinearMethod):
 
     def create_weights(self, layer: Any, *args: Any, weight_loader: Any, **attributes: Any) -> None:
         """Create the weight, and note what is loaded."""
-        layer.dbf_loaded = set()
-
-        def load(parameter: Any, tensor: Tensor, *shard: Any) -> None:
-            weight_loader(parameter, tensor, *shard)
-            layer.dbf_loaded.update(shard or (None,))
-
-        super().create_weights(layer, *args, weight_loader=load, **attributes)
+        layer.dbf_loaded, layer.dbf_loader = set(), weight_loader
+        super().create_weights(layer, *args, weight_loader=MethodType(_load_dense, layer), **attributes)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check that the weight was loaded.
@@ -272,6 +267,11 @@ def finish(layer: Any, projections: Sequence[Projection], device: torch.device) 
     for owner, members in groupby(projections, lambda one: one.owner):
         layer.dbf_groups.append(_register(layer, [one.tensors for one in members], stages.get(owner), device))
     _prepare(layer, device)
+
+
+def _load_dense(layer: Any, parameter: Any, tensor: Tensor, *shard: Any, **named: Any) -> None:
+    layer.dbf_loader(parameter, tensor, *shard, **named)
+    layer.dbf_loaded.update((*shard, *named.values()) or (None,))
 
 
 def _check_factors(name: str, tensors: Mapping[str, Tensor]) -> None:
