@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from dbf_compile.errors import OptionError
@@ -43,7 +44,7 @@ def check_place(output: Path, source: Path | None, least: int) -> None:
     Args:
         output: the folder to write.
         source: the folder of the model that it is made of, or None.
-        least: bytes that the work takes at the very least.
+        least: bytes that the work takes at the very least, with what is done already.
 
     Raises:
         OptionError: it cannot lie there.
@@ -55,7 +56,7 @@ def check_place(output: Path, source: Path | None, least: int) -> None:
             "choose another output",
         )
     free = shutil.disk_usage(output.parent).free
-    if free < least:
+    if free < least and free + _size(work_folder(output)) < least:
         raise OptionError(
             f"output {output}, where {free:,} bytes are free",
             f"{least:,} bytes at the very least",
@@ -68,6 +69,15 @@ def existing(output: Path) -> OptionError:
     return OptionError(
         f"output {output}, which exists", "a path where nothing is", "remove it, or choose another"
     )
+
+
+def _size(folder: Path) -> int:
+    """Return the bytes of all files in a folder, which other processes may be writing."""
+    size = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            size += path.lstat().st_size
+    return size
 
 
 def _check_work(folder: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from dbf_compile.errors import OptionError
-from dbf_compile.run.output import check_output, work_folder
+from dbf_compile.run.output import check_output, check_place, work_folder
 from dbf_compile.run.report import REPORT
 
 
@@ -44,3 +46,15 @@ def test_places_where_none_can_be(tmp_path: Path, name: str, words: str) -> None
         (tmp_path / link).symlink_to("nowhere")
     with pytest.raises(OptionError, match=words):
         check_output(tmp_path / name)
+
+
+def test_room_is_needed_for_what_is_not_done_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=700))
+    check_place(tmp_path / "new", None, 700)
+    with pytest.raises(OptionError, match="700 bytes are free; allowed: 1,000 bytes"):
+        check_place(tmp_path / "new", None, 1000)
+    (work_folder(tmp_path / "new") / "locks").mkdir(parents=True)
+    (work_folder(tmp_path / "new") / "state").write_bytes(bytes(400))
+    check_place(tmp_path / "new", None, 1000)
+    with pytest.raises(OptionError, match="the model's own folder"):
+        check_place(tmp_path / "new", tmp_path, 0)
