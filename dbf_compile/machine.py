@@ -53,13 +53,14 @@ def all_cores() -> Iterator[None]:
 
 
 def chosen_device(device: torch.device | str | None) -> torch.device:
-    """Return ``device``; for None this rank's GPU if CUDA is available, else the CPU."""
-    if device is not None:
+    """Return ``device``; for None, and for "cuda" where there are ranks, this rank's GPU; for None the CPU if there is no GPU."""
+    rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")  # of torchrun, or of srun
+    has_gpu = torch.cuda.is_available()
+    if device is not None and not (str(device) == "cuda" and rank and has_gpu):
         return with_index(device)
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"  # of torchrun, or of srun
-    return torch.device("cuda", int(rank) % torch.cuda.device_count())
+    return (
+        torch.device("cuda", int(rank or "0") % torch.cuda.device_count()) if has_gpu else torch.device("cpu")
+    )
 
 
 def with_index(device: torch.device | str) -> torch.device:

@@ -37,6 +37,12 @@ def test_every_local_rank_has_its_gpu(two_gpus, monkeypatch, ranks, index):
     for name, rank in ranks.items():
         monkeypatch.setenv(name, rank)
     assert machine.chosen_device(None) == torch.device("cuda", index)
+    if ranks:  # else "cuda" is the current one
+        assert (
+            machine.chosen_device("cuda")
+            == machine.chosen_device(torch.device("cuda"))
+            == torch.device("cuda", index)
+        )
 
 
 def test_a_device_that_is_named_is_taken_and_has_the_index_of_its_tensors(two_gpus):

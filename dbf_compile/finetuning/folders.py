@@ -28,7 +28,7 @@ from dbf_compile.machine import all_cores, chosen_device
 from dbf_compile.options import FinetuneConfig
 from dbf_compile.progress import over, say
 from dbf_compile.records import resolve
-from dbf_compile.run.output import work_folder
+from dbf_compile.run.output import existing, work_folder
 from dbf_compile.run.page import write_report
 from dbf_compile.run.report import PAGE, REPORT, Evaluation, Report, StageRow
 from dbf_compile.run.verification import differences
@@ -115,8 +115,15 @@ def finetune(
 
 
 def _finetuned(request: Request, ranks: Ranks) -> Finetuned:
-    settings, output = request.config, request.output
     work = _work(request, ranks)
+    with work.alone("finetune") if ranks.rank == 0 else nullcontext():
+        if ranks.rank == 0 and request.output.exists():  # since the request was checked
+            raise existing(request.output)
+        return _trained(request, ranks, work)
+
+
+def _trained(request: Request, ranks: Ranks, work: Work) -> Finetuned:
+    settings, output = request.config, request.output
     student = request.student()
     dtype = training_dtype(student, request.device)
     learner = Learner(student, request.teacher, settings, dtype, ranks)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _CPU = torch.device("cpu")
 
 
@@ -63,7 +64,8 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     if dist.is_available() and dist.is_initialized():
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)
         return
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not dist.is_available():
+    is_started = all(name in os.environ for name in _VARIABLES) and int(os.environ["WORLD_SIZE"]) > 1
+    if not (is_started and dist.is_available()):
         yield Ranks()
         return
     if device.type == "cuda":

@@ -147,6 +147,18 @@ class Work:
         with self._lock(name):
             yield
 
+    @contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """Let this process into the block ``name``, unless another one is in it.
+
+        Raises:
+            ResumeError: it is.
+        """
+        with self._lock(name, wait=False) as held:
+            if not held:
+                raise _at_work(self.folder)
+            yield
+
     def new_folder(self, name: str) -> Path:
         """Return an empty folder of that name; one process at a time may call this. What a killed one left is removed.
 
@@ -218,13 +230,17 @@ def remove_work(folder: Path) -> None:
     for path in folder.glob("locks/*.lock"):
         lock = FileLock(path)
         if not _acquired(lock, wait=False):
-            raise ResumeError(
-                f"{folder}, in which another process is at work",
-                "a folder that nobody works in",
-                "wait for it, stop it, or choose another output",
-            )
+            raise _at_work(folder)
         lock.release()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _at_work(folder: Path) -> ResumeError:
+    return ResumeError(
+        f"{folder}, in which another process is at work",
+        "a folder that nobody works in",
+        "wait for it, stop it, or choose another output",
+    )
 
 
 class WorkStore:

@@ -15,7 +15,7 @@ from support.models.pretrained import weights_of
 transformers = pytest.importorskip("transformers")
 
 import dbf_compile  # noqa: E402
-from dbf_compile.errors import OptionError  # noqa: E402
+from dbf_compile.errors import OptionError, ResumeError  # noqa: E402
 from dbf_compile.finetuning import training  # noqa: E402
 from dbf_compile.finetuning.folders import is_better  # noqa: E402
 
@@ -79,6 +79,22 @@ def test_a_run_that_stops_goes_on_with_the_same_bits(start, result, monkeypatch)
     assert weights_of(again.folder) == weights_of(result.folder)
     assert again.course.judged == result.course.judged
     assert not output.with_name("stopped.work").exists()
+
+
+def test_two_runs_of_one_output_do_not_meet(start, monkeypatch):
+    output = start["folder"].with_name("taken")
+    judge = training.Training._judge
+
+    def begin_another(run):
+        monkeypatch.setattr(training.Training, "_judge", judge)
+        for resume in ("auto", "never"):
+            with pytest.raises(ResumeError, match="another process is at work"):
+                dbf_compile.finetune(**start, output=output, **SHORT, resume=resume)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.Training, "_judge", begin_another)
+    with pytest.raises(KeyboardInterrupt):
+        dbf_compile.finetune(**start, output=output, **SHORT)
 
 
 def test_nothing_is_written_where_nothing_gets_better(start):

@@ -20,4 +20,7 @@ def test_alone_nothing_is_joined(monkeypatch):
         ranks.sum_([total])
         ranks.wait()
         assert total.tolist() == [1, 1] and ranks.broadcast("x") == "x"
-    assert not torch.distributed.is_initialized()
+    monkeypatch.setenv("WORLD_SIZE", "2")  # of something else than a launcher of processes
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with joined(torch.device("cpu")) as ranks:
+        assert ranks.size == 1 and not torch.distributed.is_initialized()

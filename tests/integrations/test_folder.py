@@ -86,7 +86,7 @@ def test_a_place_that_cannot_be_written_is_refused(dense: Path, tmp_path: Path, 
 
 def test_a_disk_without_room_is_refused(dense: Path, tmp_path: Path, monkeypatch: Any) -> None:
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("dbf_compile.run.request.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     with pytest.raises(OptionError, match="1,000 bytes are free"):
         request(dense, tmp_path / "made", bits=2.0)
 
