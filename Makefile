@@ -22,7 +22,7 @@ test: $(VENV)/.test
 # Serving with vLLM, in an environment of its own: its versions of other libraries are not ours. That takes 2 minutes and 3.4 GB
 # once, the tests at most 5 minutes.
 test-vllm: .vllm/.done
-	PYTHONSAFEPATH=1 .vllm/bin/python -m pytest tests/integrations/vllm tests/end_to_end/test_vllm.py --durations=10
+	PYTHONSAFEPATH=1 .vllm/bin/python -m pytest tests/integrations/vllm tests/end_to_end/test_vllm.py 'tests/end_to_end/test_examples.py::test_an_example_runs[serve]' --durations=10
 
 # The core, in at most 90 seconds on two cores: bits, factors, factorizer, passes, kernels on the CPU, files, options, and
 # models compiled from end to end.

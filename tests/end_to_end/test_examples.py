@@ -17,8 +17,11 @@ SHOWS = {
     "compile_your_module": "compiled and eager differ by",
     "compress_language_model": "top1_agreement",
     "sentence_encoder": "cosine with the dense embeddings",
+    "serve": "answer: ",
     "train_lora": "at the end  loss",
 }
+
+NEEDS = {"serve": "vllm", "train_lora": "peft"}  # packages that may be absent
 
 
 def test_there_are_examples_of_everything():
@@ -35,8 +38,8 @@ def test_an_example_is_short(path: Path):
 def test_an_example_runs(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    if path.stem == "train_lora":
-        pytest.importorskip("peft")
+    if path.stem in NEEDS:
+        pytest.importorskip(NEEDS[path.stem])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(path)])
     runpy.run_path(str(path), run_name="__main__")
