@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from vllm import envs
 from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, ReplicatedLinear
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
@@ -24,7 +24,7 @@ from dbf_compile.integrations.vllm.linear import DenseLinearMethod, FactoredLine
 from dbf_compile.integrations.vllm.split import SplitLinearMethod
 from dbf_compile.integrations.vllm.vocabulary import VocabularyMethod
 
-_log = logging.getLogger(__name__)
+_log = init_logger("vllm.dbf_compile")  # vLLM shows what comes from below its own name
 
 
 class VLLMConfig(QuantizationConfig):
