@@ -25,8 +25,14 @@ def user_path(name: str | Path) -> Path:
     """Return a path as users write it: ``~`` is their home.
 
     Raises:
-        OptionError: an empty name, which would be the current folder.
+        OptionError: an empty name, which would be the current folder, or something else than a path.
     """
+    if not isinstance(name, (str, os.PathLike)):
+        raise OptionError(
+            f"a {type(name).__name__} in place of a path",
+            "a path, or a name on the Hub",
+            "save the model first, with save_pretrained, if it is one",
+        )
     if not str(name):
         raise OptionError(
             "an empty path", "a path, or . for the current folder", "look for a variable without a value"

@@ -15,7 +15,7 @@ from typing import Any
 KINDS = ("encyclopedia", "web", "stories", "code", "dialogues")
 OWN_TEXT = "own text"  # of the model, which writes many kinds
 OTHER = "other"  # sources whose kind was not said, beside others whose was
-_KIND_AND_SOURCE = re.compile(r"([A-Za-z][A-Za-z0-9_-]*)=(.+)", re.DOTALL)
+_KIND_AND_SOURCE = re.compile(r"([^\W\d_][\w-]*)=(.+)", re.DOTALL)
 
 
 def parse_sources(values: Sequence[str]) -> dict[str, list[str]]:

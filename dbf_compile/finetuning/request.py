@@ -78,11 +78,11 @@ class Request:
         """
         from dbf_compile.integrations import pretrained, rewriting
 
-        folder = user_path(places[0])
-        output = default_output(folder) if places[1] is None else user_path(places[1])
+        output = default_output(places[0]) if places[1] is None else user_path(places[1])
         check_output(output)
         if output.exists():
             raise existing(output)
+        folder = pretrained.local_folder(places[0])
         say(f"opening {folder} and the dense model", config.progress)
         model = pretrained.open_any(folder, config.trust_remote_code)
         _check_learns(model, folder)
@@ -151,8 +151,9 @@ class Request:
 
 
 def default_output(folder: str | Path) -> Path:
-    """Return the folder that is written where none is named."""
-    path = user_path(folder).absolute()
+    """Return the folder that is written where none is named; for a model of the Hub it lies in the current folder."""
+    path = user_path(folder)
+    path = path.absolute() if path.exists() else Path.cwd() / path.name.partition("@")[0]
     return path.with_name(f"{path.name}-finetuned")
 
 

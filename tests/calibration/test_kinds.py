@@ -16,10 +16,11 @@ def test_every_source_stands_under_its_kind_in_order(pairs):
 
 
 def test_a_source_without_a_kind_is_another(tmp_path):
-    assert parse_sources(["a.txt", "code=b.py", "./c=d.txt", "medicine=e.txt"]) == {
+    assert parse_sources(["a.txt", "code=b.py", "./c=d.txt", "medicine=e.txt", "märchen=f.txt"]) == {
         OTHER: ["a.txt", "./c=d.txt"],
         "code": ["b.py"],
         "medicine": ["e.txt"],
+        "märchen": ["f.txt"],
     }
     path = tmp_path / "code=b.py"
     path.touch()

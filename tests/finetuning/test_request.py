@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from support.models.compressed import SHORT, compressed_folder
+from support.models.tiny import tiny_llama
 
 pytest.importorskip("transformers")
 
@@ -23,7 +24,9 @@ def start(tmp_path_factory):
 
 def test_the_usual_output_lies_beside_the_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a" / "b").mkdir(parents=True)
     assert default_output("a/b/") == tmp_path / "a" / "b-finetuned"
+    assert default_output("me/qwen-2bit@main") == tmp_path / "qwen-2bit-finetuned"
     assert default_output(".") == tmp_path.with_name(f"{tmp_path.name}-finetuned")
 
 
@@ -35,6 +38,13 @@ def test_a_folder_without_report_needs_the_dense_model(start):
 def test_a_dense_folder_is_refused(start):
     with pytest.raises(ConversionError, match="no layer is factored"):
         dbf_compile.finetune(start["dense"], start["data"], dense=start["dense"], **SHORT)
+
+
+def test_a_model_in_memory_is_no_folder(start):
+    model = tiny_llama(1)
+    for places in ({"folder": model}, {"dense": model}, {"output": 5}):
+        with pytest.raises(OptionError, match="in place of a path"):
+            dbf_compile.finetune(**{**start, **places}, **SHORT)
 
 
 def test_text_is_needed(start):
