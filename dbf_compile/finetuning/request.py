@@ -125,7 +125,7 @@ class Request:
         own = self.reading.own
         if own is None:
             return self.reading
-        key = {"model": self.content, "text": own.fingerprint()}
+        key = {"model": self.content, "text": own.fingerprint(), "program": source_hash("dbf_compile")}
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()
         work = Work(self.cache / "text" / name[:40], key)
         return self.reading.written(self.teacher_model, work, self.device, self.config)
