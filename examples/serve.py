@@ -23,8 +23,7 @@ SERVER = ("-m", "vllm.entrypoints.openai.api_server", "--port", "8123", "--serve
 
 
 def tiny_folder(place: Path) -> Path:
-    """Write a random Llama with a tokenizer of words and a chat template; return it compressed."""
-    # vLLM's attention on CPUs knows heads of 32, 64, 80, 96, 112, 128 and more features.
+    """Write a random Llama with a tokenizer of words and a chat template; return it compressed. vLLM on CPUs takes heads of 64."""
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = transformers.LlamaConfig(vocab_size=8, bos_token_id=None, eos_token_id=None, **sizes)
     transformers.LlamaForCausalLM(config).save_pretrained(place / "dense")
@@ -44,13 +43,17 @@ def main() -> None:
         server = subprocess.Popen([sys.executable, *SERVER, "--model", *arguments])
         chats = openai.OpenAI(base_url="http://localhost:8123/v1", api_key="none").chat.completions
         messages = [{"role": "user", "content": "why is the sky blue ?"}]
-        while server.poll() is None:
-            try:
-                parts = chats.create(model="small", messages=messages, max_tokens=32, stream=True)
-                print("answer:", "".join(part.choices[0].delta.content or "" for part in parts))
-                server.terminate()
-            except openai.APIConnectionError:  # it is not there yet
-                time.sleep(1)
+        try:
+            while server.poll() is None:
+                try:
+                    parts = chats.create(model="small", messages=messages, max_tokens=32, stream=True)
+                    print("answer:", "".join(part.choices[0].delta.content or "" for part in parts))
+                    break
+                except openai.APIConnectionError:  # it is not there yet
+                    time.sleep(1)
+        finally:
+            server.terminate()
+            server.wait()
 
 
 if __name__ == "__main__":
