@@ -165,6 +165,8 @@ def compress(
 
     dbf-compile finetune qwen-2bit --data web=pages.jsonl --data code=src.py --tokens 2000000
 
+    dbf-compile finetune qwen-2bit --tokens 200000
+
     torchrun --nproc-per-node 8 -m dbf_compile.cli finetune qwen-2bit --data text.jsonl --batch 64
 """
 )

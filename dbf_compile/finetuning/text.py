@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -68,7 +69,8 @@ class Text:
             checked(model, [{"input_ids": part.long()} for part in windows])
         if counts[OWN_TEXT]:
             kept = max(1, min(config.holdout, counts[OWN_TEXT] // 4))  # a fifth of all, as of data
-            own = OwnText.of(model, tokenizer, config, length, (counts[OWN_TEXT], kept))
+            fresh = replace(config, seed=_other_seed(config.seed))
+            own = OwnText.of(model, tokenizer, fresh, length, (counts[OWN_TEXT], kept))
             text = replace(text, own=own)
         return text._mixed(config.seed)
 
@@ -96,6 +98,11 @@ class Text:
     def _mixed(self, seed: int) -> Text:
         order = torch.randperm(len(self.learning), generator=torch.Generator().manual_seed(seed))
         return replace(self, learning=self.learning[order])
+
+
+def _other_seed(seed: int) -> int:
+    """Return a seed for text that is fresh where ``compress`` has had the model write with the same one."""
+    return int.from_bytes(hashlib.sha256(f"finetune {seed}".encode()).digest()[:7])
 
 
 def _read(data: Any, tokenizer: Any, config: FinetuneConfig, length: int, count: int) -> Text:

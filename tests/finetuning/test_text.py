@@ -10,7 +10,8 @@ from support.models.tiny import tiny_llama
 from dbf_compile.calibration.kinds import OWN_TEXT
 from dbf_compile.errors import ConversionError, OptionError
 from dbf_compile.finetuning.text import Text
-from dbf_compile.options import FinetuneConfig
+from dbf_compile.options import CompressOptions, FinetuneConfig
+from dbf_compile.run.own_text import OwnText
 from dbf_compile.run.work import Work
 
 KINDS = {"web": [list(range(1, 61))], "code": [list(range(101, 241))]}
@@ -72,6 +73,15 @@ def test_without_data_the_dense_model_writes_all_and_beside_it_what_is_asked_for
         assert {kind: len(windows) for kind, windows in text.judging.items()} == sizes
         again = Text.read(data, None, model, config).written(model, work, torch.device("cpu"), config)
         assert torch.equal(again.learning, text.learning)
+
+
+def test_own_text_is_not_that_which_the_model_was_calibrated_with():
+    config = FinetuneConfig(length=10, tokens=80, seed=3)
+    own = Text.read(None, None, tiny_llama(1), config).own
+    same = CompressOptions(length=10, seed=3)
+    calibrated = OwnText.of(tiny_llama(1), None, same, 10, (own.calibrating, own.judging))
+    texts = [set(map(tuple, one.writer.write(range(4)).tolist())) for one in (own, calibrated)]
+    assert texts[0].isdisjoint(texts[1])
 
 
 def test_the_name_of_own_text_is_no_kind_of_data(tmp_path):
