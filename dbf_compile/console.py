@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from dbf_compile.chat import Conversation
-from dbf_compile.errors import DBFError
+from dbf_compile.errors import DBFError, OptionError
 from dbf_compile.files import user_path
 from dbf_compile.progress import say
 from dbf_compile.terminal import streamed_text
@@ -29,6 +29,7 @@ HELP = """\
 A line that ends with \\ goes on in the next one. Between two lines of \"\"\" there may be any lines.
 A message that begins with / needs a space before it. Ctrl-C stops an answer."""
 _QUOTES = '"""'
+_TERMINAL_LINE_BYTES = 4095  # of a line that nobody edits; Linux drops what is typed after them
 _IMPATIENT_SECONDS = 0.5  # in which several Ctrl-C mean one
 _PASTE_SECONDS = 0.05  # between the lines of a paste; nobody types a line in that time
 
@@ -71,6 +72,11 @@ class Console:
             except EOFError:
                 self._note("", self._is_terminal)
                 return
+            except OptionError as error:
+                while _more_is_there():  # the rest of a paste is no message of its own
+                    sys.stdin.readline()
+                self._note(f"error: {error}", True)
+                continue
             except KeyboardInterrupt:
                 if not self._is_terminal:
                     raise
@@ -114,14 +120,24 @@ class Console:
         return f" {text}" if text.startswith("/") else text
 
     def _line(self, prompt: str) -> str:
-        if self._is_terminal and sys.stdout.isatty():
-            return input(prompt)  # with history and editing, if the module readline was imported
-        if self._is_terminal:
-            print(prompt, end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            raise EOFError
-        return line.rstrip("\r\n")
+        shows_prompts = self._is_terminal and sys.stdout.isatty()
+        if shows_prompts:
+            line = input(prompt)  # with history and editing, if the module readline was imported
+        else:
+            if self._is_terminal:
+                print(prompt, end="", file=sys.stderr, flush=True)
+            line = sys.stdin.readline()
+            if not line:
+                raise EOFError
+            line = line.rstrip("\r\n")
+        is_edited = shows_prompts and "readline" in sys.modules
+        if self._is_terminal and not is_edited and len(line.encode(errors="replace")) >= _TERMINAL_LINE_BYTES:
+            raise OptionError(
+                f"a line of {_TERMINAL_LINE_BYTES} bytes, where terminals cut lines off",
+                "shorter lines",
+                f"put the lines of a long message between two lines of {_QUOTES}, or pass it through a pipe",
+            )
+        return line
 
     def _answer(self, message: str) -> None:
         with _one_interrupt():

@@ -196,7 +196,8 @@ def _read(rows: Tensor, ids: Tensor, columns: int, kind: str, dtype: torch.dtype
         raise KernelInputError(
             f"ids of dtype {ids.dtype}", "int32 or int64", "pass ids of rows, as to nn.Embedding"
         )
-    if torch.jit.is_tracing():  # TorchScript has no view as another dtype
+    # TorchScript has no view as another dtype.
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         raise ConversionError(
             "torch.jit.trace of an embedding that is a quantized table",
             "torch.compile and torch.export",

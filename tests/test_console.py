@@ -211,6 +211,20 @@ def test_pasted_lines_are_one_message(terminal):
     assert console.status() == 0
 
 
+def test_what_the_terminal_cuts_off_is_no_message(terminal):
+    console = terminal(stdout=os.devnull)  # on a terminal the module readline edits lines of any length
+    console.expect("> ")
+    console.type("first\n" + "x" * 6000 + "\nlast\n")
+    console.expect("error: a line of 4095 bytes, where terminals cut lines off")
+    console.expect("> ")
+    console.type("next\n")
+    assert "[" not in console.expect("next\r\n")  # nothing was answered in between
+    console.expect("tokens/s")
+    console.expect("> ")
+    console.type("/exit\n")
+    assert console.status() == 0
+
+
 def test_prompts_are_no_part_of_a_file(terminal, tmp_path):
     console = terminal(stdout=tmp_path / "answers")
     console.expect("> ")

@@ -40,9 +40,7 @@ def open_dense(folder: Path, trust_remote_code: bool = False) -> nn.Module:
         CheckpointError: its files are damaged, or do not hold the tensors of its class.
     """
     if has_adapter(folder):
-        raise ConversionError(
-            f"{folder} with an adapter that is not merged ({_ADAPTER})", "a dense model", _MERGE
-        )
+        raise _unmerged(folder)
     config = _config_of(folder, trust_remote_code)
     if (getattr(config, "quantization_config", None) or {}) != {}:
         raise ConversionError(
@@ -124,8 +122,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def _unmerged(folder: Path) -> ConversionError:
+    return ConversionError(
+        f"{folder} with an adapter that is not merged ({_ADAPTER})", "a dense model", _MERGE
+    )
+
+
 def _config_of(folder: Path, trust_remote_code: bool) -> Any:
     if not (folder / "config.json").is_file():
+        if has_adapter(folder):
+            raise _unmerged(folder)
         raise ConversionError(
             f"{folder} without config.json", "the folder of a pretrained model", "check the path"
         )
@@ -263,6 +269,8 @@ def tokenizer_of(folder: Path | None, trust_remote_code: bool = False) -> Any:
             return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         reason = "a model without a folder"
     except (OSError, ValueError) as error:
+        if folder is not None and has_adapter(folder) and not (folder / "config.json").is_file():
+            raise _unmerged(folder) from error
         reason = str(error)
     raise ConversionError(
         f"text without a tokenizer ({reason})", "a tokenizer for the text", "pass tokenizer=..."

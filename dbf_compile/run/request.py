@@ -14,7 +14,7 @@ from torch import nn
 
 from dbf_compile.calibration.mixture import interleaved
 from dbf_compile.calibration.model_io import to_device
-from dbf_compile.errors import ConversionError, OptionError
+from dbf_compile.errors import ConversionError, OptionError, WeightError
 from dbf_compile.hashes import model_hash, source_hash
 from dbf_compile.machine import chosen_device
 from dbf_compile.options import CompressOptions
@@ -102,12 +102,14 @@ class Request:
         Raises:
             OptionError: arguments that exclude each other, or an output that cannot be written.
             ConversionError: no model of transformers, or no tokenizer for the data.
+            WeightError: a weight is no number.
         """
         _check(model, output, config, data, batches)
         device = chosen_device(config.device)
         say(f"opening {_name_of_model(model)}, and hashing its weights", config.progress)
         source = Source.of(model, config.trust_remote_code)
         _check_place(source, output, config, tokenizer)
+        _check_finite(source)
         if tokenizer is None and batches is None:
             tokenizer = _tokenizer(source, config, data is not None)
         texts, config = CalibrationData.of(source.model, config, data, batches, tokenizer, device)
@@ -179,6 +181,20 @@ def _check_place(source: Source, output: Path, config: CompressOptions, tokenize
     weights = sum(parameter.numel() for parameter in source.model.parameters())
     check_place(output, source.folder, int(2 * weights * bits / 8))  # results and folder are there at once
     model_folder.check_saving(source.model, source.folder, tokenizer, output.parent)
+
+
+def _check_finite(source: Source) -> None:
+    """Refuse a weight that is no number: what flows through the model would be none, in every layer after it."""
+    for name, weight in source.model.named_parameters():
+        if not weight.is_floating_point() or weight.itemsize < 2 or weight.numel() == 0:
+            continue
+        # One pass without temporaries, unlike isfinite; a NaN comes out, too.
+        if not all(bool(end.isfinite()) for end in weight.detach().aminmax()):
+            raise WeightError(
+                f"{name}: a weight with NaN or infinite entries in {source.place or source.name}",
+                "finite entries",
+                "check the checkpoint it was loaded from, or download it again",
+            )
 
 
 def _check_original(source: Source, batch: Any) -> None:

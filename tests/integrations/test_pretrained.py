@@ -88,8 +88,9 @@ def test_a_source_that_is_no_whole_dense_model_is_refused(kind: str, copied: Pat
 
 def test_an_adapter_alone_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "x"}')
-    with pytest.raises(ConversionError, match="merge_and_unload"):
-        pretrained.open_dense(tmp_path)
+    for use in (pretrained.open_dense, pretrained.open_any, pretrained.tokenizer_of):
+        with pytest.raises(ConversionError, match="merge_and_unload"):
+            use(tmp_path)
 
 
 @pytest.mark.parametrize("shards", [1, 3])

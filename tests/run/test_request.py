@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 
 from support.models.tiny import tiny_llama
 
-from dbf_compile.errors import ConversionError, OptionError
+from dbf_compile.errors import ConversionError, OptionError, WeightError
 from dbf_compile.options import CompressOptions
 from dbf_compile.run.request import Request, view_of
 
@@ -107,3 +107,18 @@ def test_a_view_shares_tensors_and_leaves_no_trace() -> None:
     assert view.model.embed_tokens.weight is model.model.embed_tokens.weight  # type: ignore[union-attr]
     view.model.norm = nn.Identity()  # type: ignore[union-attr]
     assert not isinstance(model.model.norm, nn.Identity)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_that_are_no_numbers_are_named_before_any_work(
+    tmp_path: Path, name: str, value: float, dtype: torch.dtype
+) -> None:
+    model = tiny_llama().to(dtype)
+    model.get_parameter(name).data.view(-1)[-1] = value
+    with pytest.raises(
+        WeightError, match=f"^{name}: a weight with NaN or infinite entries in LlamaForCausalLM"
+    ):
+        request_for(tmp_path, windows(5), model)
+    assert not list(tmp_path.iterdir())
