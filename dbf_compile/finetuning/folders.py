@@ -22,6 +22,7 @@ from dbf_compile.finetuning.ranks import Ranks, joined
 from dbf_compile.finetuning.request import Request
 from dbf_compile.finetuning.request import default_output as default_output
 from dbf_compile.finetuning.student import training_dtype
+from dbf_compile.finetuning.text import Text
 from dbf_compile.finetuning.training import Course, Training
 from dbf_compile.keywords import FinetuneKeywords
 from dbf_compile.machine import all_cores, chosen_device
@@ -199,7 +200,7 @@ def _write(request: Request, model: nn.Module, learner: Learner, result: Finetun
     tensors = _tensors(learner.factors(), learner.small())
     rewriting.rewrite_model(request.folder, folder, model, tensors)
     if request.report is not None:
-        _write_report(request.report, folder, result)
+        _write_report(request.report, folder, result, request.text)
     say(f"verifying {output}", request.config.progress)
     loaded = pretrained.open_any(folder, request.config.trust_remote_code).to(request.device)
     batch = {"input_ids": next(iter(request.text.judging.values()))[:1].long()}
@@ -213,15 +214,17 @@ def _write(request: Request, model: nn.Module, learner: Learner, result: Finetun
     folder.rename(output)
 
 
-def _write_report(report: Report, folder: Path, result: Finetuned) -> None:
-    """Write what the stage gained into the report of a folder, and draw its page anew."""
+def _write_report(report: Report, folder: Path, result: Finetuned, text: Text) -> None:
+    """Write what the stage gained, and from what, into the report of a folder, and draw its page anew."""
+    course = result.course
+    learned = f"{text.learning.numel()} tokens of {', '.join(text.judging)}"
     stage = StageRow(
         stage="finetune",
-        what=f"{result.course.flips} signs flipped in {result.course.steps} steps",
+        what=f"{course.flips} signs flipped in {course.steps} steps on {learned}",
         measure="KL from the dense model",
         before=result.before["kl"],
         after=result.after["kl"],
-        seconds=round(result.course.seconds, 3),
+        seconds=round(course.seconds, 3),
     )
     report = replace(report, stages=(*(report.stages or ()), stage), evaluation=Evaluation.of(result.after))
     content = json.dumps(report, indent=1)

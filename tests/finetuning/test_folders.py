@@ -139,7 +139,9 @@ def test_the_report_has_the_stage(tmp_path):
     assert start.report.model.source == str(dense)
     tuned = dbf_compile.finetune(start.folder, text_of(dense), **SHORT)  # the report names the dense model
     report = json.loads((tuned.folder / "dbf_report.json").read_text())
-    assert report["stages"][-1]["stage"] == "finetune"
+    assert (
+        report["stages"][-1]["stage"] == "finetune" and "640 tokens of text" in report["stages"][-1]["what"]
+    )
     assert report["stages"][-1]["after"] == pytest.approx(tuned.after["kl"])
     assert report["evaluation"]["kl"] == pytest.approx(tuned.after["kl"])
     assert "finetune" in (tuned.folder / "dbf_report.html").read_text()
