@@ -95,7 +95,7 @@ def test_tokens_are_the_same_when_vllm_compiles(folder_of: Callable[[str], Path]
 
 def test_tokens_are_the_same_when_our_backend_compiles(folder_of: Callable[[str], Path]) -> None:
     settings = {"compilation_config": {"mode": 2, "backend": "dbf"}}
-    folder = folder_of("mixed")
+    folder = folder_of("shared")
     assert in_a_process(folder, settings, VLLM_USE_AOT_COMPILE="0") == greedy(folder, prompts(), TOKENS)
 
 
@@ -103,8 +103,9 @@ def test_no_dense_copy_is_kept(folder_of: Callable[[str], Path]) -> None:
     folder = folder_of("tables")
     (held,) = engine(folder).apply_model(bytes_of)
     stored = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
-    # Rows of the vocabulary up to a multiple of 64, scales in float32 once more, norms.
-    assert held < 1.15 * stored
+    # Rows of the vocabulary up to a multiple of 64, and scales in float32 once more, which count in a model as small as this.
+    # Dense weights would be twenty times as large.
+    assert held < 1.3 * stored
 
 
 def bytes_of(model: torch.nn.Module) -> int:
@@ -120,7 +121,8 @@ def test_an_adapter_beside_factored_layers(folder_of: Callable[[str], Path], tmp
     sizes = {"self_attn.q_proj": (256, 256), "self_attn.v_proj": (128, 256), "mlp.down_proj": (256, 688)}
     layers = {f"model.layers.{block}.{name}": size for block in range(2) for name, size in sizes.items()}
     adapter = write_adapter(tmp_path / "adapter", layers)
-    model = engine(folder, enable_lora=True, max_lora_rank=8)
+    # On CPUs vLLM gives a request without adapter that of the last place, which has to be free.
+    model = engine(folder, enable_lora=True, max_lora_rank=8, max_loras=2)
     requests = [LoRARequest("adapter", 1, str(tmp_path / "adapter")), None] * 2
     plain, adapted = greedy(folder, prompts(4), TOKENS), greedy(folder, prompts(4), TOKENS, adapter)
     expected = [(adapted, plain)[number % 2][number] for number in range(4)]

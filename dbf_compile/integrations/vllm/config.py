@@ -40,6 +40,7 @@ class VLLMConfig(QuantizationConfig):
         self.tables = {name: dict(entry) for name, entry in config.tables.items()}
         self.served: set[str] = set()
         self._methods: list[FactoredLinearMethod] = []
+        self._dense: set[str] = set()  # what our own backend would factor, if it compiled
 
     def get_name(self) -> str:
         """Return the name of the method."""
@@ -90,6 +91,7 @@ class VLLMConfig(QuantizationConfig):
             return self._vocabulary(layer, prefix)
         if isinstance(layer, LinearBase):
             names = self._names(prefix)
+            self._dense.update(set(names) - set(self.layers))
             if any(name in self.layers for name in names):
                 split = _settings().get("split_stages") and not isinstance(layer, ReplicatedLinear)
                 return self._factored(names, SplitLinearMethod if split else FactoredLinearMethod)
@@ -105,18 +107,14 @@ class VLLMConfig(QuantizationConfig):
 
         Raises:
             ConversionError: no layer of vLLM serves a layer of the folder.
-            OptionError: vLLM would keep what the backend "dbf" compiles, which it cannot.
+            OptionError: vLLM is to compile with the backend "dbf", which would do what is not asked for.
         """
         from vllm.model_executor.models.utils import WeightsMapper
 
         current = get_current_vllm_config()
         compilation = current.compilation_config
-        if compilation.mode and compilation.backend == "dbf" and envs.VLLM_USE_AOT_COMPILE:
-            raise OptionError(
-                "compilation_config with backend 'dbf', whose code vLLM cannot keep on disk",
-                "VLLM_USE_AOT_COMPILE=0 with that backend",
-                "set it in the environment, or leave the backend to vLLM, which calls the same kernels",
-            )
+        if compilation.mode and compilation.backend == "dbf":
+            self._check_backend()
         if current.parallel_config.pipeline_parallel_size == 1:
             forgotten = sorted(set(self.layers) - self.served)
             if forgotten:
@@ -130,6 +128,20 @@ class VLLMConfig(QuantizationConfig):
             share = sum(method.own_bits for method in self._methods) / whole
             _log.info("this rank holds %.0f %% of the signs of factored linear layers", 100 * share)
         return WeightsMapper()
+
+    def _check_backend(self) -> None:
+        if envs.VLLM_USE_AOT_COMPILE:
+            raise OptionError(
+                "compilation_config with backend 'dbf', whose code vLLM cannot keep on disk",
+                "VLLM_USE_AOT_COMPILE=0 with that backend",
+                "set it in the environment, or leave the backend to vLLM, which calls the same kernels",
+            )
+        if self._dense:
+            raise OptionError(
+                f"compilation_config with backend 'dbf', which would factor {listed(sorted(self._dense))}, too",
+                "a folder without dense linear layers beside the head",
+                "leave the backend to vLLM, which calls the same kernels",
+            )
 
     def _factored(self, names: Sequence[str], kind: type[FactoredLinearMethod]) -> FactoredLinearMethod:
         self.served.update(names)

@@ -14,6 +14,7 @@ from support.models.pretrained import QUICK
 from support.models.tiny import tiny_llama
 from support.strategies import random_factors
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.models.utils import WeightsMapper
 
 import dbf_compile
@@ -58,7 +59,7 @@ def test_layers_that_no_layer_of_the_engine_serves_are_refused() -> None:
     assert config.get_checkpoint_weight_mapper() == WeightsMapper()
 
 
-def test_code_that_the_engine_cannot_keep_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_our_backend_would_do_unasked_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(("q",))
     config.served.add("q")
     with set_current_vllm_config(VllmConfig(compilation_config={"mode": 2, "backend": "dbf"})):
@@ -67,6 +68,9 @@ def test_code_that_the_engine_cannot_keep_is_refused(monkeypatch: pytest.MonkeyP
             config.get_checkpoint_weight_mapper()
         monkeypatch.setenv("VLLM_USE_AOT_COMPILE", "0")
         config.get_checkpoint_weight_mapper()
+        ReplicatedLinear(64, 40, bias=False, quant_config=config, prefix="router", disable_tp=True)
+        with pytest.raises(OptionError, match="would factor router, too"):
+            config.get_checkpoint_weight_mapper()
 
 
 def test_a_table_of_layers_that_no_compression_wrote_is_refused() -> None:
