@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.models.compressed import SHORT, compressed_folder
 from support.models.pretrained import FAST, text_of, tiny_folder
 
 pytest.importorskip("transformers")
@@ -165,3 +166,28 @@ print(json.dumps([judged, text]))
     assert judged["kl"] == pytest.approx(expected["kl"], rel=1e-3)
     assert judged["compressed"] == pytest.approx(expected["compressed"], rel=1e-5)
     assert text == generate(made.folder, "add the signs", max_new_tokens=6, compiled=False).text
+
+
+def test_a_folder_learns_there_as_here(on_device, tmp_path):
+    start = compressed_folder(tmp_path)
+    options = {
+        **SHORT,
+        "sign_rate": 0.0,
+        "own_text": 0.5,
+        "hidden": 0.1,
+    }  # signs would follow sums in another order
+    program = """
+import dbf_compile
+folder, text, dense, output, cache = sys.argv[3:8]
+options = json.loads(sys.argv[8])
+there = dbf_compile.finetune(
+    folder, {"words": Path(text)}, output, dense=dense, device=device, cache_dir=cache, **options
+)
+print(json.dumps([there.before["kl"], there.after["kl"]]))
+"""
+    places = (start["folder"], start["data"]["words"], start["dense"], tmp_path / "there", tmp_path / "cache")
+    before, after = on_device(program, *places, json.dumps(options))
+    here = dbf_compile.finetune(
+        **start, output=tmp_path / "here", cache_dir=str(tmp_path / "own cache"), **options
+    )
+    assert [before, after] == pytest.approx([here.before["kl"], here.after["kl"]], rel=1e-3)
