@@ -30,7 +30,7 @@ def request_for(tmp_path: Path, batches: Any = None, model: Any = None, **option
 
 
 @pytest.mark.parametrize(
-    ("count", "holdout", "judged"), [(0, 8, 0), (4, 8, 0), (5, 8, 1), (12, 8, 2), (100, 8, 8), (100, 0, 0)]
+    ("count", "holdout", "judged"), [(1, 8, 0), (4, 8, 0), (5, 8, 1), (12, 8, 2), (100, 8, 8), (100, 0, 0)]
 )
 def test_at_most_a_fifth_of_the_windows_is_kept_back(
     tmp_path: Path, count: int, holdout: int, judged: int
