@@ -97,8 +97,8 @@ def finish_layers_(model: nn.Module, layers: Layers) -> None:
             layer.share_first_stage_(model.get_submodule(owner))
         for tensor in TENSOR_NAMES:
             getattr(layer, tensor).requires_grad_(False)
-        if layer.signs_out.device.type == "meta":
-            continue  # offloaded to disk: its tensors are not here yet
+        if not is_here(layer.signs_out):
+            continue
         absent = [tensor for tensor in TENSOR_NAMES if not was_loaded(getattr(layer, tensor))]
         if absent:
             raise CheckpointError(f"layer {name!r} without {', '.join(absent)}", "all five tensors", DAMAGED)
@@ -136,6 +136,11 @@ def offload_hooks(layer: Any) -> list[Any]:
     """Return the hooks of accelerate on a layer that bring its tensors back from where they are offloaded to."""
     hook = getattr(layer, "_hf_hook", None)
     return [one for one in getattr(hook, "hooks", [hook]) if hasattr(one, "original_devices")]
+
+
+def is_here(tensor: Tensor) -> bool:
+    """Return whether a parameter has its whole content: it is neither offloaded to disk nor sharded over processes."""
+    return not tensor.is_meta and type(tensor) is nn.Parameter
 
 
 def was_loaded(tensor: Tensor) -> bool:

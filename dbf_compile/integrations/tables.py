@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dbf_compile.candidates.dense import linears
 from dbf_compile.candidates.tables import embeddings
 from dbf_compile.errors import CheckpointError
-from dbf_compile.integrations.loading import DAMAGED, was_loaded
+from dbf_compile.integrations.loading import DAMAGED, is_here, was_loaded
 from dbf_compile.linear import WEIGHT_PLACEHOLDER, dense_weight, replace_everywhere
 from dbf_compile.rows import ROW_FORMATS, scales_of
 from dbf_compile.tables import ROWS, QuantizedRows, table_layer, table_layers
@@ -181,8 +181,8 @@ def finish_tables_(model: nn.Module, tables: Tables) -> None:
             layer.set_rows_(owner._parameters[WEIGHT_PLACEHOLDER], owner.table)
         for tensor in (WEIGHT_PLACEHOLDER, ROWS):
             layer._parameters[tensor].requires_grad_(False)
-        if layer.rows.is_meta or owner is not None:
-            continue  # offloaded to disk, or checked
+        if owner is not None or not is_here(layer.rows):
+            continue
         if not was_loaded(layer.rows):
             raise CheckpointError(f"layer {name!r} without {ROWS}", "its table", DAMAGED)
         table = layer.table

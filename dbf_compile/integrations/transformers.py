@@ -21,6 +21,7 @@ transformers 5.16 to 5.23. ``save_pretrained`` of a model writes the same folder
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,8 +60,10 @@ from dbf_compile.integrations.tables import (
     without_ties,
 )
 from dbf_compile.linear import WEIGHT_PLACEHOLDER, DoubleBinaryLinear
+from dbf_compile.tables import table_layers
 
 VERSIONS = (2, 3)
+_PLANS = "_resolve_parallel_plans"  # asked from 5.20 on before anything is split; earlier, the loaded model is looked at
 
 
 class DBFConfig(QuantizationConfigMixin):
@@ -181,11 +184,14 @@ class DBFQuantizer(HfQuantizer):
         self._tables = tables_of_folder(model, config.tables, files, self._layers)
         insert_layers_(model, self._layers)
         insert_tables_(model, self._tables)
+        vars(model)[_PLANS] = partial(_whole_plans, model)
         if isinstance(kwargs.get("device_map"), dict):
             keep_together_(kwargs["device_map"], self._layers)
             keep_together_(kwargs["device_map"], self._tables, "shares_rows_with")
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        vars(model).pop(_PLANS, None)
+        _refuse_split(getattr(model, "_tp_size", None))
         finish_layers_(model, self._layers)
         finish_tables_(model, self._tables)
         self.quantization_config = record_(model) or self.quantization_config
@@ -230,6 +236,29 @@ class DBFQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Whether ``generate`` may compile the model."""
         return True
+
+
+def _whole_plans(model: Any, distributed: Any) -> Any:
+    """Return a model's plans of parallelism, unless they split layers."""
+    _refuse_split(getattr(distributed, "tp_size", None))
+    if (getattr(distributed, "fsdp_size", None) or 1) > 1 and table_layers(model):
+        # The empty weight of a table has another shape in a shard of FSDP than where transformers cuts it.
+        raise ConversionError(
+            "FSDP of transformers for a folder with quantized tables",
+            "a model that is loaded whole, and sharded then",
+            "leave out distributed_config, and call torch.distributed.fsdp.fully_shard",
+        )
+    return getattr(type(model), _PLANS)(model, distributed)
+
+
+def _refuse_split(processes: int | None) -> None:
+    """Refuse tensor parallelism: slices of a weight are no slices of its factors."""
+    if processes is not None and processes > 1:
+        raise ConversionError(
+            f"tensor parallelism of transformers over {processes} processes for a compressed folder",
+            "whole models, device_map, FSDP, or vLLM, which splits factored layers",
+            "leave out tp_plan and tp_size",
+        )
 
 
 def tables_of_folder(

@@ -14,7 +14,7 @@ accelerate = pytest.importorskip("accelerate")
 from accelerate.hooks import remove_hook_from_submodules  # noqa: E402
 
 from dbf_compile.factors import DoubleBinaryFactors  # noqa: E402
-from dbf_compile.integrations.loading import finish_layers_  # noqa: E402
+from dbf_compile.integrations.loading import finish_layers_, is_here  # noqa: E402
 from dbf_compile.linear import dense_linears, dense_weight, swap_  # noqa: E402
 
 TOKENS = torch.arange(1, 17)[None]
@@ -139,3 +139,13 @@ def test_a_finished_layer_trains_no_factors(saved):
     trained = {name for name, parameter in loaded.named_parameters() if parameter.requires_grad}
     assert trained and not any(name.endswith(("signs_in", "scale_in", "scale_out")) for name in trained)
     assert finish_layers_(loaded, {}) is None
+
+
+def test_what_is_sharded_is_not_here_whole():
+    class Shard(torch.Tensor):
+        pass
+
+    words = torch.ones(3, 2, dtype=torch.int32)
+    assert is_here(torch.nn.Parameter(words, requires_grad=False))
+    for elsewhere in (words.to("meta"), words.as_subclass(Shard)):
+        assert not is_here(torch.nn.Parameter(elsewhere, requires_grad=False))

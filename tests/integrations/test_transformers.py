@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 import dbf_compile  # noqa: E402
 from dbf_compile.errors import CheckpointError, ConversionError, DBFError  # noqa: E402
-from dbf_compile.integrations.transformers import DBFConfig  # noqa: E402
+from dbf_compile.integrations.transformers import DBFConfig, DBFQuantizer  # noqa: E402
 from dbf_compile.linear import DoubleBinaryLinear  # noqa: E402
 
 TOKENS = torch.arange(1, 10)[None]
@@ -327,3 +327,30 @@ def test_equal_arguments_write_equal_files(folder, tmp_path):
         dense, tmp_path / "made", batches=batches, mode="independent", **{**FAST, "distill": 0}
     )
     assert weights_of(made.folder) == weights_of(folder)
+
+
+def plans_asked_while_loading(folder, monkeypatch, **sizes):
+    """Ask a model for its plans of parallelism where transformers does: with layers in place and tensors not yet read."""
+    insert = DBFQuantizer._process_model_before_weight_loading
+
+    def ask(self, model, **kwargs):
+        insert(self, model, **kwargs)
+        return model._resolve_parallel_plans(transformers.distributed.DistributedConfig(**sizes))
+
+    monkeypatch.setattr(DBFQuantizer, "_process_model_before_weight_loading", ask)
+    return load(folder)
+
+
+def test_layers_are_not_split_by_transformers(folder, monkeypatch):
+    with pytest.raises(ConversionError, match="tensor parallelism of transformers over 2 processes"):
+        plans_asked_while_loading(folder, monkeypatch, tp_size=2)
+
+
+def test_layers_are_sharded_by_transformers_and_tables_are_not(folder, monkeypatch):
+    plain = plans_asked_while_loading(folder, monkeypatch, fsdp_size=2)
+    assert "_resolve_parallel_plans" not in vars(plain)
+    monkeypatch.setattr(
+        "dbf_compile.integrations.transformers.table_layers", lambda model: {"lm_head": model}
+    )
+    with pytest.raises(ConversionError, match="FSDP of transformers for a folder with quantized tables"):
+        load(folder)
