@@ -1,6 +1,8 @@
 """Order of the tests, and caches of one run: fresh, shared by all workers, gone afterwards; the user's own stay untouched."""
 
+import contextlib
 import gc
+import importlib
 import os
 import shutil
 import sys
@@ -9,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from support.forked import IMPORTED
 
 _IS_CONTROLLER = "DBF_TEST_FOLDER" not in os.environ  # workers inherit it
 if _IS_CONTROLLER:
@@ -67,7 +70,14 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish(session):
-    """Look for garbage less often, and never again among modules: it took a twelfth of the processor's time."""
+    """Look for garbage less often, and never again among modules: it took a twelfth of the processor's time.
+
+    A worker imports these sooner or later.
+    """
+    if hasattr(session.config, "workerinput"):
+        for name in IMPORTED:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
     gc.freeze()
     gc.set_threshold(10_000)
 

@@ -12,14 +12,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-_IMPORTED = [
+IMPORTED = [
     "torch._inductor.compile_fx",
     "transformers.modeling_utils",
     "transformers.models.auto.modeling_auto",
 ]
-_IMPORTED += ["transformers.models.llama.modeling_llama", "transformers.integrations.accelerate"]
+IMPORTED += ["transformers.models.llama.modeling_llama", "transformers.integrations.accelerate"]
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(_IMPORTED)
+_FORKS.set_forkserver_preload(IMPORTED)
 
 
 class Forked:
