@@ -36,7 +36,7 @@ def facts(*arguments):
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    return tiny_folder(tmp_path_factory.mktemp("cli") / "dense")
+    return tiny_folder(tmp_path_factory.mktemp("cli") / "dense", layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def made(dense):
 @pytest.mark.slow
 def test_inspect_shows_coverage_bits_and_errors(made, dense):
     text = run("inspect", made).output
-    assert "model.embed_tokens" in text and "model.layers.1.mlp.down_proj" in text
+    assert "model.embed_tokens" in text and "model.layers.0.mlp.down_proj" in text
     assert "all, in the dense model" in text and "as look-ups" in text
     found = facts("inspect", made)
     report = json.loads((made / "dbf_report.json").read_text())
@@ -135,17 +135,13 @@ def test_results_are_on_stdout_and_progress_on_stderr(made, dense):
 def test_generate_streams_text_and_figures(made, dense):
     done = run("generate", made, "add the", "-n", 4, "--no-compiled")
     assert done.exit_code == 0 and "tokens/s" in done.output and "add the" in done.output
+    plain = facts("generate", made, "add the", "-n", 4, "--no-compiled")
     found = facts("generate", made, "add the", "-n", 4, "--dense", dense)
     assert set(found) == {str(made), str(dense)}
     figures = found[str(made)]
     assert figures["new_tokens"] == 4 and figures["prompt_tokens"] == 7
     assert figures["weight_bytes"] < found[str(dense)]["weight_bytes"]
-
-
-@pytest.mark.slow
-def test_generated_tokens_do_not_depend_on_compilation(made):
-    plain = facts("generate", made, "add", "-n", 6, "--no-compiled")
-    assert facts("generate", made, "add", "-n", 6)[str(made)]["text"] == plain[str(made)]["text"]
+    assert figures["text"] == plain[str(made)]["text"]  # it does not depend on compilation
 
 
 @pytest.mark.slow
