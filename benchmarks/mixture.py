@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -72,6 +72,26 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {"data": "none", "own_text": 1.0, "seed": seed}
 
 
+def fill(
+    path: Path, rows: Iterable[dict[str, Any]], measure: Callable[[dict[str, Any]], dict[str, float]]
+) -> None:
+    """Append to a table what is not there yet: KL by kind, its mean and the worst, of rows of data, share and seed."""
+    there = list(csv.DictReader(path.open())) if path.exists() else []
+    known = {(row["data"], float(row["own_text"]), int(row["seed"])) for row in there}
+    with path.open("a", newline="") as file:
+        table = csv.DictWriter(file, [*COLUMNS, *provenance()])
+        if not there:
+            table.writeheader()
+        for row in rows:
+            if (row["data"], row["own_text"], row["seed"]) in known:
+                continue
+            lost = measure(row)
+            lost |= {"mean": fmean(lost.values()), "worst": max(lost.values())}
+            table.writerow(row | {name: f"{value:.4f}" for name, value in lost.items()} | provenance())
+            file.flush()
+            print(row, lost, flush=True)
+
+
 def main() -> None:
     """Measure what is not in the table yet."""
     parser = argparse.ArgumentParser(
@@ -80,20 +100,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75])
     train, held_out = texts()
-    there = list(csv.DictReader(TABLE.open())) if TABLE.exists() else []
-    known = {(row["data"], float(row["own_text"]), int(row["seed"])) for row in there}
-    with TABLE.open("a", newline="") as file:
-        table = csv.DictWriter(file, [*COLUMNS, *provenance()])
-        if not there:
-            table.writeheader()
-        for row in rows(parser.parse_args()):
-            if (row["data"], row["own_text"], row["seed"]) in known:
-                continue
-            lost = divergences(train.get(row["data"]), held_out, row["own_text"], row["seed"])
-            lost |= {"mean": fmean(lost.values()), "worst": max(lost.values())}
-            table.writerow(row | {name: f"{value:.4f}" for name, value in lost.items()} | provenance())
-            file.flush()
-            print(row, lost, flush=True)
+    fill(
+        TABLE,
+        rows(parser.parse_args()),
+        lambda row: divergences(train.get(row["data"]), held_out, row["own_text"], row["seed"]),
+    )
 
 
 if __name__ == "__main__":
