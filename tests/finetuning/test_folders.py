@@ -23,7 +23,8 @@ from dbf_compile.finetuning.folders import is_better  # noqa: E402
 @pytest.fixture(scope="module", autouse=True)
 def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DBF_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        folder = tmp_path_factory.mktemp("cache")  # not of the kernels, too, which all tests share
+        patch.setattr("dbf_compile.finetuning.request.cache_folder", lambda: folder)
         yield
 
 
