@@ -1,7 +1,7 @@
 """Compiles layers for a pretended CUDA device, and prints the programs that Inductor generates.
 
 Nothing runs: tensors are fake, and :mod:`support.cuda.pretended` answers for the driver. Its patches last until the
-process ends; so this file is a program, which :func:`generate_all` starts.
+process ends; so :func:`generate_all` starts one.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 from support.cuda import sass
 from support.cuda.models import CACHED_TOKENS, Block, Deep, Overwritten, Plain, Siblings, llama
 from support.cuda.pretended import pretend_cuda
+from support.forked import Forked
 from support.models.architectures import batches, random_factored_model, settings_of
 from support.strategies import random_factors
 from torch.nn import Parameter
@@ -107,7 +108,10 @@ class Program:
 
 def generate_all(what: str) -> dict[str, Program]:
     """Compile all "layers" or all "architectures" in a process of their own, which starts no others."""
-    programs = run_program(Path(__file__), text=what, TORCHINDUCTOR_COMPILE_THREADS="1")
+    code = "import sys; from support.cuda import codegen; codegen.print_all(sys.argv[1])"
+    done = Forked(code, what, paths=(Path(__file__).parents[2],)).wait()
+    assert done.returncode == 0, done.stderr[-4000:]
+    programs = json.loads(done.stdout.splitlines()[-1])
     return {name: Program(**fields) for name, fields in programs.items()}
 
 
@@ -133,10 +137,11 @@ def run_program(path: Path, text: str, **environment: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main() -> None:
-    """Print, as JSON, the programs of what standard input names."""
+def print_all(what: str) -> None:
+    """Print, as JSON, the programs of all "layers" or all "architectures"."""
     pretend_cuda()
-    programs = {"layers": _layers, "architectures": _architectures}[sys.stdin.read()]()
+    with torch._inductor.config.patch(compile_threads=1):
+        programs = {"layers": _layers, "architectures": _architectures}[what]()
     print(json.dumps({name: asdict(program) for name, program in programs.items()}))
 
 
@@ -349,7 +354,3 @@ def _compiled_cubin(source: str) -> bytes:
         kernel.precompile(warm_cache_only=True)
     compiled = kernel.compile_results[0].kernel
     return bytes(compiled.asm["cubin"])
-
-
-if __name__ == "__main__":
-    main()
