@@ -32,6 +32,7 @@ from dbf_compile.cli_options import (
     results_alone,
 )
 from dbf_compile.files import user_path
+from dbf_compile.machine import has_peers
 from dbf_compile.options import CompressOptions, EvaluationConfig, FinetuneConfig
 from dbf_compile.progress import say
 from dbf_compile.records import Record, option, resolve
@@ -371,7 +372,7 @@ def _source(data: list[str] | None) -> Any:
 
 
 def _print(as_json: bool, facts: dict[str, Any], text: Callable[[], str]) -> None:
-    if os.environ.get("RANK", "0") == "0":  # of processes of torchrun one says what all have done
+    if not (has_peers() and os.environ["RANK"] != "0"):  # one says what all have done
         print(as_json_text(facts) if as_json else text())
 
 

@@ -15,6 +15,12 @@ import torch
 from dbf_compile.errors import OptionError
 
 _PARALLEL = 1 << 17  # elements that torch fills with several threads
+_STARTED = (
+    "RANK",
+    "WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)  # variables of a process that was started with others
 _PROCESSOR = Path("/proc/cpuinfo")
 _NARROW = {"avx512_bf16", "amx_bf16"}  # what Linux calls instructions for products of bfloat16 numbers
 
@@ -53,7 +59,12 @@ def all_cores() -> Iterator[None]:
 
 
 def chosen_device(device: torch.device | str | None) -> torch.device:
-    """Return ``device``; for None, and for "cuda" where there are ranks, this rank's GPU; for None the CPU if there is no GPU."""
+    """Return the device to compute on.
+
+    Args:
+        device: as the user says it. None is a GPU, or the CPU where there is none. Among several ranks, None and "cuda" are this
+            rank's own GPU.
+    """
     rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")  # of torchrun, or of srun
     has_gpu = torch.cuda.is_available()
     if device is not None and not (str(device) == "cuda" and rank and has_gpu):
@@ -61,6 +72,11 @@ def chosen_device(device: torch.device | str | None) -> torch.device:
     return (
         torch.device("cuda", int(rank or "0") % torch.cuda.device_count()) if has_gpu else torch.device("cpu")
     )
+
+
+def has_peers() -> bool:
+    """Return whether torchrun or Accelerate has started other processes with this one."""
+    return all(os.environ.get(name) for name in _STARTED) and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def with_index(device: torch.device | str) -> torch.device:

@@ -136,7 +136,8 @@ class CompressOptions(CompressionConfig):
         mode: "independent": statistics once, then every weight on its own. "sequential": block after block, with inputs
             from the compressed prefix and targets from the dense model. "auto": sequential where there is data.
         length: Tokens of a window of text; None for 512, or for as many as the model has positions.
-        windows: Windows to calibrate and train with; None for 64, or for as many as 262,144 tokens are.
+        windows: Windows to calibrate and train with; None for 64, or for as many as 262,144 tokens are. In sequential mode 64 of
+            them, drawn at random, measure diagonal importance, and all train.
         shares: Shares of the kinds of data, any numbers: ``{"code": 2}`` gives code twice the windows of any other kind.
         own_text: Share of the windows that the model writes itself, 0 to 1. None: all of them where there is neither data nor
             batches, half of them beside data; models that write no text have none.

@@ -221,7 +221,12 @@ def test_ctrl_c_leaves_what_can_be_gone_on_with(dense, tmp_path):
 
 
 def test_of_processes_of_torchrun_one_prints(capsys, monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     for rank, printed in (("0", "done\n"), ("1", "")):
         monkeypatch.setenv("RANK", rank)
         cli._print(False, {}, lambda: "done")
         assert capsys.readouterr().out == printed
+    monkeypatch.delenv("MASTER_PORT")  # a variable that something else has left starts no processes
+    cli._print(False, {}, lambda: "done")
+    assert capsys.readouterr().out == "done\n"

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_ENOUGH = 64  # batches for a vector
+
 
 @dataclass
 class Moment:
@@ -75,3 +77,15 @@ class Moment:
             mean *= self.positions / (self.positions + len(diagonal))
             mean.diagonal().copy_(diagonal)
         return mean
+
+
+def measuring(batches: int, whole: bool) -> list[int]:
+    """Return which of so many batches measure moments that are measured again for every block.
+
+    Those of a matrix take all. Those of a vector take 64, as more change little; they are drawn at random, since kinds of text may
+    stand in blocks or in turns.
+    """
+    if whole or batches <= _ENOUGH:
+        return list(range(batches))
+    drawn = torch.randperm(batches, generator=torch.Generator().manual_seed(0))[:_ENOUGH]
+    return sorted(drawn.tolist())

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbf_compile.calibration.moments import Moment
+from dbf_compile.calibration.moments import Moment, measuring
 from dbf_compile.calibration.streams import Streams
 from dbf_compile.compression.jobs import FactorJob, joined
 from dbf_compile.compression.training import TrainableDoubleBinary, sign_confidence, train, trained_factors
@@ -42,7 +42,6 @@ from dbf_compile.linear import dense_bias, dense_linears, dense_weight, replace_
 
 # Rates of learning, in units of the root mean square of what is trained.
 _DENSE_RATE, _SCALE_RATE, _LATENT_RATE = 0.01, 0.01, 0.02
-_MEASURING_BATCHES = 64  # that second moments of inputs are measured with: more change little
 _NUMBER = re.compile(r"(?<=[._])\d+(?=\.|$)")  # of a member of a list: experts.3.down_proj, expert_3.wo
 
 
@@ -316,7 +315,8 @@ def _with_fresh_inputs(state: BlockState, jobs: Sequence[FactorJob]) -> list[Imp
     with _inputs_to(
         state, [job for job in jobs if job.name in moments], lambda name, x: moments[name].add(x, mask)
     ):
-        for batch in range(min(state.batches, _MEASURING_BATCHES) if moments else 0):
+        whole = any(moment.whole for moment in moments.values())
+        for batch in measuring(state.batches, whole) if moments else ():
             mask = state.task.streams.masks[batch]  # read above
             state.run(batch)
     importances: list[Importance | None] = []

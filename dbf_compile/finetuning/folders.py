@@ -81,7 +81,8 @@ def finetune(
         folder: as ``compress`` wrote it, or its name on the Hub.
         data: text that the model has not been calibrated with, as for ``token_batches``, or by kind of text. None: the dense
             model writes it (``own_text``).
-        output: the folder to write; None for that of ``folder`` with "-finetuned" behind its name, of the Hub in the current folder.
+        output: the folder to write. None: the name of ``folder`` with "-finetuned" behind it, beside ``folder``; in the current
+            folder where that is a name on the Hub.
         dense: the dense model: folder, GGUF file or name on the Hub; None for the one that the folder's report names.
         tokenizer: for ``data``; None for that of the folder, or of the dense model where it has none.
         config: how to train.

@@ -6,7 +6,6 @@ group that exists already is used.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dbf_compile.machine import has_peers
+
 T = TypeVar("T")
-_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _CPU = torch.device("cpu")
 
 
@@ -64,8 +64,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     if dist.is_available() and dist.is_initialized():
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)
         return
-    is_started = all(name in os.environ for name in _VARIABLES) and int(os.environ["WORLD_SIZE"]) > 1
-    if not (is_started and dist.is_available()):
+    if not (has_peers() and dist.is_available()):
         yield Ranks()
         return
     if device.type == "cuda":

@@ -51,7 +51,7 @@ class Text:
 
         Raises:
             ConversionError: the data cannot be read, or is too short.
-            OptionError: neither data nor own text, or both where there is room for one.
+            OptionError: neither data nor own text.
         """
         share = share_of(model, config.own_text, data, usual=_NO_SHARE)
         if data is None and not share:

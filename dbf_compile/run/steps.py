@@ -22,6 +22,7 @@ from typing import Any
 
 from dbf_compile.calibration.calibrate import calibrate
 from dbf_compile.calibration.model_io import check_reads_tokens, predicts_tokens
+from dbf_compile.calibration.moments import measuring
 from dbf_compile.calibration.offload import blocks_of
 from dbf_compile.calibration.statistics import load_importance, save_importance
 from dbf_compile.compression.coverage import coverage, left_dense_share
@@ -40,9 +41,6 @@ from dbf_compile.run.work import Result
 
 _LEAST_SHARE = 0.5  # of the weights, below which a user should know
 DISTILLING_STEPS = 256
-# Windows to measure importance with in sequential mode, which measures inputs again, block by block. A window costs as much
-# as a step of distillation.
-_MEASURING_WINDOWS = 64
 
 
 def run_steps(run: Run) -> None:
@@ -78,7 +76,8 @@ def _statistics(run: Run) -> dict[str, Importance]:
     def make(path: Path) -> None:
         batches = request.calibrating or None
         if batches is not None and config.mode == "sequential":
-            batches = batches[:_MEASURING_WINDOWS]
+            # Inputs are measured again, block by block.
+            batches = [batches[place] for place in measuring(len(batches), config.curvature != "diagonal")]
         try:
             if batches is None:
                 check_reads_tokens(model)

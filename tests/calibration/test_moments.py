@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dbf_compile.calibration.moments import Moment
+from dbf_compile.calibration.moments import Moment, measuring
 
 
 def rows(positions: int, features: int, seed: int = 0) -> Tensor:
@@ -79,3 +79,15 @@ def test_rows_that_are_not_finite_are_left_for_the_importance_to_refuse():
     moment = Moment(clip=0.5)
     moment.add(torch.tensor([[1.0, float("nan")], [1.0, 1.0]]))
     assert moment.mean().isnan().any()
+
+
+@given(st.integers(0, 300), st.booleans(), st.integers(1, 8))
+def test_few_batches_measure_for_every_block_and_no_kind_of_text_is_missed(batches, whole, kinds):
+    places = measuring(batches, whole)
+    assert places == sorted(set(places)) == measuring(batches, whole) and set(places) <= set(range(batches))
+    assert len(places) == (batches if whole else min(batches, 64))
+    for kind_of in (
+        lambda place: place % kinds,
+        lambda place: place * kinds // batches,
+    ):  # in turns, in blocks
+        assert {kind_of(place) for place in places} == {kind_of(place) for place in range(batches)}
