@@ -7,7 +7,7 @@ runs of one choice are; a smaller gain is none. The last stage, distillation, is
 Rows lie in out/choices/rows, a file a choice: a run that was stopped goes on. Results are written to results/choices.csv. Rows of
 other code are not told apart: --fresh.
 
-    python benchmarks/bench_choices.py                              all: two hours on two cores
+    python benchmarks/bench_choices.py                              all: some five hours on two cores
     python benchmarks/bench_choices.py --choice usual "125 turns"   some
     python benchmarks/bench_choices.py --list                       their names, and which are done
 """
@@ -74,7 +74,7 @@ class Choice(Row):
     @property
     def minutes(self) -> float:
         """On two idle cores."""
-        return 7.0
+        return 16.0
 
 
 def main() -> None:
@@ -104,6 +104,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--choice", nargs="+", choices=CHOICES, default=list(CHOICES), metavar="NAME")
     parser.add_argument("--blocks", type=int, default=BLOCKS, help="that are factored")
     parser.add_argument("--windows", type=int, default=WINDOWS, help="of every kind, to judge with")
+    parser.add_argument(
+        "--calibrating", type=int, default=bench_llm.WINDOWS, help="windows, where a choice has no others"
+    )
     parser.add_argument("--list", action="store_true", help="print the choices, and measure nothing")
     parser.add_argument("--fresh", action="store_true", help="forget the rows of earlier runs")
     return parser.parse_args()
@@ -111,7 +114,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def setting_of(arguments: argparse.Namespace) -> bench_llm.Setting:
     shared = argparse.Namespace(
-        windows=arguments.windows, calibrating=bench_llm.WINDOWS, tokens=0, preset="fast", text=[]
+        windows=arguments.windows, calibrating=arguments.calibrating, tokens=0, preset="fast", text=[]
     )
     setting = bench_llm.full_setting(shared)
     layers = AutoModelForCausalLM.from_pretrained(setting.dense).config.num_hidden_layers

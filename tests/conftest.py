@@ -11,8 +11,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from support.forked import IMPORTED
 
+# Tests never assert on time: the first call of an operator may build a kernel.
+settings.register_profile("dbf", deadline=None)
+settings.load_profile("dbf")
 _IS_CONTROLLER = "DBF_TEST_FOLDER" not in os.environ  # workers inherit it
 if _IS_CONTROLLER:
     os.environ["DBF_TEST_FOLDER"] = tempfile.mkdtemp(prefix="dbf_compile_tests_")

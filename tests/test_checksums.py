@@ -102,7 +102,7 @@ def test_equal_content_is_equal_bytes(tmp_path: Path) -> None:
     assert len(files) == 1
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.integers(0, 10**6), bit=st.integers(0, 7))
 def test_a_flipped_bit_is_told(place: int, bit: int, tmp_path: Path) -> None:
     path = tmp_path / "x"

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.models.tiny import tiny_llama
 
@@ -24,7 +24,6 @@ def windows(source, **options):
     return torch.cat([batch["input_ids"] for batch in batches])
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.text(max_size=40), min_size=1, max_size=6),
     st.integers(2, 20),

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
@@ -29,7 +29,6 @@ def first_letters(part: Part) -> str:
     return "".join(chr(batch["input_ids"][0, 0]) for batch in (*part.calibrating, *part.judging))
 
 
-@settings(deadline=None)
 @given(st.integers(0, 200), st.lists(st.floats(0.01, 100), min_size=1, max_size=6))
 def test_counts_are_whole_and_none_is_more_than_one_off_its_share(total: int, shares: list[float]) -> None:
     counts = split_count(total, {str(index): share for index, share in enumerate(shares)})

@@ -14,7 +14,7 @@ from dbf_compile.errors import CheckpointError
 from dbf_compile.factorizer.importance import Importance
 
 # One folder for all examples of a test: each example overwrites the file of the one before.
-one_folder = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 MOMENTS = st.sampled_from([None, torch.rand(3), torch.rand(5, dtype=torch.float64), torch.eye(4)])
 NAMES = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
 

@@ -61,7 +61,7 @@ def test_each_use_of_a_weight(use):
 
 
 @pytest.mark.slow
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.lists(st.sampled_from(sorted(USES)), min_size=2, max_size=4))
 def test_any_uses_of_a_weight_in_one_graph(uses):
     torch.compiler.reset()

@@ -38,7 +38,6 @@ def curves(draw, counts=(8, 16)):
 # Curves
 
 
-@settings(deadline=None)
 @given(curves())
 def test_a_curve_passes_through_its_points_and_falls(weights):
     for error_curve in weights.values():
@@ -60,7 +59,7 @@ def test_bad_points_are_refused(points):
 # Allocations
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(curves(), st.floats(0.8, 3.5), st.sampled_from([1, 32, 64]))
 def test_the_budget_is_met_to_a_thousandth_and_never_exceeded(weights, bits, multiple):
     allocation = allocate_bits(weights, bits, multiple=multiple)
@@ -71,7 +70,7 @@ def test_the_budget_is_met_to_a_thousandth_and_never_exceeded(weights, bits, mul
 
 
 # With steps of 1 there are as many steps as middle features: few weights.
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(curves(counts=(3, 5)), st.floats(1.0, 3.0))
 def test_it_is_never_predicted_worse_than_equal_bits_when_free(weights, bits):
     # With multiples of 1 equal bits are one of the choices, up to the bits that whole words leave unused.
@@ -79,7 +78,7 @@ def test_it_is_never_predicted_worse_than_equal_bits_when_free(weights, bits):
     assert allocation.predicted <= 1 + 2e-2
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(curves(), st.floats(1.0, 3.0))
 def test_floors_and_ceilings_hold(weights, bits):
     allocation = allocate_bits(weights, bits, floor=0.8 * bits, ceiling=1.5 * bits)

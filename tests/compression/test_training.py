@@ -123,7 +123,7 @@ def test_a_latent_gets_the_gradient_of_its_sign():
         assert torch.allclose(latent.grad, gradient, rtol=1e-5, atol=1e-6)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     N=st.integers(1, 12),
     K=st.integers(1, 12),

@@ -43,7 +43,6 @@ def test_the_schedule_tightens_from_first_to_last(iterations, whole):
         assert steps[-1].rho == pytest.approx(0.95) and ridges[-1] == pytest.approx(0.004)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 7), SEEDS, st.booleans(), st.booleans())
 def test_an_update_solves_its_normal_equations(mid, rows, columns, seed, coupled_rows, coupled_columns):
     left = correlations(rows, seed + 1)[None] if coupled_rows else None
@@ -60,7 +59,7 @@ def test_an_update_solves_its_normal_equations(mid, rows, columns, seed, coupled
 
 
 @pytest.mark.parametrize("narrow", [False, True])
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.integers(1, 7), SEEDS)
 def test_a_step_adds_to_a_share_of_the_anchor_what_solves_the_normal_equations(
     narrow, batch, mid, rows, columns, seed
@@ -95,7 +94,6 @@ def test_panels_of_a_symmetric_product_fill_its_lower_triangle(monkeypatch, rows
     torch.testing.assert_close(_gram(factor.expand(2, -1, -1))[1].tril(), (factor @ factor.mT)[0].tril())
 
 
-@settings(deadline=None)
 @given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 7), SEEDS, st.booleans())
 def test_an_update_leaves_signs_times_a_rank_one_magnitude(mid, rows, columns, seed, fixed):
     subproblem = Subproblem(gaussian(rows, columns, seed)[None], None, None)

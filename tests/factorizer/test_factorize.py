@@ -19,7 +19,6 @@ SEEDS = st.integers(0, 1000)
 # Invariants and symmetries
 
 
-@settings(deadline=None)
 @given(SIZES, SIZES, SIZES, SEEDS, st.booleans())
 def test_factors_have_the_sizes_asked_for_and_beat_zeros(
     out_features, in_features, mid_features, seed, weighted
@@ -37,7 +36,6 @@ def test_factors_have_the_sizes_asked_for_and_beat_zeros(
     assert weighted_error(weight, factors, importance) <= 1 + 1e-3
 
 
-@settings(deadline=None)
 @given(SIZES, SIZES, SEEDS)
 def test_the_three_scales_share_one_size(out_features, in_features, seed):
     factors = factorize(gaussian(out_features, in_features, seed), 8, None, QUICK)
@@ -45,7 +43,6 @@ def test_the_three_scales_share_one_size(out_features, in_features, seed):
     assert sizes == pytest.approx([sizes[0]] * 3, rel=1e-3)  # float16 rounds by 5e-4
 
 
-@settings(deadline=None)
 @given(st.integers(-30, 30), SEEDS)
 def test_a_power_of_two_scales_the_result_and_keeps_the_signs(exponent, seed):
     weight = gaussian(12, 20, seed)
@@ -64,7 +61,7 @@ def test_the_sign_of_the_weight_only_flips_signs_out_or_in():
     )
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(SEEDS, st.booleans())
 def test_flipping_the_short_side_flips_its_signs_and_nothing_else(seed, tall):
     weight = gaussian(16, 32, seed)

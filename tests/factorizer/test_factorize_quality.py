@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.weights import covariance, equal_factors, gaussian, random_importance
 
@@ -88,7 +88,6 @@ def test_above_two_bits_slices_beat_a_single_search(mid_features, official):
     assert error < 0.85 * official
 
 
-@settings(deadline=None)
 @given(st.integers(1, 5000), st.integers(1, 2000), st.integers(1, 2000))
 def test_slices_add_up_and_fall(mid_features, rows, columns):
     sizes = _slice_sizes(mid_features, mid_features * (rows + columns) / (rows * columns))

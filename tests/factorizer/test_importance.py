@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dbf_compile.errors import OptionError, WeightError
@@ -13,7 +13,6 @@ MOMENTS = st.lists(st.floats(0, 2.0**100, width=32), min_size=1, max_size=40).ma
 LENGTHS = st.integers(1, 40)
 
 
-@settings(deadline=None)
 @given(MOMENTS, st.integers(-10, 10))
 def test_weights_ignore_a_constant_factor(moment, exponent):
     scaled = moment.double() * 2.0**exponent
@@ -22,7 +21,6 @@ def test_weights_ignore_a_constant_factor(moment, exponent):
     assert torch.equal(rows, columns)
 
 
-@settings(deadline=None)
 @given(MOMENTS)
 def test_weights_are_positive_with_mean_square_one(moment):
     _, columns = Importance(moment).feature_weights(3, len(moment))
@@ -110,7 +108,6 @@ def test_repr_shows_sizes_only():
     assert text == "Importance(input_second_moment=[4096], output_grad_second_moment=None)"
 
 
-@settings(deadline=None)
 @given(st.lists(LENGTHS, min_size=1, max_size=4), LENGTHS, st.data())
 def test_stack_concatenates_outputs_and_averages_inputs(rows, features, data):
     draw = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
@@ -160,7 +157,6 @@ def covariance(size, seed=0):
     return root @ root.T / size
 
 
-@settings(deadline=None)
 @given(st.integers(1, 20), st.integers(0, 100))
 def test_a_metric_has_ones_on_its_diagonal_and_undoes_the_weights(size, seed):
     moment = covariance(size, seed)
@@ -206,7 +202,6 @@ def test_shrinking_keeps_the_mean_and_ends_uniform(kind):
         torch.testing.assert_close(half - half.diagonal().diag(), 0.5 * (moment - moment.diagonal().diag()))
 
 
-@settings(deadline=None)
 @given(st.integers(2, 12), st.integers(0, 100), st.floats(0, 1))
 def test_tempering_keeps_the_trace_and_flattens_the_spectrum(size, seed, power):
     moment = covariance(size, seed)

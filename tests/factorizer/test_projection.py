@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dbf_compile.errors import WeightError
@@ -38,7 +38,6 @@ def test_both_zeros_have_sign_plus_one():
     assert project(matrix)[0][0, 1] > 0
 
 
-@settings(deadline=None)
 @given(SIZES, SIZES, SEEDS)
 def test_projection_keeps_signs_and_has_a_rank_one_magnitude(rows, cols, seed):
     matrix = gaussian(rows, cols, seed)
@@ -49,7 +48,6 @@ def test_projection_keeps_signs_and_has_a_rank_one_magnitude(rows, cols, seed):
     assert float(right.norm()) == pytest.approx(1, rel=1e-5)  # float32 norm
 
 
-@settings(deadline=None)
 @given(SIZES, SIZES, SEEDS)
 def test_projection_leaves_its_own_image_alone(rows, cols, seed):
     matrix = signed_rank_one(rows, cols, seed)
@@ -58,7 +56,6 @@ def test_projection_leaves_its_own_image_alone(rows, cols, seed):
     torch.testing.assert_close(project(matrix)[0], matrix, rtol=1e-5, atol=0)
 
 
-@settings(deadline=None)
 @given(SIZES, SIZES, SEEDS)
 def test_projection_never_moves_further_than_zero_would(rows, cols, seed):
     matrix = gaussian(rows, cols, seed)
@@ -67,7 +64,6 @@ def test_projection_never_moves_further_than_zero_would(rows, cols, seed):
     assert (matrix - project(matrix)[0]).norm() <= matrix.norm() * (1 + 1e-5)
 
 
-@settings(deadline=None)
 @given(st.integers(2, 40), st.integers(2, 40), SEEDS)
 def test_rank_one_is_the_top_singular_triple(rows, cols, seed):
     magnitude = gaussian(rows, cols, seed).abs() + 1
@@ -83,7 +79,6 @@ def test_projection_of_zeros_is_zeros():
     assert not project(torch.zeros(3, 5))[0].any()
 
 
-@settings(deadline=None)
 @given(st.integers(-30, 30), SEEDS)
 def test_half_scales_keep_the_product_and_share_one_size(exponent, seed):
     vectors = [gaussian(length, 1, seed + length)[:, 0] for length in (5, 7, 11)]
@@ -102,7 +97,6 @@ def test_scales_outside_float16_are_refused(unit):
         half_scales(unit, torch.ones(3), torch.ones(4), torch.ones(5))
 
 
-@settings(deadline=None)
 @given(SIZES, SIZES, SEEDS)
 def test_onebit_is_exact_on_its_own_form(rows, cols, seed):
     weight = signed_rank_one(rows, cols, seed)

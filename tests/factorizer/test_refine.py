@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dbf_compile.factorizer.refine import Product, flip_signs, refine, refit_scales, squared_error
@@ -45,7 +45,6 @@ def problem(rows, mid, columns, seed, coupled_rows, coupled_columns):
     )
 
 
-@settings(deadline=None)
 @given(SIZES, SIZES, SIZES, SEEDS, st.booleans(), st.booleans(), st.integers(0, 3))
 def test_the_objective_never_rises(rows, mid, columns, seed, coupled_rows, coupled_columns, sweeps):
     target, start, left, right = problem(rows, mid, columns, seed, coupled_rows, coupled_columns)
@@ -57,7 +56,6 @@ def test_the_objective_never_rises(rows, mid, columns, seed, coupled_rows, coupl
     assert errors[0] == squared_error(target, start, left, right)
 
 
-@settings(deadline=None)
 @given(SIZES, SIZES, SIZES, SEEDS, st.booleans(), st.booleans())
 def test_refitted_scales_are_stationary_one_by_one(rows, mid, columns, seed, coupled_rows, coupled_columns):
     target, start, left, right = problem(rows, mid, columns, seed, coupled_rows, coupled_columns)
@@ -76,7 +74,6 @@ def test_refitted_scales_are_stationary_one_by_one(rows, mid, columns, seed, cou
     assert float((gradient.abs() / curvature).max()) < 2e-2 * (1 + float(target.abs().max()))
 
 
-@settings(deadline=None)
 @given(SIZES, SIZES, SIZES, SEEDS, st.booleans())
 def test_after_the_descent_no_single_flip_gains(rows, mid, columns, seed, coupled):
     target, start, _, right = problem(rows, mid, columns, seed, False, coupled)
@@ -121,7 +118,6 @@ def test_zeros_give_no_nan(which):
     assert all(bool(torch.isfinite(part).all()) for part in refine(torch.zeros(6, 8), start))
 
 
-@settings(deadline=None)
 @given(SIZES, SIZES, SIZES, SEEDS)
 def test_signs_take_over_what_is_negative(rows, mid, columns, seed):
     start = product(rows, mid, columns, seed)

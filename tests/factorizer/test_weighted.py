@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.weights import correlations, covariance, gaussian, random_importance
 
@@ -13,7 +13,6 @@ from dbf_compile.factorizer.weighted import WeightedWeight, apply_metrics, squar
 LENGTHS = st.integers(1, 40)
 
 
-@settings(deadline=None)
 @given(LENGTHS, LENGTHS, st.integers(-90, 90), st.integers(0, 1000))
 def test_a_weighted_weight_gives_the_weight_back(out_features, in_features, exponent, seed):
     draw = torch.Generator().manual_seed(seed)
@@ -28,7 +27,6 @@ def test_a_weighted_weight_gives_the_weight_back(out_features, in_features, expo
     torch.testing.assert_close(back, weight.double(), rtol=1e-6, atol=0)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 100), st.booleans(), st.booleans())
 def test_the_objective_is_that_of_the_unscaled_weight(rows, columns, seed, whole_rows, whole_columns):
     weight, vectors = gaussian(rows, columns, seed), random_importance(rows, columns, seed)

@@ -278,7 +278,7 @@ def test_a_tensor_of_another_size_is_refused(copied):
 
 
 @pytest.mark.filterwarnings("ignore:.*since the model was compressed")
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_fuzzed_files_raise_errors_and_nothing_else(folder, tmp_path_factory, data):
     place = tmp_path_factory.mktemp("fuzz") / "model"

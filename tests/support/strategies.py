@@ -9,16 +9,11 @@ import math
 from dataclasses import replace
 
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from dbf_compile.factors import SCALE_DTYPES, DoubleBinaryFactors
 from dbf_compile.signs import pack_signs
-
-# The first call of an operator may build a kernel: no example has a deadline.
-settings.register_profile("dbf", deadline=None)
-settings.load_profile("dbf")
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
