@@ -39,6 +39,7 @@ CASES = {
     "prefill of 1,024": (1, 1024, 1),
 }  # texts, length, new tokens
 LENGTH, REQUESTS, NEW = 2048, 200, 8
+TIMES = ("seconds", "cpu_seconds")
 PARTS = ("batches", "start", "requests")
 
 
@@ -130,17 +131,24 @@ def batches(arguments: argparse.Namespace, mode: str) -> list[dict[str, Any]]:
     ]
     residents: dict[str, float] = {}
     for what, (texts, length, new) in CASES.items():
-        samples: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
+        samples: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in workers}
         for number in range(-1, arguments.rounds):
             for name, worker in workers.items():
-                answer = worker.ask(texts=texts, length=length, new=new, seed=number)
+                answers = [
+                    worker.ask(texts=texts, length=length, new=count, seed=number)
+                    for count in sorted({1, new})
+                ]
                 if number >= 0:
-                    samples[name].append(answer)
+                    samples[name].append(answers)
         tokens = texts * (new if new > 1 else length)
-        for name, answers in samples.items():
-            rates = [[tokens / answer[key] for answer in answers] for key in ("seconds", "cpu_seconds")]
+        for name, rounds in samples.items():
+            rates = [[tokens / answers[-1][key] for answers in rounds] for key in TIMES]
             rows.append(row(mode, name, what, "tokens/s", *rates))
-            residents[name] = answers[-1]["resident_mb"]
+            if new > 1:  # the first token comes with the prompts
+                rest = texts * (new - 1)
+                rates = [[rest / (whole[key] - first[key]) for first, whole in rounds] for key in TIMES]
+                rows.append(row(mode, name, f"{what}, without the prompts", "tokens/s", *rates))
+            residents[name] = rounds[-1][-1]["resident_mb"]
     rows += [row(mode, name, "resident", "MB", [size]) for name, size in residents.items()]
     for worker in workers.values():
         worker.close()

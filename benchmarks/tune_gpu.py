@@ -45,7 +45,7 @@ from dbf_compile.kernels.sign_matmul.triton_prefill import (
 )
 from dbf_compile.signs import is_ragged, words_per_row
 
-SMALL_SHAPE, SMALL_TOKENS = "35x2100", (1, 3, 20)
+SMALL_SHAPE, SMALL_TOKENS = "35x1060", (1, 3, 20)
 Job = tuple[int, int, int, dict[str, int]]
 
 

@@ -10,7 +10,8 @@
         sign_matmul for several interleaved sign matrices, results side by side: compiled graphs call it for layers of one
         input on GPUs
     dbf::prepared_layers(x, prepared, columns, dtype?, fast)
-        double_binary_linear of several layers of one input, results side by side: programs call it on CPUs
+        double_binary_linear of several layers of one input, results side by side: programs call it on CPUs, where the kernels'
+        library has it
 
 Sums are as exact as in float32 (float64 for float64 x), whatever the dtype of x; ``fast`` allows a relative error of 1e-4.
 On a GPU, more tokens than ``regimes.DECODE_TOKENS`` go through tensor cores. In a 16-bit model these read the scaled
@@ -187,14 +188,6 @@ def _group(x: Tensor, signs: list[Tensor], in_scale: _Vector = None, fast: bool 
     )
 
 
-def _prepared(
-    x: Tensor, prepared: Tensor, columns: int, dtype: torch.dtype | None = None, fast: bool = False
-) -> Tensor:
-    result = dtype if dtype in cpu_kernel.DTYPES else torch.float32
-    y = cpu_kernel.prepared_layers_cpu(x, prepared, columns, result, fast)
-    return y if dtype is None else y.to(dtype)
-
-
 def _prepared_fake(
     x: Tensor, prepared: Tensor, columns: int, dtype: torch.dtype | None = None, fast: bool = False
 ) -> Tensor:
@@ -202,7 +195,6 @@ def _prepared_fake(
 
 
 _library.impl("sign_matmul", _default, "CompositeExplicitAutograd")
-_library.impl("prepared_layers", _prepared, "CPU")
 torch.library.register_fake("dbf::prepared_layers", _prepared_fake, lib=_library)
 _library.impl("sign_matmul", _cpu, "CPU")
 _library.impl("sign_matmul", _cuda, "CUDA")

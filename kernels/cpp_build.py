@@ -4,7 +4,7 @@
 * The name of a library is a fingerprint of sources, flags, torch version and architecture, then of the compiler, then of
   the library itself. So a changed source is built again, a shared home folder may hold the libraries of several machines, a
   damaged library is not loaded, and one that was built before needs no compiler.
-* A library is renamed into place: two processes may build at once, and a killed one leaves no broken file.
+* One process builds a library, others wait for it. It is renamed into place: a killed process leaves no broken file.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ import subprocess
 import tempfile
 import threading
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from dbf_compile.errors import BuildError
 from dbf_compile.files import cache_folder
@@ -130,7 +132,15 @@ def _compile(command: list[str], source: Path, folder: Path, stem: str) -> Path:
     except OSError:
         folder = Path(_temporary_folder())
         build_folder = tempfile.mkdtemp(dir=folder)
+    # Processes that start together need the same library.
+    waited = FileLock(folder / f"{stem}.lock")
     try:
+        with suppress(
+            OSError, NotImplementedError
+        ):  # too long, or a file system without locks: two may build at once, too
+            waited.acquire(TIMEOUT_SECONDS)
+            if (library := _cached(folder, stem)) is not None:
+                return library
         partial = Path(build_folder) / f"{source.stem}.so"
         _run(
             [*command, str(source), "-o", str(partial), *_link_flags()],
@@ -149,6 +159,7 @@ def _compile(command: list[str], source: Path, folder: Path, stem: str) -> Path:
             "choose others with the environment variables DBF_CACHE_DIR and CXX",
         ) from error
     finally:
+        waited.release()
         shutil.rmtree(build_folder, ignore_errors=True)
 
 

@@ -29,6 +29,9 @@ sys.dont_write_bytecode = False
 # Set before torch reads them, here and in every process that a test starts.
 # Idle threads sleep. By default they spin for a while, which takes the core from another worker of the tests.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# A worker has one core; what tests threads sets their number.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["DBF_CACHE_DIR"] = str(_FOLDER / "dbf")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_FOLDER / "inductor")
 # Hundreds of kernels are compiled. Every process that compiles first tries, with six programs, whether the compiler knows

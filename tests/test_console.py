@@ -7,6 +7,7 @@ import pty
 import select
 import signal
 import sys
+import termios
 import time
 from contextlib import suppress
 
@@ -115,6 +116,10 @@ class Terminal:
         self._process, self._near = pty.fork()
         if not self._process:
             _be_a_console(seconds, stdout)
+        # At Ctrl-C a terminal drops what is on its way, be it written after the signal already.
+        settings = termios.tcgetattr(self._near)
+        settings[3] |= termios.NOFLSH
+        termios.tcsetattr(self._near, termios.TCSANOW, settings)
         self.text = ""
 
     def type(self, text):

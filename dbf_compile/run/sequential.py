@@ -121,7 +121,10 @@ def _factor_stack(
             held_out = len(request.judging)
             task = BlockTask(name, index, module, jobs, compressed_streams, compressed, targets, held_out)
             place = list(plan.blocks).index(name)
+            before = bar.n
             factors = run.work.factors(name, _Block(task, recipe, place, bar))[0]
+            # Blocks of an earlier run move the bar, too.
+            bar.update(before + sum(job.size for job in jobs) - bar.n)
         compressed = compressed_streams.outputs(factored_copy(module, name, factors), index, compressed)
         dense = targets
 

@@ -320,6 +320,16 @@ Tensor prepared_layers_out(const Tensor& x, const Tensor& prepared, bool fast, T
   return out;
 }
 
+// Here and not in Python, as a step of decoding calls it a hundred times, each of them for some ten microseconds.
+Tensor prepared_layers(const Tensor& x, const Tensor& prepared, int64_t columns, std::optional<ScalarType> dtype,
+                       bool fast) {
+  STD_TORCH_CHECK(x.dim() > 0, "dbf_native takes no activations of such sizes: a single number");
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = columns;
+  const Tensor out = torch::stable::new_empty(x, sizes, dtype.value_or(ScalarType::Float));
+  return prepared_layers_out(torch::stable::contiguous(x), prepared, fast, out);
+}
+
 STABLE_TORCH_LIBRARY(dbf_native, library) {
   library.def(
       "sign_matmul.out(Tensor x, Tensor signs, Tensor? in_scale=None, Tensor? out_scale=None, Tensor? bias=None, "
@@ -338,5 +348,7 @@ STABLE_TORCH_LIBRARY_IMPL(dbf_native, CPU, library) {
   library.impl("prepare_layers.out", TORCH_BOX(&prepare_layers_out));
   library.impl("prepared_layers.out", TORCH_BOX(&prepared_layers_out));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(dbf, CPU, library) { library.impl("prepared_layers", TORCH_BOX(&prepared_layers)); }
 
 }  // namespace

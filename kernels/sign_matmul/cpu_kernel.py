@@ -62,29 +62,9 @@ def sign_matmul_cpu(
 def prepare_layers_cpu(
     factors: Sequence[Tensor], biases: Sequence[Tensor], interleaved: bool, out: Tensor
 ) -> Tensor:
-    """Write what :func:`prepared_layers_cpu` needs of layers to bytes; see ``dbf_compile.ops.prepare_layers``."""
+    """Write what ``dbf::prepared_layers`` needs of layers to bytes; see ``dbf_compile.ops.prepare_layers``."""
     available()  # loads the operators
     result: Tensor = torch.ops.dbf_native.prepare_layers.out(
         list(factors), list(biases), interleaved=interleaved, out=out
     )
     return result
-
-
-def prepared_layers_cpu(
-    x: Tensor, prepared: Tensor, columns: int, dtype: torch.dtype = torch.float32, fast: bool = False
-) -> Tensor:
-    """Apply prepared layers to one input; results lie side by side.
-
-    Args:
-        x: float32, bfloat16 or float16 [..., K].
-        prepared: bytes of :func:`prepare_layers_cpu`.
-        columns: of all results together.
-        dtype: of the results.
-        fast: sum with 16 bits instead of 24.
-
-    Returns:
-        [..., columns], with the bits that the layers give one by one.
-    """
-    out = x.new_empty((*x.shape[:-1], columns), dtype=dtype)
-    torch.ops.dbf_native.prepared_layers.out(x.contiguous(), prepared, fast=fast, out=out)
-    return out

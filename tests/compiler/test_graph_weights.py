@@ -54,6 +54,7 @@ USES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", USES)
 def test_each_use_of_a_weight(use):
     model, x = Uses([use]), randn(5, 64)
@@ -61,7 +62,7 @@ def test_each_use_of_a_weight(use):
 
 
 @pytest.mark.slow
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(st.lists(st.sampled_from(sorted(USES)), min_size=2, max_size=4))
 def test_any_uses_of_a_weight_in_one_graph(uses):
     torch.compiler.reset()

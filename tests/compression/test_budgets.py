@@ -59,7 +59,7 @@ def test_bad_points_are_refused(points):
 # Allocations
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(curves(), st.floats(0.8, 3.5), st.sampled_from([1, 32, 64]))
 def test_the_budget_is_met_to_a_thousandth_and_never_exceeded(weights, bits, multiple):
     allocation = allocate_bits(weights, bits, multiple=multiple)
@@ -70,7 +70,7 @@ def test_the_budget_is_met_to_a_thousandth_and_never_exceeded(weights, bits, mul
 
 
 # With steps of 1 there are as many steps as middle features: few weights.
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(curves(counts=(3, 5)), st.floats(1.0, 3.0))
 def test_it_is_never_predicted_worse_than_equal_bits_when_free(weights, bits):
     # With multiples of 1 equal bits are one of the choices, up to the bits that whole words leave unused.

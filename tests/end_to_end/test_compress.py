@@ -91,6 +91,14 @@ def test_one_command_twice_does_nothing_the_second_time(dense, independent, monk
         compress(dense, independent.folder, mode="independent", bits=3.0)
 
 
+def test_blocks_of_an_earlier_run_count_as_done(dense, tmp_path, capsys):
+    made = compress(dense, tmp_path / "made", mode="sequential", keep_work=True)
+    shutil.rmtree(made.folder)
+    (tmp_path / "made.work" / "model.layers.1.safetensors").unlink()
+    compress(dense, tmp_path / "made", mode="sequential", progress=True)
+    assert re.search(r"blocks: 100%", capsys.readouterr().err)
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments_it_goes_on_and_writes_the_same_files(dense, mode, expected, tmp_path):
     output, draw, kills = tmp_path / "made", random.Random(0), 0
@@ -114,12 +122,16 @@ def test_killed_at_random_moments_it_goes_on_and_writes_the_same_files(dense, mo
 
 
 @pytest.mark.slow
-def test_processes_that_share_the_work_write_the_same_files(dense, mode, expected, tmp_path):
+def test_processes_that_share_the_work_write_the_same_files(dense, sequential, tmp_path):
     from dbf_compile.run.workers import compress_in_processes
 
-    options = {**FAST, "data": str(text_of(dense)), "mode": mode}
+    options = {
+        **FAST,
+        "data": str(text_of(dense)),
+        "mode": "sequential",
+    }  # ranks of torchrun share independent work
     made = compress_in_processes(dense, tmp_path / "made", processes=2, **options)
-    assert weights_of(made.folder) == weights_of(expected)
+    assert weights_of(made.folder) == weights_of(sequential.folder)
 
 
 def test_a_model_in_memory_gives_the_same_and_is_left_alone(dense, independent, tmp_path):

@@ -58,19 +58,19 @@ def test_a_dense_model_compiles_into_one_graph(name, caplog, graphs):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_converted_model_compiles_into_the_same_products(name, graphs):
+def test_a_converted_model_compiles_into_the_same_products(name, unlowered):
     model, tokens = factored(MODELS[name]()), ids(2, 9)
     with torch.no_grad():
         y = first_output(torch.compile(model, backend="dbf", fullgraph=True), tokens)
         assert error_of(y, first_output(model, tokens)) < TOLERANCE
-    (graph,) = graphs
+    (graph,) = unlowered
     products = sum("sign_matmul" in str(node.target) for node in graph.graph.nodes)
     # Siblings share the first stage; the second stages of the parts stay apart.
     extra = {"llama": 2 * (2 + 1), "gpt2": 0, "bert": 2 * 2}[name]
     assert products == 2 * REPLACED[name] + extra
 
 
-def test_other_lengths_and_batches_stay_right_with_few_graphs(graphs):
+def test_other_lengths_and_batches_stay_right_with_few_graphs(unlowered):
     model = tiny_llama(layers=1)
     eager = factored(model)
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_other_lengths_and_batches_stay_right_with_few_graphs(graphs):
             tokens = ids(batch, length)
             assert error_of(first_output(run, tokens), first_output(eager, tokens)) < TOLERANCE
     # Static, then dynamic in the length, then in the batch as well.
-    assert len(graphs) <= 3
+    assert len(unlowered) <= 3
 
 
 def generate(model, tokens, **options):

@@ -19,6 +19,7 @@ SEEDS = st.integers(0, 1000)
 # Invariants and symmetries
 
 
+@settings(max_examples=50)
 @given(SIZES, SIZES, SIZES, SEEDS, st.booleans())
 def test_factors_have_the_sizes_asked_for_and_beat_zeros(
     out_features, in_features, mid_features, seed, weighted
@@ -36,6 +37,7 @@ def test_factors_have_the_sizes_asked_for_and_beat_zeros(
     assert weighted_error(weight, factors, importance) <= 1 + 1e-3
 
 
+@settings(max_examples=50)
 @given(SIZES, SIZES, SEEDS)
 def test_the_three_scales_share_one_size(out_features, in_features, seed):
     factors = factorize(gaussian(out_features, in_features, seed), 8, None, QUICK)
@@ -43,6 +45,7 @@ def test_the_three_scales_share_one_size(out_features, in_features, seed):
     assert sizes == pytest.approx([sizes[0]] * 3, rel=1e-3)  # float16 rounds by 5e-4
 
 
+@settings(max_examples=50)
 @given(st.integers(-30, 30), SEEDS)
 def test_a_power_of_two_scales_the_result_and_keeps_the_signs(exponent, seed):
     weight = gaussian(12, 20, seed)

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from dbf_compile.errors import BuildError
 from dbf_compile.kernels import cpp_build
@@ -123,7 +124,7 @@ def test_errors_of_the_compiler_are_shown(cache: Path, source: Path) -> None:
     source.write_text("int answer() { return fortytwo; }\n")
     with pytest.raises(BuildError, match=r"failed on answer\.cpp:\n(.|\n)*fortytwo"):
         build(source)
-    assert not list((cache / "native").iterdir())
+    assert {path.suffix for path in (cache / "native").iterdir()} == {".lock"}
 
 
 def test_a_compiler_that_dies_leaves_nothing_behind(
@@ -133,7 +134,7 @@ def test_a_compiler_that_dies_leaves_nothing_behind(
     monkeypatch.setenv("CXX", str(script(tmp_path / "dying", half)))
     with pytest.raises(BuildError, match="out of memory"):
         build(source)
-    assert not list((cache / "native").iterdir())
+    assert {path.suffix for path in (cache / "native").iterdir()} == {".lock"}
 
 
 def test_only_the_end_of_a_long_output_is_shown(
@@ -191,12 +192,24 @@ def test_a_damaged_library_is_built_again(source: Path, pretender: Path, damage:
     assert pretender.read_text().count("called") == 2
 
 
-def test_many_builds_at_once_agree(cache: Path, source: Path, pretender: Path) -> None:
+def test_of_many_builds_at_once_there_is_one(cache: Path, source: Path, pretender: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         libraries = set(pool.map(build, [source] * 16))
     (library,) = libraries
     assert library.read_text() == source.read_text()
-    assert list((cache / "native").iterdir()) == [library]
+    assert list((cache / "native").glob("*[!k]")) == [library]  # beside a lock
+    assert pretender.read_text().count("called") == 1
+
+
+def test_a_builder_that_does_not_end_is_not_waited_for_for_ever(
+    cache: Path, source: Path, pretender: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = build(source)
+    (lock,) = (cache / "native").glob("*.lock")
+    library.unlink()
+    monkeypatch.setattr(cpp_build, "TIMEOUT_SECONDS", 0.1)
+    with FileLock(lock):
+        assert build(source) == library and library.exists()
 
 
 def test_the_library_appears_whole(

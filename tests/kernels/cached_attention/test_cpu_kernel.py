@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from dbf_compile.kernels import cpp_build
 from dbf_compile.kernels.cached_attention import cpu_kernel
 from dbf_compile.kernels.cached_attention.reference import cached_attention as reference
 
-pytestmark = pytest.mark.skipif(not cpu_kernel.library.available(), reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(cpp_build.compiler() is None, reason="this machine has no C++ compiler")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # the rounding of the result
 # B, H, H', T, D, V, L, window, cap
 SHAPES = [
@@ -17,6 +18,11 @@ SHAPES = [
     (3, 5, 1, 2, 80, 16, 64, 1, 0.0),
     (1, 8, 2, 70, 128, 128, 128, 5, 0.0),
 ]
+
+
+@pytest.fixture(autouse=True)
+def loaded():
+    assert cpu_kernel.library.available()
 
 
 def problem(shape, dtype, seed=0):

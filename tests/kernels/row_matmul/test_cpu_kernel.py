@@ -16,7 +16,10 @@ from dbf_compile.rows import ROW_FORMATS, RowFormat, quantize_rows
 FORMS = [*ROW_FORMATS.values(), RowFormat(4, 64), RowFormat(6, 16)]
 ISAS = ("avx512_vbmi", "avx512", "avx2", "neon", "portable")
 
-assert cpu_kernel.library.available()
+
+@pytest.fixture(autouse=True)
+def loaded() -> None:
+    assert cpu_kernel.library.available()
 
 
 def usable() -> list[str]:
