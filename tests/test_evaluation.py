@@ -1,6 +1,7 @@
 """Evaluation: a stated context length, folders and models alike, and tasks of lm-eval."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,16 +159,15 @@ metric_list: [{{metric: acc}}]
 
 @pytest.fixture(scope="module")
 def indexed():
-    """lm-eval's index of its own tasks: reading their thousands of files takes seconds."""
-    pytest.importorskip("lm_eval")
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager()
+    """lm-eval's index of one of its folders of tasks: reading their thousands of files takes seconds."""
+    tasks = pytest.importorskip("lm_eval.tasks")
+    own = Path(tasks.__file__).parent
+    return tasks.TaskManager(include_path=str(own / "piqa"), include_defaults=False)
 
 
 @pytest.fixture
 def indexed_once(indexed, monkeypatch):
-    """lm-eval reads its own tasks once, and beside those of a folder not at all."""
+    """lm-eval reads few of its own tasks, once, and beside those of a folder none."""
     from lm_eval.tasks import TaskManager
 
     def manager(include_path):

@@ -25,8 +25,8 @@ class Tied(nn.Module):
     ("backend", "kind", "dtype"),
     [
         ("dbf", "int8", torch.bfloat16),
-        ("dbf", "int4", torch.float32),
-        ("dbf", "int6", torch.float16),
+        pytest.param("dbf", "int4", torch.float32, marks=pytest.mark.slow),
+        pytest.param("dbf", "int6", torch.float16, marks=pytest.mark.slow),
         ("inductor", "int8", torch.bfloat16),
     ],
 )

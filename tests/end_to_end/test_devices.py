@@ -110,7 +110,6 @@ print(json.dumps([seen, max(apart)]))
 
 WAYS = {
     "independent-diagonal": {"mode": "independent", "own_text": 0.5},
-    "independent-whole": {"mode": "independent", "budget": "equal", "form": "input"},
     "block-diagonal": {"mode": "block"},
     "block-whole": {"mode": "block", "budget": "equal", "form": "input"},
 }

@@ -75,10 +75,10 @@ SIBLING_TOKENS = (1, 6, 64)
 DEEP_TOKENS = (1, 3)
 PLAIN_TOKENS = 200
 LLAMA_TOKENS = (1, 20, 160)
-# Numbers of tokens, for the kernels for few and for many. Left out are kinds with experts, whose graphs break, and
-# Mistral, which is a Llama at this size.
+# Numbers of tokens, for the kernels for few and for many. Left out are kinds with experts, whose graphs break; Llama, which is
+# among the layers' programs; Mistral, which is a Llama at this size; and OPT, whose blocks are GPT-2's.
 ARCHITECTURE_TOKENS = {
-    **dict.fromkeys(("llama", "qwen3", "gemma3", "phi", "phi3", "gpt2", "opt"), 6),
+    **dict.fromkeys(("qwen3", "gemma3", "phi", "phi3", "gpt2"), 6),
     **dict.fromkeys(("bert", "vit", "whisper"), 24),
 }
 NO_FOLDING = {"joint_graph_constant_folding": False}  # it would compute constants on the device
