@@ -118,6 +118,7 @@ def test_no_text_fails_for_its_characters(monkeypatch):
     assert readable("gr\udcfcn ß") == "gr�n ß"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
 def test_a_closed_stream_is_the_null_device(closed, tmp_path):
     """Else the next file that is opened takes its place, and what is said is written into it."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.graphs import HandGraph, targets
 from support.strategies import FLOAT_DTYPES, random_signs, seeds, sizes
@@ -50,6 +50,7 @@ def siblings(
     return hand, x, products
 
 
+@settings(max_examples=50)
 @given(
     rows=st.lists(sizes, min_size=2, max_size=MOST),
     tokens=st.integers(1, DECODE_TOKENS),

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.graphs import HandGraph, targets
 from support.strategies import seeds, sizes
@@ -41,6 +41,7 @@ def must_not_fire(hand):
     assert targets(hand.graph) == before
 
 
+@settings(max_examples=50)
 @given(rows=st.lists(sizes, min_size=2, max_size=4), data=st.data(), K=sizes, M=st.integers(0, 4), seed=seeds)
 def test_siblings_become_one_layer_of_equal_values(rows, data, K, M, seed):
     biases = data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows)))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.graphs import HandGraph, targets
 from support.strategies import seeds, sizes
@@ -34,6 +34,7 @@ def must_not_fire(hand):
     assert targets(hand.graph) == before
 
 
+@settings(max_examples=50)
 @given(
     M=st.one_of(st.integers(0, 4), st.tuples(st.integers(1, 2), st.integers(1, 3)), st.just(())),
     K=sizes,

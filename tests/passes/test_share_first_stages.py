@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.graphs import HandGraph, targets
 from support.strategies import random_factors, seeds, sizes
@@ -30,6 +30,7 @@ def products(hand):
     return sum(name.startswith("sign_matmul") for name in targets(hand.graph))
 
 
+@settings(max_examples=50)
 @given(rows=st.lists(sizes, min_size=2, max_size=4), K=sizes, seed=seeds, overload=st.booleans())
 def test_siblings_share_their_first_stage(rows, K, seed, overload):
     operator = torch.ops.dbf.sign_matmul.default if overload else torch.ops.dbf.sign_matmul
