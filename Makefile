@@ -8,16 +8,19 @@ PIP    := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constrai
 CORE   := $(filter-out tests/test_cli.py tests/test_evaluation.py,$(wildcard tests/test_*.py)) tests/factorizer tests/passes tests/kernels tests/compiler
 BY_FILE := --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-vllm quick check docs bench bench-cpu bench-laptop bench-gpu bench-factorizer bench-compress bench-llm bench-vllm soak clean
+.PHONY: demo test test-vllm quick coverage check docs bench bench-cpu bench-laptop bench-gpu bench-factorizer bench-compress bench-llm bench-vllm soak clean
 
 # A language model, compressed and compared; QUICK=1: its first blocks, and fewer measurements.
 demo: $(VENV)/.demo
 	$(VENV)/bin/python benchmarks/demo.py $(if $(QUICK),--quick)
 
-# A file of tests stays in one process, for its fixtures; files with slow tests come first, and coverage is that of the
-# quick ones, each with its first arguments (tests/conftest.py).
+# A file of tests stays in one process, for its fixtures; files with slow tests come first (tests/conftest.py).
 test: $(VENV)/.test
-	$(RUN) -m pytest -n auto $(BY_FILE) --durations=20 --cov --cov-report=term --cov-fail-under=90
+	$(RUN) -m pytest -n auto $(BY_FILE) --durations=20
+
+# Which lines the quick tests reach, each with its first arguments and few examples: three minutes.
+coverage: $(VENV)/.test
+	$(RUN) -m pytest -n auto $(BY_FILE) -m 'not slow and not browser' --hypothesis-profile few --cov --cov-report=term --cov-fail-under=90
 
 # Serving with vLLM, in an environment of its own: its versions of other libraries are not ours. That takes 2 minutes and 3.4 GB
 # once, the tests at most 5 minutes.

@@ -16,6 +16,7 @@ from support.forked import IMPORTED
 
 # Tests never assert on time: the first call of an operator may build a kernel.
 settings.register_profile("dbf", deadline=None)
+settings.register_profile("few", deadline=None, max_examples=10)
 settings.load_profile("dbf")
 _IS_CONTROLLER = "DBF_TEST_FOLDER" not in os.environ  # workers inherit it
 if _IS_CONTROLLER:
@@ -69,8 +70,14 @@ LONGEST = (
 )
 
 
-def pytest_collection_modifyitems(items):
-    """Put the longest files first, then those of the most slow tests: the last ones are short, and all workers end together."""
+def pytest_collection_modifyitems(config, items):
+    """Put the longest files first, then those of the most slow tests: the last ones are short, and all workers end together.
+
+    For coverage each test is run once, with its first arguments: tracing costs a third of what a test takes without it.
+    """
+    if config.pluginmanager.hasplugin("_cov"):
+        first = {(item.path, getattr(item, "originalname", item.name)): item for item in reversed(items)}
+        items[:] = reversed(first.values())
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: (places.get(item.path, len(LONGEST)), -slow[item.path]))
@@ -87,28 +94,6 @@ def pytest_collection_finish(session):
                 importlib.import_module(name)
     gc.freeze()
     gc.set_threshold(10_000)
-
-
-_traced: set[tuple[Path, str]] = set()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item):
-    """Trace each quick test once, with its first arguments: tracing costs half of what a test takes without it.
-
-    A file of tests runs in one process, so each of its tests is traced.
-    """
-    coverage = getattr(item.config.pluginmanager.getplugin("_cov"), "cov_controller", None)
-    test = (item.path, getattr(item, "originalname", item.name))
-    traced = test not in _traced and not item.get_closest_marker("slow")
-    _traced.add(test)
-    if coverage is None or traced:
-        return (yield)
-    coverage.pause()
-    try:
-        return (yield)
-    finally:
-        coverage.resume()
 
 
 def pytest_sessionfinish(session):
