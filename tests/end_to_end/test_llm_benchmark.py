@@ -15,6 +15,11 @@ from support.house import ROOT
 pytest.importorskip("transformers")
 
 
+needs_data = pytest.mark.skipif(
+    not (ROOT.parent / "shared" / "data" / "text").exists(), reason="needs ../shared/data"
+)
+
+
 @pytest.fixture(autouse=True)
 def _path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
@@ -33,6 +38,7 @@ def lines(text: Any) -> set[str]:
     return {" ".join(one.split()) for one in words if len(one) > 80}
 
 
+@needs_data
 def test_nothing_that_is_judged_with_was_calibrated_with() -> None:
     texts = module("llm_texts")
     judged = texts.judged()
@@ -125,6 +131,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert json.loads(again.path(every[0]).read_text())["setting"] == {"windows": 4}
 
 
+@needs_data
 def test_rows_have_names_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = module("bench_llm")
     rows = list(bench.all_rows(None, [0]))
