@@ -10,8 +10,8 @@
         sign_matmul for several interleaved sign matrices, results side by side: compiled graphs call it for layers of one
         input on GPUs
     dbf::prepared_layers(x, prepared, columns, dtype?, fast)
-        double_binary_linear of several layers of one input, results side by side: programs call it on CPUs, where the kernels'
-        library has it
+        double_binary_linear of several layers of one input, results side by side: programs call it on CPUs. The
+        C++ kernels' library has it
 
 Sums are as exact as in float32 (float64 for float64 x), whatever the dtype of x; ``fast`` allows a relative error of 1e-4.
 On a GPU, more tokens than ``regimes.DECODE_TOKENS`` go through tensor cores. In a 16-bit model these read the scaled

@@ -132,15 +132,14 @@ def _compile(command: list[str], source: Path, folder: Path, stem: str) -> Path:
     except OSError:
         folder = Path(_temporary_folder())
         build_folder = tempfile.mkdtemp(dir=folder)
-    # Processes that start together need the same library.
-    waited = FileLock(folder / f"{stem}.lock")
+    lock = FileLock(folder / f"{stem}.lock")
     try:
-        with suppress(
-            OSError, NotImplementedError
-        ):  # too long, or a file system without locks: two may build at once, too
-            waited.acquire(TIMEOUT_SECONDS)
-            if (library := _cached(folder, stem)) is not None:
-                return library
+        # Processes that start together need the same library. After a long wait, and where a file system has no locks, two
+        # build at once, which does no harm.
+        with suppress(OSError, NotImplementedError):
+            lock.acquire(TIMEOUT_SECONDS)
+        if (ready := _cached(folder, stem)) is not None:
+            return ready
         partial = Path(build_folder) / f"{source.stem}.so"
         _run(
             [*command, str(source), "-o", str(partial), *_link_flags()],
@@ -159,7 +158,7 @@ def _compile(command: list[str], source: Path, folder: Path, stem: str) -> Path:
             "choose others with the environment variables DBF_CACHE_DIR and CXX",
         ) from error
     finally:
-        waited.release()
+        lock.release()
         shutil.rmtree(build_folder, ignore_errors=True)
 
 

@@ -141,6 +141,8 @@ def test_generate_streams_text_and_figures(made, dense):
     assert figures["new_tokens"] == 4 and figures["prompt_tokens"] == 7
     assert figures["weight_bytes"] < found[str(dense)]["weight_bytes"]
     assert figures["text"] in done.output
+    compiled = facts("generate", made, "add the", "-n", 4)
+    assert compiled[str(made)]["text"] == figures["text"]
 
 
 @pytest.mark.slow

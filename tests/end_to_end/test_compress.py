@@ -125,11 +125,8 @@ def test_killed_at_random_moments_it_goes_on_and_writes_the_same_files(dense, mo
 def test_processes_that_share_the_work_write_the_same_files(dense, sequential, tmp_path):
     from dbf_compile.run.workers import compress_in_processes
 
-    options = {
-        **FAST,
-        "data": str(text_of(dense)),
-        "mode": "sequential",
-    }  # ranks of torchrun share independent work
+    # Ranks of torchrun share independent work, in test_cluster.py.
+    options = {**FAST, "data": str(text_of(dense)), "mode": "sequential"}
     made = compress_in_processes(dense, tmp_path / "made", processes=2, **options)
     assert weights_of(made.folder) == weights_of(sequential.folder)
 

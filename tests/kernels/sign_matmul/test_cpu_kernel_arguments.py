@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.strategies import activations, random_scale, random_signs, seeds, sizes
+from support.strategies import activations, random_factors, random_scale, random_signs, seeds, sizes
 from torch import Tensor
 
 from dbf_compile.errors import BuildError
 from dbf_compile.kernels import cpp_build
 from dbf_compile.kernels.sign_matmul import cpu_kernel
 from dbf_compile.kernels.sign_matmul.reference import sign_matmul
-from dbf_compile.signs import pack_signs
+from dbf_compile.ops import double_binary_linear, prepare_layers
+from dbf_compile.signs import interleave, pack_signs
 from dbf_compile.testing import assert_close
 
 pytestmark = pytest.mark.skipif(cpp_build.compiler() is None, reason="this machine has no C++ compiler")
@@ -149,3 +150,38 @@ def test_errors_of_the_build_are_part_of_the_warning(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(cpp_build, "build", fail)
     with pytest.warns(UserWarning, match="broken compiler; allowed: a good one"):
         assert not cpu_kernel.available()
+
+
+@settings(max_examples=40)
+@given(
+    K=sizes,
+    parts=st.lists(st.tuples(sizes, sizes), min_size=1, max_size=3),
+    shape=st.sampled_from([(), (1,), (2, 3), (0,), (2, 0, 4)]),
+    dtype=st.sampled_from([None, *cpu_kernel.DTYPES]),
+    fast=st.booleans(),
+    seed=seeds,
+)
+def test_prepared_layers_give_what_the_layers_give_one_by_one(
+    K: int,
+    parts: list[tuple[int, int]],
+    shape: tuple[int, ...],
+    dtype: torch.dtype | None,
+    fast: bool,
+    seed: int,
+) -> None:
+    layers = []
+    for number, (R, N) in enumerate(parts):
+        own = random_factors(K, R, N, seed + number)
+        layers.append(
+            [interleave(own.signs_in), interleave(own.signs_out), own.scale_in, own.scale_mid, own.scale_out]
+        )
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn((*shape, 2 * K), generator=generator)[..., ::2]  # not contiguous
+    prepared = prepare_layers([tensor for layer in layers for tensor in layer])
+    columns = sum(N for _, N in parts)
+    y = torch.ops.dbf.prepared_layers(x, prepared, columns, dtype, fast)
+    alone = [double_binary_linear(x, *layer, None, dtype, True, fast) for layer in layers]
+    assert y.dtype == (dtype or torch.float32) and torch.equal(y, torch.cat(alone, -1))
+    for wrong, size in ((x, columns + 1), (torch.ones(*shape, K + 1), columns), (x.double(), columns)):
+        with pytest.raises(RuntimeError, match=r"sizes|takes float32"):
+            torch.ops.dbf.prepared_layers(wrong, prepared, size, dtype, fast)
