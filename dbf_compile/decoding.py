@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dbf_compile.compiler import programs
+from dbf_compile.errors import first_line
 from dbf_compile.files import cache_folder
 from dbf_compile.hashes import source_hash
 from dbf_compile.integrations import steps
-from dbf_compile.kernels.cached_attention import cpu_kernel as attention_kernel
-from dbf_compile.kernels.sign_matmul import cpu_kernel
+from dbf_compile.machine import instructions
 from dbf_compile.progress import say
 
 _PART = 512  # tokens of a prompt at a time; more do not make it faster, and take memory
@@ -149,8 +149,8 @@ class Decoder:
     def _program(self, kind: str) -> None:
         """Load a program, or compile it."""
         began = time.perf_counter()
-        file = cache_folder() / "programs" / f"{kind}-{self._fingerprint()}.bin"
-        program = programs.load_program(file)
+        folder = cache_folder() / "programs" / f"{kind}-{self._fingerprint()}"
+        program = programs.load_program(folder)
         if program is None:
             say("compiling; kept for the next start", self._progress)
             rows, count = _EXAMPLES[kind]
@@ -163,15 +163,16 @@ class Decoder:
                 "keys": keys,
                 "values": values,
             }
+            # Imports Dynamo and Inductor, which takes seconds: only if there is something to compile.
+            from dbf_compile.compiler.ahead_of_time import compile_program
+
             try:
                 with steps.our_attention(self._model):
-                    program = programs.compile_program(
-                        steps.step, arguments, _DYNAMIC[kind], file, fast=self._is_rounded
+                    program = compile_program(
+                        steps.step, arguments, _DYNAMIC[kind], folder, fast=self._is_rounded
                     )
             except Exception as error:  # whatever the code of a model has that cannot be traced whole
-                raise steps.UnsuitedError(
-                    f"it is not compiled as one ({str(error).splitlines()[0]})"
-                ) from error
+                raise steps.UnsuitedError(f"it is not compiled as one ({first_line(error)})") from error
         self._programs[kind] = program
         self._compile_seconds += time.perf_counter() - began
 
@@ -180,10 +181,9 @@ class Decoder:
             steps.fingerprint(self._model),
             source_hash("dbf_compile"),
             torch.__version__,
-            torch.backends.cpu.get_cpu_capability(),
+            torch.version.git_version,
+            instructions(),
             torch.get_num_threads(),
-            cpu_kernel.available(),
-            attention_kernel.library.available(),
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
@@ -207,17 +207,10 @@ class _Call:
         positions: Tensor,
         last: Tensor,
     ) -> None:
-        self._function: Callable[..., Any] = program.function
+        self._function = program.function
         step = {"tokens": tokens, "positions": positions, "last": last}
         self._inputs = program.inputs(arguments | step)
         self._places = {name: program.places(name) for name in step}
-        # Sizes of tokens and positions that differ from call to call are inputs of their own.
-        self._sizes = [
-            (index, path)
-            for index, path in enumerate(program.paths)
-            if path.startswith(("L['tokens'].", "L['positions']."))
-        ]
-        self._program = program
 
     def __call__(self, tokens: Tensor, positions: Tensor, last: Tensor) -> Tensor:
         """Run a step."""
@@ -226,7 +219,4 @@ class _Call:
         for name, places in self._places.items():
             for place in places:
                 inputs[place] = step[name]
-        for place, path in self._sizes:
-            inputs[place] = self._program.value(path, step)
-        logits: Tensor = self._function(*inputs)[0]
-        return logits
+        return self._function(inputs)[0]

@@ -82,3 +82,8 @@ class KernelInputError(DBFError, ValueError):
 
 class BuildError(DBFError, RuntimeError):
     """The C++ kernels could not be built."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its type if it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dbf_compile.errors import OptionError
+from dbf_compile.errors import OptionError, first_line
 
 _PARALLEL = 1 << 17  # elements that torch fills with several threads
 _STARTED = (
@@ -85,7 +86,7 @@ def with_index(device: torch.device | str) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # an unknown name, or a device that torch cannot use here
         raise OptionError(
-            f"device={str(device)!r} ({str(error).splitlines()[0]})",
+            f"device={str(device)!r} ({first_line(error)})",
             "a device that torch can use here, such as 'cpu'",
             "leave device out for a GPU if there is one",
         ) from error
@@ -96,10 +97,16 @@ def multiplies_bfloat16(kind: str) -> bool:
     """Return whether devices of type ``kind`` multiply bfloat16 matrices in half the time of float32 ones or less."""
     if kind == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if kind != "cpu" or not _PROCESSOR.is_file():
-        return False
-    flags = (line for line in _PROCESSOR.read_text().splitlines() if line.startswith("flags"))
-    return bool(_NARROW & set(next(flags, "").split()))
+    return kind == "cpu" and bool(_NARROW & set(instructions().split()))
+
+
+def instructions() -> str:
+    """Return the names of what this processor has beyond the least of its kind, or its name where Linux does not say."""
+    if not _PROCESSOR.is_file():
+        return platform.processor() or platform.machine()
+    lines = _PROCESSOR.read_text().splitlines()
+    # "flags" of x86, "Features" of Arm.
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
 
 
 def narrow_products(device: torch.device) -> AbstractContextManager[Any]:

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import hashlib
 import os
 import platform
@@ -29,7 +30,8 @@ from dbf_compile.errors import BuildError
 from dbf_compile.files import cache_folder
 
 # -ffp-contract=off: fused multiply-adds would give other bits. No -march: kernels choose an instruction set at run time.
-FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi")
+# -fvisibility=hidden: compiled programs find the C functions of all libraries, which share no other names.
+FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi")
 
 TIMEOUT_SECONDS = 300  # a build takes half a minute; eight times that on a busy machine
 
@@ -45,7 +47,7 @@ def build(source: Path) -> Path:
     """Return the shared library of a C++ file; compile it unless it is cached.
 
     Args:
-        source: registers operators through torch's stable ABI; it may include headers of its folder.
+        source: registers operators through torch's stable ABI; it may include headers of its folder and of this one.
 
     Returns:
         The library: in the ``native`` folder of the cache or, where that cannot be written, in a temporary folder of this
@@ -54,7 +56,7 @@ def build(source: Path) -> Path:
     Raises:
         BuildError: no compiler, no writable folder, or the compiler failed; the message has its output.
     """
-    sources = [source, *sorted(source.parent.glob("*.h"))]
+    sources = [source, *sorted(source.parent.glob("*.h")), *sorted(Path(__file__).parent.glob("*.h"))]
     platform_name = " ".join([*FLAGS, _target_version(), torch.__version__, platform.machine()])
     stem = f"{source.stem}-{_digest(platform_name.encode(), *(_signed(file) for file in sources))}"
     folder = cache_folder() / "native"
@@ -96,7 +98,9 @@ class Library:
 
     def _load(self) -> bool:
         try:
-            torch.ops.load_library(build(self.source))
+            library = build(self.source)
+            torch.ops.load_library(library)
+            ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)  # for compiled programs, which call its C functions
         except (BuildError, OSError) as error:  # OSError: the loader refuses the library
             warnings.warn(f"dbf_compile falls back to its slow reference kernel: {error}", stacklevel=4)
             return False

@@ -172,4 +172,4 @@ def test_programs_compute_what_the_model_does_and_are_kept(tmp_path, monkeypatch
         assert isinstance(generator._decoder, Decoder)
         assert [item.text for item in results] == exact
         assert generator.generate(PROMPTS[1] % 90, max_new_tokens=6).text == exact[1]
-        monkeypatch.setattr("dbf_compile.compiler.programs.compile_program", None)  # all are there now
+        monkeypatch.setattr("dbf_compile.compiler.ahead_of_time.compile_program", None)  # all are there now

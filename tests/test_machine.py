@@ -112,3 +112,15 @@ def test_narrow_products_round_only_where_the_device_gains(monkeypatch):
         monkeypatch.setattr(machine, "multiplies_bfloat16", lambda kind, gains=gains: gains)
         with machine.narrow_products(x.device):
             assert (x @ x.T).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "text", ["processor : 0\nflags : fpu avx2\nbugs : none\n", "processor : 0\nFeatures : fp asimd\n"]
+)
+def test_instructions_are_the_line_of_linux_that_has_them(tmp_path, monkeypatch, text):
+    description = tmp_path / "cpuinfo"
+    description.write_text(text)
+    monkeypatch.setattr(machine, "_PROCESSOR", description)
+    assert machine.instructions() == text.splitlines()[1]
+    monkeypatch.setattr(machine, "_PROCESSOR", tmp_path / "absent")
+    assert machine.instructions()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbf_compile.errors import ConversionError
+from dbf_compile.errors import ConversionError, first_line
 
 # Inputs that no text gives.
 _NOT_TEXT = frozenset(
@@ -41,7 +41,7 @@ def call_model(model: nn.Module, batch: Any) -> Any:
         if not lacking:
             raise
         raise ConversionError(
-            f"tokens alone for {type(model).__name__}, which fails on them ({str(error).splitlines()[0]})",
+            f"tokens alone for {type(model).__name__}, which fails on them ({first_line(error)})",
             f"batches of all that it reads: {', '.join(lacking)} too",
             "pass batches=[{name: tensor}], as its processor makes them, or no data",
         ) from error

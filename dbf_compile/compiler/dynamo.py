@@ -1,6 +1,6 @@
 """Reads and extends the graphs that Dynamo captures.
 
-Private names of torch stand here and in ``inductor``, ``ir`` and ``registration`` beside it, nowhere else. Proven on torch 2.11 to 2.13.
+Private names of torch stand here and in ``inductor``, ``ir``, ``programs`` and ``registration`` beside it, nowhere else. Proven on torch 2.11 to 2.13.
 """
 
 from __future__ import annotations

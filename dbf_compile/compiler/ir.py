@@ -1,6 +1,6 @@
 """Builds Inductor's IR: what the lowerings are written in.
 
-Private names of torch stand here and in ``dynamo.py`` and ``inductor.py`` beside it, nowhere else. Proven on torch 2.11 to 2.13.
+Private names of torch stand here and in ``dynamo``, ``inductor``, ``programs`` and ``registration`` beside it, nowhere else. Proven on torch 2.11 to 2.13.
 """
 
 from __future__ import annotations
@@ -127,9 +127,9 @@ def matmul(a: Any, b: Any, dtype: torch.dtype) -> Any:
     return lowerings[torch.ops.aten.mm.dtype](a, b, dtype)
 
 
-def emits_cpp_wrapper() -> bool:
-    """Return whether Inductor makes a C++ program of the graph, which cannot call operators by their Python names."""
-    return bool(V.graph.cpp_wrapper)
+def can_call(op: torch._ops.OpOverload) -> bool:
+    """Return whether Inductor's program can call an operator by name: one in C++ needs a C function of it."""
+    return not V.graph.cpp_wrapper or op in config.aot_inductor.custom_ops_to_c_shims
 
 
 def contiguous(*inputs: Any) -> list[Any]:

@@ -154,8 +154,8 @@ def cached_attention(
     cap: float = 0.0,
 ) -> Any:
     """Lower ``dbf::cached_attention``: on a CPU to one call of the C++ kernel, else to the operator."""
-    on_cpu = q.get_device().type == "cpu" and not ir.emits_cpp_wrapper()
-    if not on_cpu or not attention_kernel.takes(q.get_dtype()):
+    on_cpu = q.get_device().type == "cpu" and attention_kernel.takes(q.get_dtype())
+    if not on_cpu or not ir.can_call(torch.ops.dbf_native.cached_attention.out):
         return ir.lower_to_operator(
             torch.ops.dbf.cached_attention.default, q, keys, values, positions, scale, window, cap
         )
@@ -176,8 +176,8 @@ def _cpu_kernel_takes(x: Any, result: torch.dtype, vectors: Sequence[Any]) -> bo
         and all(
             dtype in cpu_kernel.DTYPES for dtype in (x.get_dtype(), result, *(v.get_dtype() for v in vectors))
         )
-        and not ir.emits_cpp_wrapper()
         and cpu_kernel.available()
+        and ir.can_call(torch.ops.dbf_native.sign_matmul.out)
     )
 
 

@@ -1,62 +1,58 @@
-"""Programs: functions compiled once, kept on disk, and called without guards.
+"""Programs: functions compiled ahead of time, kept on disk, and called without guards and without Python.
 
 ``torch.compile`` asks at every call whether a program still fits, gathers a model's parameters by name, and traces anew in
 every process. A program that is only ever called by one caller, who knows its shapes, needs neither: its inputs are looked up
-once, and a later process loads it whole.
+once, and a later process loads it whole. :mod:`dbf_compile.compiler.ahead_of_time` makes them; it needs Dynamo and Inductor,
+which take seconds to import, and nothing here does.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch._C._aoti import AOTIModelContainerRunnerCpu
 
-from dbf_compile.compiler import dynamo, inductor, lowerings
-from dbf_compile.files import atomic_write
 from dbf_compile.kernels.cached_attention import cpu_kernel as attention_kernel
 from dbf_compile.kernels.row_matmul import cpu_kernel as row_kernel
 from dbf_compile.kernels.sign_matmul import cpu_kernel
 from dbf_compile.ops import prepare_layers
-from dbf_compile.passes.allow_fast_sums import allow_fast_sums
-from dbf_compile.passes.graph import example_value
-from dbf_compile.passes.pipeline import run_post_grad_pipeline
-from dbf_compile.passes.prepare_layers import prepare_layers as prepare_layers_of
 
 # A step of a path to an input, as Dynamo writes it: L['model']._modules['norm'], .size()[1], .attribute
 _STEP = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.([A-Za-z_]\w*)(\(\))?")
 
-
-_PREPARED = "prepared "
-# Programs call their operators by name: they are to be loaded.
-_LIBRARIES = (cpu_kernel.available, attention_kernel.library.available, row_kernel.library.available)
+PREPARED = "prepared "  # starts the path of an input that is made of others
+_LIBRARY, _DESCRIPTION = "program.so", "inputs.json"
+_LIBRARIES = (cpu_kernel.library, attention_kernel.library, row_kernel.library)
 
 
 class Program:
     """A compiled function of flat inputs.
 
     Args:
-        function: takes the inputs one after the other.
-        paths: where each input stands in the arguments, as in ``L['keys'][3].size()[2]``. An input of prepared layers has
-            those of all tensors that it is made of.
+        function: takes a list of tensors, and returns one.
+        paths: where each input stands in the arguments, as in ``L['keys'][3]``. An input of prepared layers has those of
+            all tensors that it is made of.
     """
 
-    def __init__(self, function: Callable[..., Any], paths: Sequence[str]) -> None:
+    def __init__(self, function: Callable[[list[Tensor]], list[Tensor]], paths: Sequence[str]) -> None:
         self.function, self.paths = function, list(paths)
 
-    def inputs(self, arguments: Mapping[str, Any]) -> list[Any]:
+    def inputs(self, arguments: Mapping[str, Any]) -> list[Tensor]:
         """Return the flat inputs of a call with these arguments."""
         return [self.value(path, arguments) for path in self.paths]
 
     def value(self, path: str, arguments: Mapping[str, Any]) -> Any:
         """Return the input at a path; one of prepared layers is made anew."""
-        if not path.startswith(_PREPARED):
+        if not path.startswith(PREPARED):
             return _at(path, arguments)
-        factors, biases, interleaved = (part.split() for part in path.removeprefix(_PREPARED).split("|"))
+        factors, biases, interleaved = (part.split() for part in path.removeprefix(PREPARED).split("|"))
         tensors, vectors = ([_at(name, arguments) for name in names] for names in (factors, biases))
         return prepare_layers(tensors, vectors, interleaved == ["True"])
 
@@ -76,106 +72,50 @@ def _at(path: str, arguments: Mapping[str, Any]) -> Any:
     return value
 
 
-def compile_program(
-    function: Callable[..., Any],
-    arguments: Mapping[str, Any],
-    dynamic: Mapping[str, Sequence[int]],
-    file: Path | None,
-    fast: bool = False,
-) -> Program:
-    """Compile a function, and keep the program in a file.
+def has_kernels() -> bool:
+    """Return whether the kernels are there that programs call."""
+    return all(library.available() for library in _LIBRARIES)
+
+
+def write_program(library: Path, paths: Sequence[str], folder: Path) -> None:
+    """Write what :func:`open_program` opens into a folder.
 
     Args:
-        function: takes ``arguments`` by name, and returns tensors.
-        arguments: examples; tensors, lists of tensors, and modules.
-        dynamic: for an argument, which dimensions of its tensors may change.
-        fast: whether factored layers may err by 1e-4, relative.
-        file: where to keep the program; None, or a folder that cannot be written, for nowhere.
+        library: compiled, and beside it, where it needs one, a file of its name and ``.json``.
+        paths: of its inputs.
+        folder: new and empty.
     """
-    for name, dimensions in dynamic.items():
-        value = arguments[name]
-        for tensor in [value] if isinstance(value, Tensor) else value:
-            for dimension in dimensions:
-                dynamo.mark_dynamic(tensor, dimension)
-    lowerings.register()
-    programs: list[Program] = []
+    shutil.copyfile(library, folder / _LIBRARY)
+    operators = library.with_suffix(".json")
+    if operators.exists():
+        shutil.copyfile(operators, (folder / _LIBRARY).with_suffix(".json"))
+    description = {"paths": list(paths), "sha256": _digest(folder / _LIBRARY)}
+    (folder / _DESCRIPTION).write_text(json.dumps(description))
 
-    def backend(gm: Any, examples: list[Any]) -> Callable[..., Any]:
-        copy = dynamo.copy_graph(gm)
-        paths, inputs = _prepared(copy, fast)
-        artifact = inductor.compile_artifact(
-            copy, inputs, {}, lowerings.fingerprint(), run_post_grad_pipeline
-        )
-        # Nobody asks at a call whether its sizes pass the guards.
-        assumed = dynamo.assumed_sizes()
-        if assumed:
-            raise RuntimeError(f"sizes that may change are assumed to be others': {', '.join(assumed)}")
-        if file is not None:
-            _save(artifact, paths, file)
-        programs.append(Program(artifact, paths))
-        raise _Compiled
 
-    # What is not marked is static, whatever other calls of the function had: a size that is a symbol by chance would be taken to
-    # equal another one that is as large in the example.
-    compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
+def load_program(folder: Path) -> Program | None:
+    """Return the program of a folder, or None if there is none, or it is damaged.
+
+    It is of this torch and this processor: the folder's name is to say both.
+    """
     try:
-        with torch.no_grad():
-            compiled(**arguments)
-    except _Compiled:
-        pass
-    return programs[0]
-
-
-def _prepared(gm: GraphModule, fast: bool) -> tuple[list[str], list[Any]]:
-    """Rewrite a graph of Dynamo for one caller; return the paths of its inputs, and examples of them."""
-    graph = gm.graph
-    # What Dynamo knows of them: of real tensors, torch would take sizes for symbols that no call passes.
-    inputs = {node: example_value(node) for node in graph.find_nodes(op="placeholder")}
-    paths = {node: dynamo.path_of(node) for node in inputs}
-    unknown = sorted(path for path in paths.values() if not path.startswith("L["))
-    if unknown:
-        raise RuntimeError(f"inputs that are no arguments: {', '.join(unknown)}")
-
-    def add_input(name: str, tensor: Tensor) -> Node:
-        node, inputs_example = dynamo.add_static_input(graph, name, tensor)
-        inputs[node] = inputs_example
-        return node
-
-    if fast:
-        allow_fast_sums(graph)
-    if cpu_kernel.available():
-        for item in prepare_layers_of(graph, add_input):
-            made_of = [" ".join(paths[node] for node in nodes) for nodes in (item.factors, item.biases)]
-            paths[item.node] = _PREPARED + "|".join([*made_of, str(item.interleaved)])
-    for node in list(inputs):
-        if not node.users and paths[node].startswith("L['model']"):
-            graph.erase_node(node)
-            del inputs[node]
-    gm.recompile()
-    order = graph.find_nodes(op="placeholder")
-    return [paths[node] for node in order], [inputs[node] for node in order]
-
-
-class _Compiled(BaseException):
-    """Ends the work of Dynamo when a program is there: guards are not needed. No Exception, which Dynamo would wrap."""
-
-
-def _save(artifact: Any, paths: Sequence[str], file: Path) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(file) as partial:
-            partial.write_bytes("\n".join(paths).encode() + b"\0" + inductor.artifact_bytes(artifact))
-    except OSError:  # a folder of somebody else, or a full disk: compiled again next time
-        pass
-
-
-def load_program(file: Path) -> Program | None:
-    """Return the program of a file, or None if there is none, or none that this torch reads."""
-    try:
-        paths, _, content = file.read_bytes().partition(b"\0")
-    except OSError:
+        return open_program(folder) if has_kernels() else None
+    except (OSError, ValueError, KeyError):
         return None
-    if not all(library() for library in _LIBRARIES):
-        return None  # it was compiled where they are
-    artifact = inductor.load_artifact(content)
-    return None if artifact is None else Program(artifact, paths.decode().split("\n"))
+
+
+def open_program(folder: Path) -> Program:
+    """Return the program of a folder.
+
+    Raises:
+        OSError, ValueError, KeyError: it is damaged.
+    """
+    description = json.loads((folder / _DESCRIPTION).read_text())
+    library = folder / _LIBRARY
+    if _digest(library) != description["sha256"]:  # loading half of a library would end the process
+        raise ValueError(f"{library} is damaged")
+    return Program(AOTIModelContainerRunnerCpu(str(library), 1).run, description["paths"])
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -17,7 +17,11 @@ def row_matmul(
     """Lower ``dbf::row_matmul``: on the CPU to a call of the C++ kernel, whose casts Inductor fuses; else to the operator."""
     result = dtype or accumulator_dtype(x.get_dtype())
     on_cpu = x.get_device().type == "cpu" and x.get_dtype() != torch.float64 and 0 not in x.get_size()
-    if not on_cpu or ir.emits_cpp_wrapper() or not cpu_kernel.takes(ir.known_size(x.get_size()[-1])):
+    if (
+        not on_cpu
+        or not cpu_kernel.takes(ir.known_size(x.get_size()[-1]))
+        or not ir.can_call(torch.ops.dbf_native.row_matmul.out)
+    ):
         return ir.lower_to_operator(
             torch.ops.dbf.row_matmul.default, x, rows, bits, group, bias=bias, dtype=dtype
         )

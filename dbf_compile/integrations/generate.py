@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbf_compile.errors import OptionError
+from dbf_compile.errors import OptionError, first_line
 from dbf_compile.integrations import pretrained
 from dbf_compile.linear import DoubleBinaryLinear
 from dbf_compile.progress import say
@@ -59,7 +59,7 @@ def _in_our_words(options: dict[str, Any]) -> Iterator[None]:
         if not options.keys() - {"max_new_tokens", "do_sample"}:
             raise
         raise OptionError(
-            f"options {options} of generate ({str(error).splitlines()[0]})",
+            f"options {options} of generate ({first_line(error)})",
             "arguments of generate of transformers that go with one sequence and one beam",
             "change or leave out what the message names",
         ) from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
 from dbf_compile.checksums import listed
-from dbf_compile.errors import ConversionError, DBFError
+from dbf_compile.errors import ConversionError, DBFError, first_line
 from dbf_compile.files import user_path
 from dbf_compile.integrations.companions import OTHER_FORMS
 from dbf_compile.integrations.gguf_header import SOURCE
@@ -47,7 +47,7 @@ def local_folder(path: str | Path) -> Path:
     except (OSError, ValueError) as error:  # no such name, no network, no permission
         if isinstance(error, DBFError):
             raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise _unknown(path, f"no folder here, and the Hub does not give it: {reason}") from error
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import dbf_compile.attention_ops  # noqa: F401  # registers the operator
+from dbf_compile.errors import first_line
 from dbf_compile.options import Sampling
 
 ATTENTION = "dbf_cached"
@@ -233,7 +234,7 @@ def probe(model: Any) -> list[tuple[int, int, int, torch.dtype]]:
     except UnsuitedError:
         raise
     except Exception as error:  # whatever the code of a model does with what it does not expect
-        raise UnsuitedError(f"its code does not take our cache ({str(error).splitlines()[0]})") from error
+        raise UnsuitedError(f"its code does not take our cache ({first_line(error)})") from error
     # Numbers of 16 bits are rounded elsewhere; a mask or positions that are not those expected change all of the result.
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.2
     if not (logits - expected).norm() <= tolerance * expected.norm():

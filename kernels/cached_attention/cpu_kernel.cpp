@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "../c_functions.h"
 #include "cpu_product.h"
 
 namespace {
@@ -79,3 +80,11 @@ STABLE_TORCH_LIBRARY_IMPL(dbf_native, CPU, library) {
 }
 
 }  // namespace
+
+DBF_C_FUNCTION aoti_torch_cpu_cached_attention(AtenTensorHandle out, AtenTensorHandle q, AtenTensorHandle keys,
+                                                          AtenTensorHandle values, AtenTensorHandle positions,
+                                                          double scale, int64_t window, double cap) {
+  cached_attention_out(tensor_of(q), tensor_of(keys), tensor_of(values), tensor_of(positions), scale, window, cap,
+                       tensor_of(out));
+  return AOTI_TORCH_SUCCESS;
+}

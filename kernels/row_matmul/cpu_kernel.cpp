@@ -8,6 +8,7 @@
 
 #include <optional>
 
+#include "../c_functions.h"
 #include "cpu_product.h"
 
 namespace {
@@ -93,3 +94,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dbf_native, library) {
 STABLE_TORCH_LIBRARY_IMPL(dbf_native, CPU, library) { library.impl("row_matmul.out", TORCH_BOX(&row_matmul_out)); }
 
 }  // namespace
+
+DBF_C_FUNCTION aoti_torch_cpu_row_matmul(AtenTensorHandle out, AtenTensorHandle x, AtenTensorHandle rows,
+                                                    AtenTensorHandle* bias, int64_t bits, int64_t group) {
+  row_matmul_out(tensor_of(x), tensor_of(rows), tensor_of(bias), bits, group, tensor_of(out));
+  return AOTI_TORCH_SUCCESS;
+}

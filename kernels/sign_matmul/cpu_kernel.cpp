@@ -10,6 +10,7 @@
 #include <optional>
 #include <vector>
 
+#include "../c_functions.h"
 #include "cpu_product.h"
 
 namespace {
@@ -352,3 +353,27 @@ STABLE_TORCH_LIBRARY_IMPL(dbf_native, CPU, library) {
 STABLE_TORCH_LIBRARY_IMPL(dbf, CPU, library) { library.impl("prepared_layers", TORCH_BOX(&prepared_layers)); }
 
 }  // namespace
+
+DBF_C_FUNCTION aoti_torch_cpu_sign_matmul(AtenTensorHandle out, AtenTensorHandle x, AtenTensorHandle signs,
+                                          AtenTensorHandle* in_scale, AtenTensorHandle* out_scale, AtenTensorHandle* bias,
+                                          int32_t interleaved, int32_t fast) {
+  sign_matmul_out(tensor_of(x), tensor_of(signs), tensor_of(in_scale), tensor_of(out_scale), tensor_of(bias),
+                  interleaved != 0, fast != 0, tensor_of(out));
+  return AOTI_TORCH_SUCCESS;
+}
+
+DBF_C_FUNCTION aoti_torch_cpu_double_binary_linear(AtenTensorHandle out, AtenTensorHandle x, AtenTensorHandle signs_in,
+                                                   AtenTensorHandle signs_out, AtenTensorHandle scale_in,
+                                                   AtenTensorHandle scale_mid, AtenTensorHandle scale_out,
+                                                   AtenTensorHandle* bias, int32_t interleaved, int32_t fast) {
+  double_binary_linear_out(tensor_of(x), tensor_of(signs_in), tensor_of(signs_out), tensor_of(scale_in),
+                           tensor_of(scale_mid), tensor_of(scale_out), tensor_of(bias), interleaved != 0, fast != 0,
+                           tensor_of(out));
+  return AOTI_TORCH_SUCCESS;
+}
+
+DBF_C_FUNCTION aoti_torch_cpu_prepared_layers(AtenTensorHandle out, AtenTensorHandle x, AtenTensorHandle prepared,
+                                              int32_t fast) {
+  prepared_layers_out(tensor_of(x), tensor_of(prepared), fast != 0, tensor_of(out));
+  return AOTI_TORCH_SUCCESS;
+}

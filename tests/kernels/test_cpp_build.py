@@ -28,7 +28,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def source(tmp_path: Path) -> Path:
     """A C++ file with one function."""
     path = tmp_path / "answer.cpp"
-    path.write_text('extern "C" int answer() { return 42; }\n')
+    path.write_text('extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n')
     return path
 
 
@@ -69,7 +69,7 @@ def test_nothing_is_built_twice(source: Path, pretender: Path) -> None:
 @pytest.mark.usefixtures("cache")
 def test_a_changed_source_is_another_library(source: Path, pretender: Path) -> None:
     before = build(source)
-    source.write_text('extern "C" int answer() { return 43; }\n')
+    source.write_text('extern "C" __attribute__((visibility("default"))) int answer() { return 43; }\n')
     after = build(source)
     assert before != after
     assert "42" in before.read_text() and "43" in after.read_text()
@@ -177,7 +177,7 @@ def test_a_library_that_was_built_needs_no_compiler(
     )
     monkeypatch.setattr(cpp_build, "TIMEOUT_SECONDS", 0.5)
     assert build(source) == library
-    source.write_text('extern "C" int answer() { return 43; }\n')
+    source.write_text('extern "C" __attribute__((visibility("default"))) int answer() { return 43; }\n')
     with pytest.raises(BuildError):
         build(source)
 

@@ -1,0 +1,79 @@
+"""Programs compute what their functions do, at any sizes that may change, and are kept; other functions are refused."""
+
+import pytest
+import torch
+from support.strategies import random_factors
+
+from dbf_compile.compiler import programs
+from dbf_compile.compiler.ahead_of_time import compile_program
+
+
+def doubled(x, parts):
+    return (x * 2 + parts[0],)
+
+
+@pytest.mark.slow
+def test_a_program_is_kept_and_takes_other_sizes(tmp_path):
+    folder = tmp_path / "programs" / "doubled"
+    arguments = {"x": torch.ones(7, 3), "parts": [torch.ones(3)]}
+    program = compile_program(doubled, arguments, {"x": [0]}, folder)
+    loaded = programs.load_program(folder)
+    assert loaded is not None and loaded.paths == program.paths
+    for item in (program, loaded):
+        other = {"x": torch.full((5, 3), 2.0), "parts": [torch.arange(3.0)]}
+        (y,) = item.function(item.inputs(other))
+        assert torch.equal(y, doubled(**other)[0])
+    assert program.places("x") and not program.places("parts")
+    assert [path.name for path in folder.parent.iterdir()] == ["doubled"]  # nothing half-written is left
+
+
+@pytest.mark.slow
+def test_an_operator_without_a_c_function_is_called_by_the_dispatcher(tmp_path):
+    factors = random_factors(24, 40, 50)
+
+    def applied(x, parts):
+        return (torch.ops.dbf.sign_matmul(x * 2, *parts),)
+
+    parts = [factors.signs_in, factors.scale_in.double()]
+    folder = tmp_path / "applied"
+    compile_program(
+        applied, {"x": torch.ones(7, 24, dtype=torch.float64), "parts": parts}, {"x": [0]}, folder
+    )
+    loaded = programs.load_program(folder)
+    assert loaded is not None
+    x = torch.randn(3, 24, dtype=torch.float64)
+    (y,) = loaded.function(loaded.inputs({"x": x, "parts": parts}))
+    assert torch.equal(y, torch.ops.dbf.sign_matmul(x * 2, *parts))
+
+
+def rows_of_heads(cache, index):
+    return (cache[0].index_copy_(2, index, torch.ones(*cache[0].shape[:2], 1, cache[0].shape[3])).sum(1) * 2,)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", [3, 5])
+def test_a_size_that_equals_another_in_the_example_is_another(heads):
+    def arguments(rows, length):
+        return {
+            "cache": [torch.arange(rows * heads * length * 4.0).view(rows, heads, length, 4)],
+            "index": torch.tensor([1]),
+        }
+
+    program = compile_program(rows_of_heads, arguments(3, 4), {"cache": [0, 2]}, None)
+    for rows, length in ((3, 4), (8, 6), (2, 33)):
+        (y,) = program.function(program.inputs(arguments(rows, length)))
+        assert torch.equal(y, rows_of_heads(**arguments(rows, length))[0])
+
+
+def halved_where_long(x):
+    return (x / 2 if x.shape[0] > 4 else x,)
+
+
+def of_seven(x):
+    return (x + torch.ones(7, 1),)
+
+
+@pytest.mark.parametrize("function", [halved_where_long, of_seven])
+def test_a_program_of_one_size_alone_is_refused(function):
+    with pytest.raises(Exception, match="sizes that may change"):
+        compile_program(function, {"x": torch.ones(7, 3)}, {"x": [0]}, None)
