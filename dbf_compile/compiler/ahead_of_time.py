@@ -88,7 +88,8 @@ def _compile(gm: GraphModule, kept: Path | None, fast: bool) -> Program:
     if assumed:
         raise RuntimeError(f"sizes that may change are assumed to be others': {', '.join(assumed)}")
     if kept is not None:
-        with suppress(OSError):  # a folder of somebody else, or a full disk: compiled again next time
+        # A folder of somebody else, a full disk, or one without executable files: compiled again next time.
+        with suppress(OSError, RuntimeError):
             kept.parent.mkdir(parents=True, exist_ok=True)
             return _written(library, paths, kept.parent, kept)
     return _written(library, paths)

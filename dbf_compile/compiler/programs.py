@@ -24,8 +24,8 @@ from dbf_compile.kernels.row_matmul import cpu_kernel as row_kernel
 from dbf_compile.kernels.sign_matmul import cpu_kernel
 from dbf_compile.ops import prepare_layers
 
-# A step of a path to an input, as Dynamo writes it: L['model']._modules['norm'], .size()[1], .attribute
-_STEP = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.([A-Za-z_]\w*)(\(\))?")
+# A step of a path to an input, as Dynamo writes it: L['model']._modules['norm'], L['keys'][3], .attribute
+_STEP = re.compile(r"\['([^']+)'\]|\[(\d+)\]|\.([A-Za-z_]\w*)")
 
 PREPARED = "prepared "  # starts the path of an input that is made of others
 _LIBRARY, _DESCRIPTION = "program.so", "inputs.json"
@@ -46,27 +46,28 @@ class Program:
 
     def inputs(self, arguments: Mapping[str, Any]) -> list[Tensor]:
         """Return the flat inputs of a call with these arguments."""
-        return [self.value(path, arguments) for path in self.paths]
-
-    def value(self, path: str, arguments: Mapping[str, Any]) -> Any:
-        """Return the input at a path; one of prepared layers is made anew."""
-        if not path.startswith(PREPARED):
-            return _at(path, arguments)
-        factors, biases, interleaved = (part.split() for part in path.removeprefix(PREPARED).split("|"))
-        tensors, vectors = ([_at(name, arguments) for name in names] for names in (factors, biases))
-        return prepare_layers(tensors, vectors, interleaved == ["True"])
+        return [_input(path, arguments) for path in self.paths]
 
     def places(self, name: str) -> list[int]:
         """Return where in the flat inputs an argument stands that is a tensor."""
         return [index for index, path in enumerate(self.paths) if path == f"L['{name}']"]
 
 
+def _input(path: str, arguments: Mapping[str, Any]) -> Tensor:
+    """Return the input at a path; one of prepared layers is made anew."""
+    if not path.startswith(PREPARED):
+        return _at(path, arguments)
+    factors, biases, interleaved = (part.split() for part in path.removeprefix(PREPARED).split("|"))
+    tensors, vectors = ([_at(name, arguments) for name in names] for names in (factors, biases))
+    return prepare_layers(tensors, vectors, interleaved == ["True"])
+
+
 def _at(path: str, arguments: Mapping[str, Any]) -> Any:
     value: Any = arguments
     for match in _STEP.finditer(path.removeprefix("L")):
-        key, index, attribute, call = match.groups()
+        key, index, attribute = match.groups()
         if attribute is not None:
-            value = getattr(value, attribute)() if call else getattr(value, attribute)
+            value = getattr(value, attribute)
         else:
             value = value[key if index is None else int(index)]
     return value
@@ -100,7 +101,7 @@ def load_program(folder: Path) -> Program | None:
     """
     try:
         return open_program(folder) if has_kernels() else None
-    except (OSError, ValueError, KeyError):
+    except (OSError, RuntimeError, ValueError, KeyError):
         return None
 
 
@@ -109,6 +110,7 @@ def open_program(folder: Path) -> Program:
 
     Raises:
         OSError, ValueError, KeyError: it is damaged.
+        RuntimeError: the system does not load libraries from there.
     """
     description = json.loads((folder / _DESCRIPTION).read_text())
     library = folder / _LIBRARY

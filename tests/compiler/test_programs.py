@@ -11,9 +11,10 @@ def test_inputs_of_prepared_layers_are_made_of_their_tensors():
     layer = factored(tiny_llama(layers=1)).model.layers[0].mlp.down_proj
     names = ("signs_in", "signs_out", "scale_in", "scale_mid", "scale_out")
     factors = " ".join(f"L['model']._parameters['{name}']" for name in names)
-    program = programs.Program(lambda: None, [f"prepared {factors}||True", "L['x'].size()[1]"])
-    prepared, size = program.inputs({"model": layer, "x": torch.ones(2, 9)})
-    assert size == 9
+    program = programs.Program(lambda: None, [f"prepared {factors}||True", "L['parts'][1]"])
+    parts = [torch.ones(1), torch.ones(2)]
+    prepared, part = program.inputs({"model": layer, "parts": parts})
+    assert part is parts[1]
     x = torch.randn(1, 3, layer.in_features)
     y = torch.ops.dbf.prepared_layers(x, prepared, layer.out_features, torch.float32)
     assert torch.equal(y, layer(x))

@@ -130,8 +130,9 @@ def test_an_adapter_beside_factored_layers(folder_of: Callable[[str], Path], tmp
     assert tokens_of(model, prompts(4), lora_request=requests) == expected
 
 
-def test_two_ranks_give_the_same_tokens(folder_of: Callable[[str], Path]) -> None:
-    folder = folder_of("mixed")
+@pytest.mark.parametrize("kind", ["mixed", "phi3"])  # the others by hand: each is a minute
+def test_two_ranks_give_the_same_tokens(kind: str, folder_of: Callable[[str], Path]) -> None:
+    folder = folder_of(kind)
     settings = {"tensor_parallel_size": 2, "enforce_eager": True}
     cores = "|".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
     several = {"VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
