@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from dbf_compile.compiler import programs
 from dbf_compile.errors import first_line
-from dbf_compile.files import cache_folder
+from dbf_compile.files import cache_folder, one_at_a_time
 from dbf_compile.hashes import source_hash
 from dbf_compile.integrations import steps
 from dbf_compile.machine import instructions
@@ -24,6 +26,7 @@ from dbf_compile.progress import say
 
 _PART = 512  # tokens of a prompt at a time; more do not make it faster, and take memory
 _MULTIPLE = 256  # positions by which the cache grows
+_LONGEST_COMPILATION = 900  # seconds that a process waits for another one's
 # Dimensions that differ from call to call, by argument.
 _LENGTHS = {"keys": [3], "values": [2]}
 _DYNAMIC = {
@@ -59,15 +62,27 @@ class Decoder:
         self._programs: dict[str, programs.Program] = {}
         self._calls: dict[str, _Call] = {}
         self._weights: list[tuple[int, int]] = []
+        self._forms = _forms_of(model)
         self._compile_seconds = 0.0
         # Results of layers are rounded to 16 bits then: by forty times the error of fast sums.
         self._is_rounded = model.dtype in (torch.bfloat16, torch.float16)
         self._prepare("token")
 
-    def prepare(self, rows: int) -> float:
-        """Make the programs for so many rows; return the seconds that this took, and what came before."""
+    def is_of_this_model(self) -> bool:
+        """Return whether the model's tensors are of the sizes, dtypes and devices that the programs are for."""
+        return self._forms == _forms_of(self._model)
+
+    def prepare(self, rows: int) -> None:
+        """Make the programs for so many rows.
+
+        Raises:
+            UnsuitedError: the model's step is not compiled as one.
+        """
         for kind in ("token", "part", *(["rows"] if rows > 1 else [])):
             self._prepare(kind)
+
+    def compile_seconds(self) -> float:
+        """Return the seconds that programs took since the last call."""
         seconds, self._compile_seconds = self._compile_seconds, 0.0
         return seconds
 
@@ -152,29 +167,33 @@ class Decoder:
         folder = cache_folder() / "programs" / f"{kind}-{self._fingerprint()}"
         program = programs.load_program(folder)
         if program is None:
-            say("compiling; kept for the next start", self._progress)
-            rows, count = _EXAMPLES[kind]
-            keys, values = steps.empty_cache(self._sizes, rows, 2 * _MULTIPLE + 40, self._model.device)
-            arguments = {
-                "model": self._model,
-                "tokens": torch.zeros(rows, count, dtype=torch.int64),
-                "positions": torch.arange(count).expand(rows, count).contiguous(),
-                "last": torch.tensor([count - 1]),
-                "keys": keys,
-                "values": values,
-            }
-            # Imports Dynamo and Inductor, which takes seconds: only if there is something to compile.
-            from dbf_compile.compiler.ahead_of_time import compile_program
-
-            try:
-                with steps.our_attention(self._model):
-                    program = compile_program(
-                        steps.step, arguments, _DYNAMIC[kind], folder, fast=self._is_rounded
-                    )
-            except Exception as error:  # whatever the code of a model has that cannot be traced whole
-                raise steps.UnsuitedError(f"it is not compiled as one ({first_line(error)})") from error
+            with suppress(OSError):
+                folder.parent.mkdir(parents=True, exist_ok=True)
+            with one_at_a_time(folder.with_suffix(".lock"), _LONGEST_COMPILATION):
+                program = programs.load_program(folder) or self._compile(kind, folder)
         self._programs[kind] = program
         self._compile_seconds += time.perf_counter() - began
+
+    def _compile(self, kind: str, folder: Path) -> programs.Program:
+        # Imports Dynamo and Inductor, which takes seconds: only if there is something to compile.
+        from dbf_compile.compiler.ahead_of_time import compile_program
+
+        say("compiling; kept for the next start where the cache can be written", self._progress)
+        rows, count = _EXAMPLES[kind]
+        keys, values = steps.empty_cache(self._sizes, rows, 2 * _MULTIPLE + 40, self._model.device)
+        arguments = {
+            "model": self._model,
+            "tokens": torch.zeros(rows, count, dtype=torch.int64),
+            "positions": torch.arange(count).expand(rows, count).contiguous(),
+            "last": torch.tensor([count - 1]),
+            "keys": keys,
+            "values": values,
+        }
+        try:
+            with steps.our_attention(self._model):
+                return compile_program(steps.step, arguments, _DYNAMIC[kind], folder, fast=self._is_rounded)
+        except Exception as error:  # whatever the code of a model has that cannot be traced whole
+            raise steps.UnsuitedError(f"it is not compiled as one ({first_line(error)})") from error
 
     def _fingerprint(self) -> str:
         parts = (
@@ -193,6 +212,14 @@ def _weights_of(model: Any) -> list[tuple[int, int]]:
     return [
         (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
         for tensor in (*model.parameters(), *model.buffers())
+    ]
+
+
+def _forms_of(model: Any) -> list[tuple[Any, ...]]:
+    """Return what programs take for granted of a model's tensors."""
+    return [
+        (name, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
     ]
 
 

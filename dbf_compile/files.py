@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import platformdirs
+from filelock import FileLock
 
 from dbf_compile.errors import OptionError
 
@@ -58,6 +59,25 @@ def atomic_write(path: Path) -> Iterator[Path]:
         _flush(partial)
         partial.replace(path)
     _flush(path.parent)  # the new name, too
+
+
+@contextmanager
+def one_at_a_time(path: Path, seconds: float) -> Iterator[None]:
+    """Let one process at a time run the block, so that those that start together make one thing once.
+
+    After a long wait, and where a file system has no locks, two run it at once.
+
+    Args:
+        path: of the lock, a file that stays.
+        seconds: how long to wait.
+    """
+    lock = FileLock(path)
+    with suppress(OSError, NotImplementedError):  # a Timeout is an OSError
+        lock.acquire(seconds)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_text(path: Path, text: str) -> None:

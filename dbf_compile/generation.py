@@ -164,7 +164,7 @@ class TextGenerator:
         for row in ids:
             _check_prompt(self.model, row, max_new_tokens)
         streams = [TextStream(self.tokenizer, stop, stream) for _ in ids]
-        way = self._steps(sampling, others)
+        way = self._steps(len(ids), sampling, others)
         if way is None:
             options = {key: value for key, value in asdict(sampling).items() if value is not None} | others
             options["max_new_tokens"] = max_new_tokens
@@ -175,18 +175,24 @@ class TextGenerator:
             results = self._by_steps([row[0].tolist() for row in ids], streams, max_new_tokens, *way)
         return results if several else results[0]
 
-    def _steps(self, sampling: Sampling, others: dict[str, Any]) -> tuple[Sampling, set[int]] | None:
+    def _steps(
+        self, rows: int, sampling: Sampling, others: dict[str, Any]
+    ) -> tuple[Sampling, set[int]] | None:
         """Return how to choose tokens with our own loop, and which end a text; None where a model or an option does not fit it."""
         from dbf_compile.decoding import Decoder
         from dbf_compile.integrations.steps import UnsuitedError, sampling_of
 
         try:
             way = sampling_of(self.model, sampling, others)
-            if self._decoder is None and self._fits:
+            if self._decoder is not None and not self._decoder.is_of_this_model():
+                self._decoder, self._fits = None, True
+            if self._fits:
                 try:
-                    self._decoder = Decoder(self.model, self._compiled, self._progress)
+                    if self._decoder is None:
+                        self._decoder = Decoder(self.model, self._compiled, self._progress)
+                    self._decoder.prepare(rows)
                 except UnsuitedError:  # an interruption says nothing of the model
-                    self._fits = False
+                    self._decoder, self._fits = None, False
                     raise
         except UnsuitedError as reason:
             message = f"decoding as transformers does, which is slower: {reason}"
@@ -206,7 +212,7 @@ class TextGenerator:
         """Generate all texts together with our own loop."""
         decoder = self._decoder
         assert decoder is not None
-        compiling = decoder.prepare(len(prompts))
+        compiling = decoder.compile_seconds()
         sampler = Sampler(sampling, len(prompts), self.model.device)
         history, active = [list(tokens) for tokens in prompts], [True] * len(prompts)
         began = time.perf_counter()

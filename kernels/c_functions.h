@@ -10,7 +10,7 @@
 
 namespace {
 
-// A tensor that the caller keeps.
+// Another reference to the caller's tensor.
 torch::stable::Tensor tensor_of(AtenTensorHandle handle) {
   AtenTensorHandle own;
   TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle, &own));

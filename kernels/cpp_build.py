@@ -20,14 +20,12 @@ import subprocess
 import tempfile
 import threading
 import warnings
-from contextlib import suppress
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
 from dbf_compile.errors import BuildError
-from dbf_compile.files import cache_folder
+from dbf_compile.files import cache_folder, one_at_a_time
 
 # -ffp-contract=off: fused multiply-adds would give other bits. No -march: kernels choose an instruction set at run time.
 # -fvisibility=hidden: compiled programs find the C functions of all libraries, which share no other names.
@@ -136,25 +134,21 @@ def _compile(command: list[str], source: Path, folder: Path, stem: str) -> Path:
     except OSError:
         folder = Path(_temporary_folder())
         build_folder = tempfile.mkdtemp(dir=folder)
-    lock = FileLock(folder / f"{stem}.lock")
     try:
-        # Processes that start together need the same library. After a long wait, and where a file system has no locks, two
-        # build at once, which does no harm.
-        with suppress(OSError, NotImplementedError):
-            lock.acquire(TIMEOUT_SECONDS)
-        if (ready := _cached(folder, stem)) is not None:
-            return ready
-        partial = Path(build_folder) / f"{source.stem}.so"
-        _run(
-            [*command, str(source), "-o", str(partial), *_link_flags()],
-            source.name,
-            Path(build_folder) / "log",
-        )
-        content = partial.read_bytes()
-        library = folder / f"{stem}-{_digest(content)}.so"
-        if not library.exists() or library.read_bytes() != content:  # else another process may have loaded it
-            partial.replace(library)
-        return library
+        # Processes that start together need the same library. To build it twice does no harm.
+        with one_at_a_time(folder / f"{stem}.lock", TIMEOUT_SECONDS):
+            if (ready := _cached(folder, stem)) is not None:
+                return ready
+            partial = Path(build_folder) / f"{source.stem}.so"
+            log = Path(build_folder) / "log"
+            _run([*command, str(source), "-o", str(partial), *_link_flags()], source.name, log)
+            content = partial.read_bytes()
+            library = folder / f"{stem}-{_digest(content)}.so"
+            if (
+                not library.exists() or library.read_bytes() != content
+            ):  # else another process may have loaded it
+                partial.replace(library)
+            return library
     except OSError as error:
         raise BuildError(
             f"building {source.name} in {folder} failed ({error})",
@@ -162,7 +156,6 @@ def _compile(command: list[str], source: Path, folder: Path, stem: str) -> Path:
             "choose others with the environment variables DBF_CACHE_DIR and CXX",
         ) from error
     finally:
-        lock.release()
         shutil.rmtree(build_folder, ignore_errors=True)
 
 

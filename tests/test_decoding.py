@@ -8,6 +8,7 @@ from dbf_compile.decoding import Decoder
 from dbf_compile.generation import TextGenerator
 
 transformers = pytest.importorskip("transformers")
+steps = pytest.importorskip("dbf_compile.integrations.steps")
 SIZES = {
     "vocab_size": 97,
     "hidden_size": 32,
@@ -159,6 +160,34 @@ def test_stop_strings_and_ends_of_single_rows():
     stop = f" {words[1][4]}"
     stopped = generator.generate(PROMPTS[1], max_new_tokens=12, stop=[stop])
     assert stopped.text == "".join(f" {word}" for word in words[1]).partition(stop)[0]
+
+
+def test_a_model_whose_tensors_change_gets_another_decoder():
+    model = model_of("Llama")
+    generator = generator_of(model)
+    generator.generate(PROMPTS[0], max_new_tokens=3)
+    first = generator._decoder
+    generator.generate(PROMPTS[1], max_new_tokens=3)
+    assert generator._decoder is first
+    model.resize_token_embeddings(101)
+    assert generator.generate(PROMPTS[0], max_new_tokens=6).text == expected(model, PROMPTS[0], 6)
+    assert generator._decoder is not first
+
+
+@pytest.mark.parametrize("kind", ["token", "part", "rows"])
+def test_a_step_that_is_not_compiled_goes_to_transformers(monkeypatch, kind):
+    def programs(decoder, asked):
+        if asked == kind:
+            raise steps.UnsuitedError("no compiler")
+        decoder._programs[asked] = None
+
+    monkeypatch.setattr(Decoder, "_program", programs)
+    monkeypatch.setattr("dbf_compile.integrations.generate._compilation", lambda model, compiled: {})
+    model = model_of("Llama")
+    generator = TextGenerator(model, tokenizer=Numbers(), progress=False)
+    results = generator.generate(PROMPTS[:2], max_new_tokens=4)
+    assert [item.text for item in results] == [expected(model, prompt, 4) for prompt in PROMPTS[:2]]
+    assert generator._decoder is None
 
 
 @pytest.mark.slow

@@ -1,14 +1,15 @@
-"""Where the cache lies."""
+"""Where the cache lies, and files that several processes write."""
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import platformdirs
 import pytest
 
 from dbf_compile.errors import OptionError
-from dbf_compile.files import cache_folder, user_path, write_text
+from dbf_compile.files import cache_folder, one_at_a_time, user_path, write_text
 
 
 def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -38,3 +39,30 @@ def test_paths_as_users_write_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_files_of_any_name_are_written_whole(tmp_path: Path, name: str) -> None:
     write_text(tmp_path / name, "text")
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_one_at_a_time_and_no_longer_than_it_waits(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    def second(seconds: float) -> None:
+        with one_at_a_time(tmp_path / "lock", seconds):
+            order.append("second")
+
+    with one_at_a_time(tmp_path / "lock", 1):
+        impatient = threading.Thread(target=second, args=(0.1,))
+        impatient.start()
+        impatient.join()
+        assert order == ["second"]
+        patient = threading.Thread(target=second, args=(30,))
+        patient.start()
+        order.append("first")
+    patient.join()
+    assert order == ["second", "first", "second"]
+
+
+def test_a_lock_that_cannot_be_written_stops_nobody(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    entered = False
+    with one_at_a_time(tmp_path / "file" / "lock", 1):
+        entered = True
+    assert entered

@@ -1,4 +1,4 @@
-"""The house: every module has a place and a test, imports stay light, private names of torch stay in four files."""
+"""The house: every module has a place and a test, imports stay light, private names of torch stay in five files."""
 
 from __future__ import annotations
 

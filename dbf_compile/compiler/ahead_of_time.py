@@ -70,10 +70,11 @@ def compile_program(
             compiled(**arguments)
     except _Compiled:
         pass
-    (result,) = results
-    if isinstance(result, Exception):
-        raise result
-    return result
+    if not results:
+        raise RuntimeError("Dynamo is switched off")
+    if isinstance(results[0], Exception):
+        raise results[0]
+    return results[0]
 
 
 def _compile(gm: GraphModule, kept: Path | None, fast: bool) -> Program:
@@ -86,7 +87,7 @@ def _compile(gm: GraphModule, kept: Path | None, fast: bool) -> Program:
     # Nobody asks at a call whether its sizes pass the guards.
     assumed = dynamo.assumed_sizes()
     if assumed:
-        raise RuntimeError(f"sizes that may change are assumed to be others': {', '.join(assumed)}")
+        raise RuntimeError(f"it takes for granted, of sizes that may change: {', '.join(assumed)}")
     if kept is not None:
         # A folder of somebody else, a full disk, or one without executable files: compiled again next time.
         with suppress(OSError, RuntimeError):
@@ -98,17 +99,26 @@ def _compile(gm: GraphModule, kept: Path | None, fast: bool) -> Program:
 def _written(
     library: Path, paths: Sequence[str], parent: Path | None = None, kept: Path | None = None
 ) -> Program:
-    """Open a program, and rename its folder; without a name it goes: what is loaded needs no file."""
+    """Open a program whose folder is ``kept`` then, or None: what is loaded needs no file."""
     with tempfile.TemporaryDirectory(prefix="dbf_program_", dir=parent) as place:
         folder = Path(place, "program")
         folder.mkdir()
         programs.write_program(library, paths, folder)
         program = programs.open_program(folder)
         if kept is not None:
-            shutil.rmtree(kept, ignore_errors=True)  # one that is damaged
-            with suppress(OSError):  # another process has written it meanwhile
-                folder.rename(kept)
+            _rename(folder, kept)
     return program
+
+
+def _rename(folder: Path, kept: Path) -> None:
+    """Let a folder take its name, but not from a sound program, which another process may have loaded."""
+    with suppress(OSError):
+        folder.rename(kept)
+        return
+    if programs.load_program(kept) is None:
+        shutil.rmtree(kept, ignore_errors=True)
+        with suppress(OSError):
+            folder.rename(kept)
 
 
 def _prepared(gm: GraphModule, fast: bool) -> tuple[list[str], list[Any]]:

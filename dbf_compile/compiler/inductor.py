@@ -78,7 +78,8 @@ def compile_library(
     patches["aot_inductor.custom_ops_to_c_shims"] = {op: [_declaration(op)] for op in c_functions}
     # Of what calls the kernels, not of the kernels: half the seconds of g++, and programs as fast.
     patches["aot_inductor.compile_wrapper_opt_level"] = "O0"
-    if hasattr(config.aot_inductor, "enable_line_tables"):  # since torch 2.12 or 2.13
+    patches["cpp.dynamic_threads"] = True  # torch's threads are those of the process that runs it
+    if hasattr(config.aot_inductor, "enable_line_tables"):  # not in torch 2.11
         patches["aot_inductor.enable_line_tables"] = False
     # Dynamo traces under one fake mode and compiles under another, and ahead of time there may be but one.
     mode = next(item.fake_mode for item in inputs if isinstance(item, FakeTensor))

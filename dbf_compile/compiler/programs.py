@@ -36,7 +36,7 @@ class Program:
     """A compiled function of flat inputs.
 
     Args:
-        function: takes a list of tensors, and returns one.
+        function: takes a list of tensors, and returns a list.
         paths: where each input stands in the arguments, as in ``L['keys'][3]``. An input of prepared layers has those of
             all tensors that it is made of.
     """
@@ -86,11 +86,10 @@ def write_program(library: Path, paths: Sequence[str], folder: Path) -> None:
         paths: of its inputs.
         folder: new and empty.
     """
-    shutil.copyfile(library, folder / _LIBRARY)
-    operators = library.with_suffix(".json")
-    if operators.exists():
-        shutil.copyfile(operators, (folder / _LIBRARY).with_suffix(".json"))
-    description = {"paths": list(paths), "sha256": _digest(folder / _LIBRARY)}
+    for part in (library, library.with_suffix(".json")):
+        if part.exists():
+            shutil.copyfile(part, (folder / _LIBRARY).with_suffix(part.suffix))
+    description = {"paths": list(paths), "sha256": _digests(folder)}
     (folder / _DESCRIPTION).write_text(json.dumps(description))
 
 
@@ -113,11 +112,12 @@ def open_program(folder: Path) -> Program:
         RuntimeError: the system does not load libraries from there.
     """
     description = json.loads((folder / _DESCRIPTION).read_text())
-    library = folder / _LIBRARY
-    if _digest(library) != description["sha256"]:  # loading half of a library would end the process
-        raise ValueError(f"{library} is damaged")
-    return Program(AOTIModelContainerRunnerCpu(str(library), 1).run, description["paths"])
+    if _digests(folder) != description["sha256"]:  # loading half of a library would end the process
+        raise ValueError(f"{folder} is damaged")
+    return Program(AOTIModelContainerRunnerCpu(str(folder / _LIBRARY), 1).run, description["paths"])
 
 
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def _digests(folder: Path) -> dict[str, str]:
+    """Return the digest of every file but the description itself."""
+    files = (file for file in sorted(folder.iterdir()) if file.name != _DESCRIPTION)
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

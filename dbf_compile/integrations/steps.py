@@ -252,7 +252,7 @@ def empty_cache(
 
 
 def fingerprint(model: Any) -> str:
-    """Return a hash of all that the code of a step depends on: configuration, classes, tensors' shapes and dtypes."""
+    """Return a hash of all that the code of a step depends on: configuration, classes, tensors' shapes, strides and dtypes."""
     digest = hashlib.sha256(
         f"{transformers.__version__} {model.config.to_json_string(use_diff=False)}".encode()
     )
@@ -260,7 +260,7 @@ def fingerprint(model: Any) -> str:
     digest.update(" ".join(names).encode())
     digest.update(inspect.getsource(inspect.getmodule(type(model)) or type(model)).encode())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.stride()} {tensor.dtype}".encode())
     return digest.hexdigest()
 
 

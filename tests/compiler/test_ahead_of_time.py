@@ -4,8 +4,11 @@ import pytest
 import torch
 from support.strategies import random_factors
 
-from dbf_compile.compiler import programs
+from dbf_compile.compiler import ahead_of_time, programs
 from dbf_compile.compiler.ahead_of_time import compile_program
+from dbf_compile.kernels.cached_attention import cpu_kernel as attention_kernel
+from dbf_compile.kernels.row_matmul import cpu_kernel as row_kernel
+from dbf_compile.kernels.sign_matmul import cpu_kernel
 
 
 def doubled(x, parts):
@@ -13,7 +16,7 @@ def doubled(x, parts):
 
 
 @pytest.mark.slow
-def test_a_program_is_asked_and_takes_other_sizes(tmp_path):
+def test_a_program_is_kept_and_takes_other_sizes(tmp_path):
     folder = tmp_path / "programs" / "doubled"
     arguments = {"x": torch.ones(7, 3), "parts": [torch.ones(3)]}
     program = compile_program(doubled, arguments, {"x": [0]}, folder)
@@ -25,6 +28,16 @@ def test_a_program_is_asked_and_takes_other_sizes(tmp_path):
         assert torch.equal(y, doubled(**other)[0])
     assert program.places("x") and not program.places("parts")
     assert [path.name for path in folder.parent.iterdir()] == ["doubled"]  # nothing half-written is left
+    library = folder / "program.so"
+    kept = library.stat().st_ino
+    for damage in (None, b"damaged"):
+        if damage is not None:
+            library.write_bytes(damage)
+        compile_program(doubled, arguments, {"x": [0]}, folder)
+        assert programs.load_program(folder) is not None
+        assert (library.stat().st_ino == kept) is (
+            damage is None
+        )  # another process may have loaded a sound one
 
 
 @pytest.mark.slow
@@ -41,6 +54,8 @@ def test_an_operator_without_a_c_function_is_called_by_the_dispatcher(tmp_path):
     )
     loaded = programs.load_program(folder)
     assert loaded is not None
+    (folder / "program.json").rename(tmp_path / "operators")
+    assert programs.load_program(folder) is None
     x = torch.randn(3, 24, dtype=torch.float64)
     (y,) = loaded.function(loaded.inputs({"x": x, "parts": parts}))
     assert torch.equal(y, torch.ops.dbf.sign_matmul(x * 2, *parts))
@@ -51,10 +66,10 @@ def rows_of_heads(cache, index):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("heads", "is_asked"), [(3, False), (5, True)])
-def test_a_size_that_equals_another_in_the_example_is_another(tmp_path, heads, is_asked):
+@pytest.mark.parametrize(("heads", "has_folder"), [(3, False), (5, True)])
+def test_a_size_that_equals_another_in_the_example_is_another(tmp_path, heads, has_folder):
     (tmp_path / "file").touch()
-    folder = tmp_path / "file" / "program" if is_asked else None  # where nothing can be written
+    folder = tmp_path / "file" / "program" if has_folder else None  # where nothing can be written
 
     def arguments(rows, length):
         return {
@@ -76,7 +91,26 @@ def of_seven(x):
     return (x + torch.ones(7, 1),)
 
 
+def test_without_dynamo_a_program_is_refused():
+    with (
+        torch.compiler.set_stance("force_eager"),
+        pytest.raises(RuntimeError, match="Dynamo is switched off"),
+    ):
+        compile_program(doubled, {"x": torch.ones(7, 3), "parts": [torch.ones(3)]}, {"x": [0]}, None)
+
+
+def test_every_native_operator_that_graphs_call_has_a_c_function():
+    library = cpu_kernel.library, row_kernel.library, attention_kernel.library
+    assert all(item.available() for item in library)
+    names = {
+        name.removeprefix("dbf_native::").partition(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("dbf_native::")
+    }
+    assert names == {*ahead_of_time._C_FUNCTIONS, "prepare_layers"}
+
+
 @pytest.mark.parametrize("function", [halved_where_long, of_seven])
 def test_a_program_of_one_size_alone_is_refused(function):
-    with pytest.raises(Exception, match="sizes that may change"):
+    with pytest.raises(Exception, match="of sizes that may change"):
         compile_program(function, {"x": torch.ones(7, 3)}, {"x": [0]}, None)

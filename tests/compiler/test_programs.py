@@ -27,7 +27,8 @@ def test_inputs_of_prepared_layers_are_made_of_their_tensors():
         {},
         {"inputs.json": b"{"},
         {"inputs.json": b"{}", "program.so": b"not a library"},
-        {"inputs.json": b'{"paths": [], "sha256": "0"}', "program.so": b"not a library"},
+        {"inputs.json": b'{"paths": [], "sha256": {"program.so": "0"}}', "program.so": b"not a library"},
+        {"inputs.json": b'{"paths": [], "sha256": {"program.so": "0"}}'},
     ],
 )
 def test_what_is_no_program_is_none(tmp_path, files):
