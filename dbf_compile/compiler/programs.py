@@ -56,7 +56,8 @@ class Program:
 def _input(path: str, arguments: Mapping[str, Any]) -> Tensor:
     """Return the input at a path; one of prepared layers is made anew."""
     if not path.startswith(PREPARED):
-        return _at(path, arguments)
+        tensor: Tensor = _at(path, arguments)
+        return tensor
     factors, biases, interleaved = (part.split() for part in path.removeprefix(PREPARED).split("|"))
     tensors, vectors = ([_at(name, arguments) for name in names] for names in (factors, biases))
     return prepare_layers(tensors, vectors, interleaved == ["True"])
