@@ -101,7 +101,7 @@ def multiplies_bfloat16(kind: str) -> bool:
 
 
 def instructions() -> str:
-    """Return the names of what this processor has beyond the least of its kind, or its name where Linux does not say."""
+    """Return the processor's instruction set extensions as Linux lists them, or its name where there is no list."""
     if not _PROCESSOR.is_file():
         return platform.processor() or platform.machine()
     lines = _PROCESSOR.read_text().splitlines()

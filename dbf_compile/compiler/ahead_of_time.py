@@ -87,7 +87,7 @@ def _compile(gm: GraphModule, kept: Path | None, fast: bool) -> Program:
     # Nobody asks at a call whether its sizes pass the guards.
     assumed = dynamo.assumed_sizes()
     if assumed:
-        raise RuntimeError(f"it takes for granted, of sizes that may change: {', '.join(assumed)}")
+        raise RuntimeError(f"sizes that may change are fixed in it: {', '.join(assumed)}")
     if kept is not None:
         # A folder of somebody else, a full disk, or one without executable files: compiled again next time.
         with suppress(OSError, RuntimeError):
@@ -99,7 +99,7 @@ def _compile(gm: GraphModule, kept: Path | None, fast: bool) -> Program:
 def _written(
     library: Path, paths: Sequence[str], parent: Path | None = None, kept: Path | None = None
 ) -> Program:
-    """Open a program whose folder is ``kept`` then, or None: what is loaded needs no file."""
+    """Write a program to a folder and open it; ``kept`` is its name, None removes it: what is loaded needs no file."""
     with tempfile.TemporaryDirectory(prefix="dbf_program_", dir=parent) as place:
         folder = Path(place, "program")
         folder.mkdir()

@@ -45,24 +45,26 @@ def test_a_program_is_kept_and_takes_other_sizes(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_operator_without_a_c_function_is_called_by_the_dispatcher(tmp_path):
+@pytest.mark.parametrize(("dtype", "by_dispatcher"), [(torch.float64, True), (torch.float32, False)])
+def test_operators_are_called_as_c_functions_or_by_the_dispatcher(tmp_path, dtype, by_dispatcher):
     factors = random_factors(24, 40, 50)
 
     def applied(x, parts):
         return (torch.ops.dbf.sign_matmul(x * 2, *parts),)
 
-    parts = [factors.signs_in, factors.scale_in.double()]
+    # An optional tensor that is there, and others that are not.
+    parts = [factors.signs_in, factors.scale_in.to(dtype)]
     folder = tmp_path / "applied"
-    compile_program(
-        applied, {"x": torch.ones(7, 24, dtype=torch.float64), "parts": parts}, {"x": [0]}, folder
-    )
+    compile_program(applied, {"x": torch.ones(7, 24, dtype=dtype), "parts": parts}, {"x": [0]}, folder)
     loaded = programs.load_program(folder)
     assert loaded is not None
-    (folder / "program.json").rename(tmp_path / "operators")
-    assert programs.load_program(folder) is None
-    x = torch.randn(3, 24, dtype=torch.float64)
+    assert (folder / "program.json").exists() is by_dispatcher
+    x = torch.randn(3, 24, dtype=dtype)
     (y,) = loaded.function(loaded.inputs({"x": x, "parts": parts}))
     assert torch.equal(y, torch.ops.dbf.sign_matmul(x * 2, *parts))
+    if by_dispatcher:
+        (folder / "program.json").rename(tmp_path / "operators")
+        assert programs.load_program(folder) is None
 
 
 def rows_of_heads(cache, index):
@@ -116,5 +118,5 @@ def test_every_native_operator_that_graphs_call_has_a_c_function():
 
 @pytest.mark.parametrize("function", [halved_where_long, of_seven])
 def test_a_program_of_one_size_alone_is_refused(function):
-    with pytest.raises(Exception, match="of sizes that may change"):
+    with pytest.raises(Exception, match="sizes that may change are fixed"):
         compile_program(function, {"x": torch.ones(7, 3)}, {"x": [0]}, None)
