@@ -120,14 +120,14 @@ def wikitext() -> dict[str, Text]:
 
 def mixture() -> dict[str, Text]:
     """Return a text of every kind that is at hand, to calibrate with."""
-    books = (
-        [_part("books-sample", 0, CHAPTER[0]), _part("books-sample", CHAPTER[1], 1)] if are_shared() else []
-    )
     return _at_hand(
         {
             "encyclopedia": lambda: Text([_part("wikipedia-sample", 0, 1)], "articles of Wikipedia"),
             "web": lambda: Text([_part("web-sample", 0, WEB_SHARE)], "pages of C4, first nine tenths"),
-            "stories": lambda: Text(_in_turns(*books[::-1]), "five books of Project Gutenberg"),
+            "stories": lambda: Text(
+                _in_turns(_part("books-sample", CHAPTER[1], 1), _part("books-sample", 0, CHAPTER[0])),
+                "five books of Project Gutenberg",
+            ),
             "code": lambda: _modules(CALIBRATED_MODULES),
             "dialogues": lambda: Text(
                 json.loads(OWN_CONVERSATIONS.read_text(encoding="utf-8")), "written by SmolLM2 itself"
