@@ -53,8 +53,8 @@ def distill(
         dense: the teacher.
         compressed: the student, the same model with factored layers.
         batches: batches to learn from, as for ``calibrate``.
-        held_out: batches to judge with: the scales are kept that have the least divergence on them after an epoch, or those
-            from before. Without any: the last.
+        held_out: batches to judge with: the scales are kept that have the least divergence on them after an epoch, those
+            from before, or some between these and the last. Without any: the last.
         recipe: epochs, seed, device.
         progress: called after every step.
 

@@ -36,6 +36,7 @@ from dbf_compile.stand_in import FactoredStandIn
 _SCALES = ("scale_in", "scale_mid", "scale_out")
 _TINY = 1e-30
 _BETAS = (0.9, 0.95)
+_HALVINGS = 2  # of the way from the start to the last state
 
 
 class _Sign(torch.autograd.Function):
@@ -247,8 +248,8 @@ def train(
         epochs: how often each sample is used; 0 does nothing.
         generator: on the CPU; shuffles the samples in every epoch.
         progress: called after every step.
-        judge: the error on samples that are not trained with. The state with the least is kept: that after an epoch, or that
-            before all. None: the last.
+        judge: the error on samples that are not trained with. The state with the least is kept: that after an epoch, that
+            before all, or one at half or a quarter of the way from that to the last. None: the last.
     """
     if not epochs:
         return 0
@@ -263,7 +264,7 @@ def train(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
     )
     with torch.enable_grad():
-        for _ in range(epochs):
+        for epoch in range(epochs):
             for sample in torch.randperm(samples, generator=generator).tolist():
                 optimizer.zero_grad()
                 error = loss(sample)
@@ -274,11 +275,11 @@ def train(
                 schedule.step()
                 progress()
             if best is not None:
-                best.look()
+                best.look(epoch + 1)
     for parameter in parameters:
         parameter.requires_grad_(False)
         parameter.grad = None
-    return epochs if best is None else best.restore()
+    return epochs if best is None else best.restore(epochs)
 
 
 class _Best:
@@ -286,23 +287,31 @@ class _Best:
 
     def __init__(self, parameters: Sequence[nn.Parameter], judge: Callable[[], float]) -> None:
         self._parameters, self._judge = parameters, judge
-        self._error, self._values = math.inf, [parameter.detach().clone() for parameter in parameters]
-        self._looks, self._epochs = 0, 0
-        self.look()
+        self._start = [parameter.detach().clone() for parameter in parameters]
+        self._error, self._values = math.inf, [value.clone() for value in self._start]
+        self._epochs = 0
+        self.look(0)
 
     @torch.no_grad()
-    def look(self) -> None:
-        """Keep the state after one more epoch if it is the best so far."""
+    def look(self, epochs: int) -> None:
+        """Keep the state after so many epochs if it is the best so far."""
         error = self._judge()
         if error < self._error:  # never of NaN
-            self._error, self._epochs = error, self._looks
+            self._error, self._epochs = error, epochs
             for value, parameter in zip(self._values, self._parameters, strict=True):
                 value.copy_(parameter)
-        self._looks += 1
 
     @torch.no_grad()
-    def restore(self) -> int:
-        """Set the best state again, and return after how many epochs it was."""
+    def restore(self, epochs: int) -> int:
+        """Set the best state again, and return after how many epochs it was; ``epochs`` lead to the last.
+
+        Steps are part gain and part noise of their samples. Along the way from the start the gain grows like the distance, the
+        harm of noise like its square. So there may be a better state before one that is no better than the start.
+        """
+        for _ in range(_HALVINGS):
+            for start, parameter in zip(self._start, self._parameters, strict=True):
+                parameter.lerp_(start, 0.5)
+            self.look(epochs)
         for value, parameter in zip(self._values, self._parameters, strict=True):
             parameter.copy_(value)
         return self._epochs

@@ -1,6 +1,7 @@
 """Factored layers that are trained: what they compute, what training changes, what comes back."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.models.tiny import randn
 from support.strategies import random_factors
-from torch import nn
+from torch import Tensor, nn
 
 from dbf_compile import machine
 from dbf_compile.compression.training import (
@@ -273,5 +274,24 @@ def test_the_best_state_for_a_judge_is_kept(target: float, kept: int) -> None:
 
     arguments = (lambda _: (parameter - 1).square().sum(), 4, 3, torch.Generator().manual_seed(0))
     assert train([([parameter], 0.01)], *arguments, judge=judge) == kept
-    assert len(seen) == 4 and (float(parameter) == 0.5) == (kept == 0)
+    assert len(seen) == 6 and (float(parameter) == 0.5) == (kept == 0)
     assert parameter.grad is None and not parameter.requires_grad
+
+
+@settings(max_examples=25, deadline=None)
+@given(share=st.sampled_from([1.0, 0.5, 0.25]), seed=st.integers(0, 99))
+def test_the_best_state_may_lie_between_the_first_and_the_last(share: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    first, wanted = torch.rand(2, 5, generator=generator) + 1
+
+    def trained(judge: Callable[[Tensor], float] | None) -> tuple[Tensor, int]:
+        parameter = nn.Parameter(first.clone(), requires_grad=False)
+        asked = None if judge is None else lambda: judge(parameter)
+        arguments = (lambda _: (parameter - wanted).square().sum(), 3, 2, torch.Generator())
+        return parameter, train([([parameter], 0.01)], *arguments, judge=asked)
+
+    last, _ = trained(None)
+    goal = torch.lerp(first, last, share)
+    best, kept = trained(lambda now: float((now - goal).abs().max()))
+    assert kept == 2
+    torch.testing.assert_close(best.detach(), goal, rtol=1e-6, atol=0)
