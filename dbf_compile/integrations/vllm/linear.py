@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import groupby
 from types import MethodType
 from typing import Any
@@ -43,6 +44,16 @@ from dbf_compile.ops import double_binary_linear, prepare_layers
 from dbf_compile.signs import interleave
 
 _QKV = ("q", "k", "v")
+
+
+@cache
+def _allow_matrix_units() -> None:
+    """Let vLLM's attention on CPUs use AMX: a process must ask the system first, or dies of an illegal instruction.
+
+    vLLM leaves that to the dense layers' products of bfloat16, of which a factored model may have none.
+    """
+    one = torch.ones(64, 64, dtype=torch.bfloat16, device="cpu")
+    nn.functional.linear(one, one)
 
 
 @dataclass
@@ -149,6 +160,7 @@ class FactoredLinearMethod(LinearMethodBase):
             CheckpointError: tensors are missing, or are no factors.
         """
         finish(layer, layer.dbf_projections, layer.weight.device)
+        _allow_matrix_units()
         for name in TENSOR_NAMES:
             delattr(layer, name)
         del layer.dbf_projections
