@@ -20,6 +20,7 @@ import dbf_compile
 
 TEMPLATE = "{% for one in messages %}{{ one['role'] + ': ' + one['content'] + ' ' }}{% endfor %}assistant:"
 SERVER = ("-m", "vllm.entrypoints.openai.api_server", "--port", "8123", "--served-model-name", "small")
+TINY = ("--max-model-len=256", "--enforce-eager", "--gpu-memory-utilization=0.3")  # vLLM asks for 0.92
 
 
 def tiny_folder(place: Path) -> Path:
@@ -39,23 +40,20 @@ def tiny_folder(place: Path) -> Path:
 def main() -> None:
     """Serve a folder until one question is answered."""
     with tempfile.TemporaryDirectory() as temporary:
-        # vLLM asks for 92 % of the memory, and does not start where other programs have more than the rest.
-        tiny = ["--max-model-len=256", "--enforce-eager", "--gpu-memory-utilization=0.3"]
-        arguments = sys.argv[1:] or [tiny_folder(Path(temporary)), *tiny]
-        server = subprocess.Popen([sys.executable, *SERVER, "--model", *arguments])
-        chats = openai.OpenAI(base_url="http://localhost:8123/v1", api_key="none").chat.completions
-        messages = [{"role": "user", "content": "why is the sky blue ?"}]
-        try:
-            while server.poll() is None:
-                try:
-                    parts = chats.create(model="small", messages=messages, max_tokens=32, stream=True)
-                    print("answer:", "".join(part.choices[0].delta.content or "" for part in parts))
-                    break
-                except openai.APIConnectionError:  # it is not there yet
-                    time.sleep(1)
-        finally:
-            server.terminate()
-            server.wait()
+        arguments = sys.argv[1:] or [tiny_folder(Path(temporary)), *TINY]
+        with subprocess.Popen([sys.executable, *SERVER, "--model", *arguments]) as server:
+            chats = openai.OpenAI(base_url="http://localhost:8123/v1", api_key="none").chat.completions
+            messages = [{"role": "user", "content": "why is the sky blue ?"}]
+            try:
+                while server.poll() is None:
+                    try:
+                        parts = chats.create(model="small", messages=messages, max_tokens=32, stream=True)
+                        print("answer:", "".join(part.choices[0].delta.content or "" for part in parts))
+                        break
+                    except openai.APIConnectionError:  # it is not there yet
+                        time.sleep(1)
+            finally:
+                server.terminate()
 
 
 if __name__ == "__main__":
