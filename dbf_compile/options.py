@@ -151,10 +151,10 @@ class CompressOptions(CompressionConfig):
         temper: Power of the spectrum of importances; None to leave them as measured, 0.5 is a usual value.
         budget: "equal" bits for all weights, or "allocated" by measured error curves.
         tune: Epochs in which the still dense weights of a block are tuned before a weight is factored (sequential); None for 4,
-            or the fewer that make 256 steps.
+            or the fewer that make 128 steps.
         refine: Epochs in which signs and scales of a block are refined at its end (sequential); None for 4, or the fewer that
             make 128 steps.
-        distill: Epochs in which scales learn the logits of the dense model at the end; None for 4, or the fewer that make 256
+        distill: Epochs in which scales learn the logits of the dense model at the end; None for 4, or the fewer that make 128
             steps.
         max_shard_size: Bytes of a weight file.
         resume: "auto": continue an interrupted run. "required": fail without one. "never": start over.

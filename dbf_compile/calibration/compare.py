@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dbf_compile.calibration.model_io import (
     attention_mask,
@@ -23,7 +24,7 @@ from dbf_compile.calibration.model_io import (
 )
 from dbf_compile.errors import ConversionError
 
-_AT_A_TIME = 2**24  # logits; those of a long window take gigabytes in float32
+_AT_A_TIME = 2**19  # logits: they stay in the cache, and their memory is used again
 # The divergence comes first: text that a model predicts badly says little by its cross-entropy.
 MEASURES = ("kl", "nats_lost", "top1_agreement", "dense", "compressed", "error")
 
@@ -31,21 +32,44 @@ MEASURES = ("kl", "nats_lost", "top1_agreement", "dense", "compressed", "error")
 def divergence(dense: Tensor, compressed: Tensor, batch: Any) -> Tensor:
     """Return KL(dense ‖ compressed) in nats at every position that is no padding, as a vector.
 
+    Its gradient goes to ``compressed`` alone.
+
     Args:
         dense: logits of the dense model, floating point [batch, tokens, vocabulary].
         compressed: logits of the compressed model, the same shape.
         batch: its ``attention_mask``, where it has one, marks padding.
     """
-    rows = max(1, _AT_A_TIME // dense.shape[-1])
-    parts = zip(dense.flatten(0, -2).split(rows), compressed.flatten(0, -2).split(rows), strict=True)
-    kl = torch.cat([_divergence(*part) for part in parts]).view(dense.shape[:-1])
+    kl: Tensor = _Divergence.apply(compressed, dense)  # type: ignore[no-untyped-call]
     return _without_padding(kl, batch)
 
 
-def _divergence(dense: Tensor, compressed: Tensor) -> Tensor:
-    log_dense = torch.log_softmax(dense.float(), -1)
-    log_compressed = torch.log_softmax(compressed.float(), -1)
-    return (log_dense.exp() * (log_dense - log_compressed)).sum(-1)
+class _Divergence(torch.autograd.Function):
+    """KL of rows of logits: a few rows at a time, and their gradient ``softmax(compressed) − softmax(dense)`` in the same pass.
+
+    Autograd would keep five tensors of the size of the logits, which take gigabytes for a long window.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, compressed: Tensor, dense: Tensor) -> Tensor:
+        rows = max(1, _AT_A_TIME // dense.shape[-1])
+        pairs = zip(dense.flatten(0, -2).split(rows), compressed.flatten(0, -2).split(rows), strict=True)
+        gradient = torch.empty_like(compressed) if ctx.needs_input_grad[0] else None
+        gradients = None if gradient is None else gradient.view(-1, gradient.shape[-1]).split(rows)
+        kl: list[Tensor] = []
+        for index, (one, other) in enumerate(pairs):
+            log_dense, log_compressed = (torch.log_softmax(part.float(), -1) for part in (one, other))
+            chances = log_dense.exp()
+            kl.append((log_dense.sub_(log_compressed).mul_(chances)).sum(-1))
+            if gradients is not None:
+                gradients[index].copy_(log_compressed.exp_().sub_(chances))
+        ctx.save_for_backward(gradient)
+        return torch.cat(kl).view(dense.shape[:-1])
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad[..., None].to(gradient.dtype), None
 
 
 def agreement(dense: Tensor, compressed: Tensor, batch: Any) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dbf_compile.errors import ConversionError, first_line
+from dbf_compile.machine import multiplies_bfloat16, narrow_products
 
 # Inputs that no text gives.
 _NOT_TEXT = frozenset(
@@ -184,6 +185,23 @@ def predicts_tokens(model: nn.Module) -> bool:
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Return whether a model has a decoder that reads the states of an encoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+@torch.no_grad()
+def computes_narrowly(model: nn.Module, batch: Any) -> bool:
+    """Return whether a model on the CPU gains by :func:`~dbf_compile.machine.narrow_products`, and reads a batch that way.
+
+    Few models mix dtypes badly, or compute numbers that are not finite.
+    """
+    device = next(model.parameters()).device
+    if device.type != "cpu" or not multiplies_bfloat16("cpu"):
+        return False
+    try:
+        with narrow_products(device):
+            output = first_tensor(call_model(model, batch))
+    except RuntimeError:
+        return False
+    return output is not None and bool(torch.isfinite(output).all())
 
 
 def logits_of(output: Any) -> Tensor:

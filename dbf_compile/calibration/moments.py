@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 _ENOUGH = 64  # batches for a vector
+_AT_A_TIME = 2**16  # numbers that stay in a core's cache in float64
 
 
 @dataclass
@@ -43,7 +44,10 @@ class Moment:
             exact = rows.double()
             added = exact.mT @ exact
         else:
-            added = rows.double().square().sum(0)
+            added = rows.new_zeros(rows.shape[-1], dtype=torch.float64)
+            few = max(1, _AT_A_TIME // max(1, rows.shape[-1])) if rows.device.type == "cpu" else len(rows)
+            for part in rows.split(max(1, few)):
+                added += part.double().square().sum(0)
         self.total = added if self.total is None else self.total + added.to(self.total.device)
         self.positions += rows.shape[0]
 

@@ -8,6 +8,7 @@ Source: the last stage of NanoQuant. Its replications found that training signs 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from dbf_compile.calibration.compare import divergence
-from dbf_compile.calibration.model_io import call_model, logits_of
+from dbf_compile.calibration.model_io import call_model, computes_narrowly, logits_of
 from dbf_compile.compression.training import TrainableScales, train, trained_factors
 from dbf_compile.factors import DoubleBinaryFactors, move_factors
 from dbf_compile.linear import DoubleBinaryLinear, replace_everywhere
+from dbf_compile.machine import narrow_products
 
 _RATE = 0.01  # learning rate, in units of the root mean square of a scale vector
 
@@ -73,10 +75,14 @@ def distill(
             model.eval()
         scales = [scale for student in students.values() for scale in student.scales]
 
+        narrow = bool(batches) and computes_narrowly(dense, batches[0])
+
         def lost(batch: Any) -> Tensor:
-            with torch.no_grad():
-                target = logits_of(call_model(dense, batch))
-            return divergence(target, logits_of(call_model(compressed, batch)), batch).mean()
+            with narrow_products(torch.device("cpu")) if narrow else nullcontext():
+                with torch.no_grad():
+                    target = logits_of(call_model(dense, batch))
+                logits = logits_of(call_model(compressed, batch))
+            return divergence(target, logits, batch).mean()
 
         def judge() -> float:
             return sum(float(lost(batch)) for batch in held_out)

@@ -47,18 +47,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dbf_compile.errors import WeightError
-from dbf_compile.factorizer.projection import TINY, rank_one, signs_of
+from dbf_compile.factorizer.projection import TINY, signs_of
 from dbf_compile.factorizer.refine import Product
 from dbf_compile.factorizer.weighted import WeightedWeight, apply_metrics
+from dbf_compile.kernels.factor_update import cpu_kernel, reference
 from dbf_compile.machine import multiplies_bfloat16
 
-_POWER_ITERATIONS = 1  # in an update; they start from the magnitude of the last update
 _NARROW_PRODUCTS = 2**25  # multiplications of a product, from which rounding to bfloat16 is worth its time
 _PANEL = 256  # rows of a symmetric product that are computed at once
 
@@ -151,7 +152,7 @@ class Problem(NamedTuple):
         """Return the subproblems of the left and of the right factor of ``matrix [B, P, Q]``."""
         target = apply_metrics(matrix, self.row_metric, self.column_metric).contiguous()
         return (
-            Subproblem(target.mT, self.column_metric, self.row_spectrum),
+            Subproblem(target.mT.contiguous(), self.column_metric, self.row_spectrum),
             Subproblem(target, self.row_metric, self.column_spectrum),
         )
 
@@ -171,49 +172,60 @@ class Factor:
     """The state of one factor [B, M, Q] between its updates.
 
     Attributes:
-        primal: ``signs ⊙ (rows · columnsᵀ)`` [B, M, Q].
-        dual: what the projections have left over [B, M, Q].
-        rows: norms of the rows of ``primal`` [B, M].
+        point: what was projected last [B, M, Q]; its signs are those of the factor.
+        rows: norms of the rows of the projection [B, M].
         columns: the other side of its magnitude [B, Q], of norm 1.
         basis: what the updates of the other factor see [B, M, Q].
+        rounded: the basis in ``dtype``.
 
     Args:
-        primal: the start.
+        point: the start.
         columns: columns to keep, of norm 1; None to fit them.
+        dtype: of what is multiplied, float32 or bfloat16.
     """
 
-    def __init__(self, primal: Tensor, columns: Tensor | None) -> None:
-        batch, _, size = primal.shape
-        self.primal = primal.contiguous()
-        self.dual = torch.zeros_like(self.primal)
-        self.rows = torch.linalg.vector_norm(self.primal, dim=-1)
-        self._fixed = columns is not None
-        self.columns = primal.new_full((batch, size), size**-0.5) if columns is None else columns
-        self.basis = self.primal / (self.rows[..., None] + TINY)
-        # Buffers: fresh memory costs more than the element-wise steps that write to it.
-        self._spare, self._point = torch.empty_like(self.primal), torch.empty_like(self.primal)
+    def __init__(self, point: Tensor, columns: Tensor | None, dtype: torch.dtype = torch.float32) -> None:
+        batch, _, size = point.shape
+        self.point = point.contiguous()
+        self._keeps_columns = columns is not None
+        self.columns = point.new_full((batch, size), size**-0.5) if columns is None else columns.contiguous()
+        self.rows = (self.point.abs() @ self.columns[..., None])[..., 0]
+        self.basis = self.point / (torch.linalg.vector_norm(self.point, dim=-1, keepdim=True) + TINY)
+        self.rounded = self.basis.to(dtype)
+        self.buffers = Buffers()
+        self._steps: ModuleType = cpu_kernel if cpu_kernel.takes(self.point) else reference
 
     def update(self, subproblem: Subproblem, basis: Tensor, coefficients: Coefficients) -> None:
-        """Update this factor, with the other one fixed as ``basis`` [B, M, P]."""
-        point, relaxation, leak = self._point, coefficients.relaxation, coefficients.leak
-        anchor = torch.sub(self.primal, self.dual, alpha=leak, out=point)
-        if subproblem.has_metric:
-            torch.matmul(basis, subproblem.target, out=self._spare).add_(anchor, alpha=coefficients.rho)
-            _solve(subproblem, basis, self._spare, coefficients, out=point)
-            torch.lerp(self.primal, point, relaxation, out=point).add_(self.dual, alpha=leak)
-        else:
-            share, step = _step(subproblem.target, basis, anchor, coefficients)
-            torch.mul(self.primal, 1 - relaxation + relaxation * share, out=point)
-            point.addcmul_(self.dual, leak - leak * relaxation * share).add_(step, alpha=relaxation)
-        magnitude = torch.abs(point, out=self._spare)
-        if self._fixed:
-            self.rows = (magnitude @ self.columns[..., None])[..., 0]
-        else:
-            self.rows, self.columns = rank_one(magnitude, _POWER_ITERATIONS, self.columns)
-        torch.mul(self.rows[..., None], self.columns[..., None, :], out=self.primal).copysign_(point)
-        torch.sub(point, self.primal, out=self.dual)
-        unit = torch.div(self.primal, self.rows[..., None] + TINY, out=self._spare)
-        torch.lerp(unit, self.basis, coefficients.averaging, out=self.basis)
+        """Update this factor, with the other one fixed as its rounded ``basis`` [B, M, P]."""
+        share, step = (_solution if subproblem.has_metric else _step)(self, subproblem, basis, coefficients)
+        state = self.point, self.rows, self.columns
+        relaxation, leak = coefficients.relaxation, coefficients.leak
+        self._steps.advance(*state, step, share, relaxation, leak, self._keeps_columns)
+        self._steps.average(*state, coefficients.averaging, self.basis)
+        if self.rounded is not self.basis:
+            self.rounded.copy_(self.basis)
+
+    def anchor(self, leak: float) -> Tensor:
+        """Return ``primal − leak · dual`` [B, M, Q] in ``dtype``."""
+        out = self.buffers("anchor", self.point.shape, self.rounded.dtype, self.point)
+        return self._steps.anchor(self.point, self.rows, self.columns, leak, out)
+
+    def rest(self, target: Tensor, product: Tensor, share: Tensor) -> Tensor:
+        """Return ``target − share · product`` [B, P, Q], which takes the place of ``product``."""
+        return self._steps.rest(target, product, share)
+
+
+class Buffers:
+    """Memory that is used again: fresh memory costs more than the element-wise steps that write to it."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype, beside: Tensor) -> Tensor:
+        """Return the buffer ``name`` on the device of ``beside``."""
+        if name not in self._by_name:
+            self._by_name[name] = beside.new_empty(shape, dtype=dtype)
+        return self._by_name[name]
 
 
 def run_admm(
@@ -245,12 +257,15 @@ def run_admm(
     start = torch.randn(
         starts, mid_features, right_size, generator=generator, dtype=torch.float32, device="cpu"
     )
-    right = Factor(start.to(subproblems[1].target.device).repeat(batch // starts, 1, 1), columns[1])
-    left = Factor(right.primal.new_zeros(batch, mid_features, left_size), columns[0])
+    device = subproblems[1].target.device
+    has_metric = any(subproblem.has_metric for subproblem in subproblems)
+    dtype = torch.float32 if has_metric else product_dtype(mid_features, (left_size, right_size), device)
+    right = Factor(start.to(device).repeat(batch // starts, 1, 1), columns[1], dtype)
+    left = Factor(right.point.new_zeros(batch, mid_features, left_size), columns[0], dtype)
     whole = any(subproblem.basis_metric is not None for subproblem in subproblems)
     for done, coefficients in enumerate(schedule(iterations, whole), start=1):
-        left.update(subproblems[0], right.basis, coefficients)
-        right.update(subproblems[1], left.basis, coefficients)
+        left.update(subproblems[0], right.rounded, coefficients)
+        right.update(subproblems[1], left.rounded, coefficients)
         if progress is not None:
             progress(done / iterations)
     if not bool(torch.isfinite(right.rows).all()):
@@ -261,8 +276,8 @@ def run_admm(
         )
     return [
         Product(
-            signs_of(left.primal[index]).T,
-            signs_of(right.primal[index]),
+            signs_of(left.point[index]).T,
+            signs_of(right.point[index]),
             left.columns[index],
             right.rows[index],
             right.columns[index],
@@ -271,72 +286,95 @@ def run_admm(
     ]
 
 
-def _step(target: Tensor, basis: Tensor, anchor: Tensor, coefficients: Coefficients) -> tuple[Tensor, Tensor]:
-    """Return the share [B, 1, 1] of the anchor in the solution, and what the solution adds to it [B, M, Q].
+def product_dtype(mid_features: int, sizes: tuple[int, int], device: torch.device) -> torch.dtype:
+    """Return the dtype of what the updates of a problem [P, Q] without metrics multiply."""
+    narrow = mid_features * math.prod(sizes) >= _NARROW_PRODUCTS and multiplies_bfloat16(device.type)
+    return torch.bfloat16 if narrow else torch.float32
 
-    The head of this file has the formulas.
 
-    Args:
-        target: [B, P, Q].
-        basis: [B, M, P].
-        anchor: [B, M, Q].
-        coefficients: of the iteration.
+def _step(
+    factor: Factor, subproblem: Subproblem, basis: Tensor, coefficients: Coefficients
+) -> tuple[Tensor, Tensor]:
+    """Return the share [B] of the anchor in the solution, and what the solution adds to it [B, M, Q].
+
+    The head of this file has the formulas for a subproblem without metrics; ``basis`` is [B, M, P].
     """
-    mid_features = basis.shape[-2]
-    narrow = mid_features * target.shape[-2] * target.shape[-1] >= _NARROW_PRODUCTS
-    dtype = torch.bfloat16 if narrow and multiplies_bfloat16(basis.device.type) else torch.float32
-    rounded = basis.to(dtype)
+    target, buffers = subproblem.target, factor.buffers
+    mid_features, sizes = basis.shape[-2], factor.point.shape
     wide = mid_features > target.shape[-2]
     # Where it is wide, in float32: an entry may be a thousand times the shift.
-    operand = rounded.float().mT if wide else rounded
-    normal = _gram(operand)
-    diagonal = normal.diagonal(dim1=-2, dim2=-1)
-    shift = coefficients.ridge * diagonal.sum(-1) / mid_features + coefficients.rho
-    share = (coefficients.rho / shift)[..., None, None]
-    rest = target - share * _product(rounded.mT, anchor.to(dtype))
-    inverse = _inverse(normal, shift)
+    operand = buffers("operand", basis.shape, torch.float32, basis).copy_(basis).mT if wide else basis
+    normal = _gram(operand, buffers)
+    shift = coefficients.ridge * normal.diagonal(dim1=-2, dim2=-1).sum(-1) / mid_features + coefficients.rho
+    share = coefficients.rho / shift
+    product = _product(
+        basis.mT, factor.anchor(coefficients.leak), buffers("rest", target.shape, basis.dtype, basis)
+    )
+    rest = factor.rest(target, product, share)
+    inverse = _inverse(normal, shift, buffers)
     if wide:
-        return share, _product((operand.mT @ inverse).to(dtype), rest.to(dtype))
-    return share, inverse @ _product(rounded, rest.to(dtype)).float()
+        whole = _product(operand.mT, inverse, buffers("whole", basis.shape, torch.float32, basis))
+        solver = buffers("solver", basis.shape, basis.dtype, basis).copy_(whole)
+        return share, _product(solver, rest, buffers("step", sizes, basis.dtype, basis))
+    solver = buffers("solver", inverse.shape, basis.dtype, basis).copy_(inverse)
+    # The anchor is read already.
+    projected = _product(basis, rest, buffers("anchor", sizes, basis.dtype, basis))
+    return share, _product(solver, projected, buffers("step", sizes, basis.dtype, basis))
 
 
-def _gram(rows: Tensor) -> Tensor:
-    """Return the lower triangle of ``rows · rowsᵀ`` [B, R, R] in float32; above it is anything."""
+def _gram(rows: Tensor, buffers: Buffers) -> Tensor:
+    """Return ``rows · rowsᵀ`` [B, R, R] in float32; above the diagonal it may be anything."""
     count = rows.shape[-2]
-    gram = rows.new_zeros(*rows.shape[:-1], count, dtype=torch.float32)
+    shape = (*rows.shape[:-1], count)
+    if rows.dtype == torch.bfloat16:  # the product takes less time than parts of it would
+        return buffers("gram", shape, torch.float32, rows).copy_(
+            _product(rows, rows.mT, buffers("solver", shape, rows.dtype, rows))
+        )
+    gram = buffers("gram", shape, torch.float32, rows)
     for start in range(0, count, _PANEL):
         end = min(count, start + _PANEL)
         gram[..., start:end, :end] = _product(rows[..., start:end, :], rows[..., :end, :].mT)
     return gram
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
+def _product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """Return ``left · right`` of two batches. A batch of one is multiplied as a matrix, whose transpose is not copied."""
-    return (left[0] @ right[0])[None] if len(left) == 1 else left @ right
+    if len(left) > 1:
+        return torch.bmm(left, right, out=out)
+    return torch.mm(left[0], right[0], out=None if out is None else out[0])[None]
 
 
-def _inverse(normal: Tensor, shift: Tensor) -> Tensor:
+def _inverse(normal: Tensor, shift: Tensor, buffers: Buffers) -> Tensor:
     """Return ``(normal + shift I)⁻¹`` of lower triangles [B, M, M]. A failure leaves NaN, which run_admm reports.
 
     One product with the inverse takes less time than two triangular solves, and keeps the row-major layout that the
     element-wise steps after it need.
     """
     normal.diagonal(dim1=-2, dim2=-1).add_(shift[..., None])
-    return torch.cholesky_inverse(torch.linalg.cholesky_ex(normal)[0])
+    # Column by column, as LAPACK has matrices: nothing is transposed.
+    lower, inverse = (buffers(name, normal.shape, torch.float32, normal).mT for name in ("lower", "inverse"))
+    torch.linalg.cholesky_ex(normal, out=(lower, torch.empty_like(shift, dtype=torch.int32)))
+    return torch.cholesky_inverse(lower, out=inverse).mT  # it is symmetric
 
 
-def _solve(
-    subproblem: Subproblem, basis: Tensor, right_side: Tensor, coefficients: Coefficients, out: Tensor
-) -> None:
-    """Write the solution of the normal equations to ``out`` [B, M, Q]; the head of this file has the formula."""
+def _solution(
+    factor: Factor, subproblem: Subproblem, basis: Tensor, coefficients: Coefficients
+) -> tuple[Tensor, Tensor]:
+    """Return zeros [B] and the solution [B, M, Q]; arguments as of :func:`_step`, with a metric."""
+    anchor = factor.anchor(coefficients.leak)
+    right_side = torch.baddbmm(anchor, basis, subproblem.target, beta=coefficients.rho)
+    return anchor.new_zeros(len(anchor)), _solve(subproblem, basis, right_side, coefficients)
+
+
+def _solve(subproblem: Subproblem, basis: Tensor, right_side: Tensor, coefficients: Coefficients) -> Tensor:
+    """Return the solution of the normal equations [B, M, Q]; the head of this file has the formula."""
     normal = apply_metrics(basis, None, subproblem.basis_metric) @ basis.mT
     ridge = coefficients.ridge * normal.diagonal(dim1=-2, dim2=-1).mean(-1)
     if subproblem.spectrum is None:
-        torch.matmul(_inverse(normal, ridge + coefficients.rho), right_side, out=out)
-        return
+        return _inverse(normal, ridge + coefficients.rho, Buffers()) @ right_side
     values, vectors = subproblem.spectrum
     inner_values, inner_vectors = torch.linalg.eigh(normal)
     solution = inner_vectors.mT @ right_side @ vectors
     shift = coefficients.rho + ridge * values.mean((-2, -1))
     solution /= inner_values.clamp_min(0)[..., None] * values + shift[..., None, None]
-    torch.matmul(inner_vectors @ solution, vectors.mT, out=out)
+    return inner_vectors @ solution @ vectors.mT

@@ -17,11 +17,12 @@ import json
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from dbf_compile.calibration.calibrate import calibrate
-from dbf_compile.calibration.model_io import check_reads_tokens, predicts_tokens
+from dbf_compile.calibration.model_io import check_reads_tokens, computes_narrowly, predicts_tokens
 from dbf_compile.calibration.moments import measuring
 from dbf_compile.calibration.offload import blocks_of
 from dbf_compile.calibration.statistics import load_importance, save_importance
@@ -32,6 +33,7 @@ from dbf_compile.compression.layers import LayerFactorizer
 from dbf_compile.errors import ConversionError
 from dbf_compile.factorizer.importance import Importance
 from dbf_compile.files import write_text
+from dbf_compile.machine import narrow_products
 from dbf_compile.progress import over
 from dbf_compile.run.context import PlacedJob, Plan, Run
 from dbf_compile.run.folder import write_folder
@@ -40,7 +42,7 @@ from dbf_compile.run.sequential import factor_sequential, stacks_to_factor, trai
 from dbf_compile.run.work import Result
 
 _LEAST_SHARE = 0.5  # of the weights, below which a user should know
-DISTILLING_STEPS = 256
+DISTILLING_STEPS = 128
 
 
 def run_steps(run: Run) -> None:
@@ -81,14 +83,17 @@ def _statistics(run: Run) -> dict[str, Importance]:
         try:
             if batches is None:
                 check_reads_tokens(model)
-            importance = calibrate(
-                model,
-                batches,
-                curvature=config.curvature,
-                device=request.device,
-                seed=config.seed,
-                progress=config.progress,
-            )
+            # On SmolLM2 it moves moments of inputs by 0.03 % (the median of its layers) and those of gradients by 1.2 %.
+            narrow = bool(batches) and computes_narrowly(model, batches[0])
+            with narrow_products(request.device) if narrow else nullcontext():
+                importance = calibrate(
+                    model,
+                    batches,
+                    curvature=config.curvature,
+                    device=request.device,
+                    seed=config.seed,
+                    progress=config.progress,
+                )
         except ConversionError as error:
             if batches is not None:
                 raise

@@ -37,6 +37,22 @@ def test_a_divergence_is_never_negative_and_zero_for_equal_predictions(seed, cla
     assert divergence(dense, dense + 3.0, {}).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("at_a_time", [1, 14, 2**19])
+def test_the_gradient_of_a_divergence_is_that_of_its_formula(monkeypatch, at_a_time, dtype):
+    monkeypatch.setattr(comparison, "_AT_A_TIME", at_a_time)
+    dense, compressed = (torch.randn(2, 5, 7, dtype=torch.float64).to(dtype) for _ in range(2))
+    weights = torch.rand(10, dtype=torch.float64)
+    exact = compressed.double().requires_grad_()
+    log_dense, log_compressed = (torch.log_softmax(logits.double(), -1) for logits in (dense, exact))
+    ((log_dense.exp() * (log_dense - log_compressed)).sum(-1).flatten() * weights).sum().backward()
+    (divergence(dense, compressed.requires_grad_(), {}) * weights).sum().backward()
+    assert compressed.grad.dtype == dtype and exact.grad is not None
+    # The gradient has two roundings to the dtype; the divergence itself is computed in float32.
+    tolerance = 2**-7 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(compressed.grad.double(), exact.grad, rtol=tolerance, atol=tolerance)
+
+
 def test_models_without_tokens_are_compared_by_their_output():
     dense, compressed = nn.Linear(4, 3), nn.Linear(4, 3)
     x = torch.randn(7, 4)

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.models.calibrated import tiny
-from torch import nn
+from torch import Tensor, nn
 
+from dbf_compile import machine
+from dbf_compile.calibration import model_io
 from dbf_compile.calibration.model_io import (
     attention_mask,
     call_model,
@@ -190,3 +192,28 @@ def test_kinds_of_models():
     wrapper = nn.Module()
     wrapper.config = SimpleNamespace(get_text_config=lambda **_: SimpleNamespace(vocab_size=11))
     assert vocabulary_of(wrapper) == 11
+
+
+class Mixed(nn.Module):
+    """A model that mixes dtypes where its products are narrow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.full((len(x), 4), 0.0).scatter_(
+            1, torch.zeros(len(x), 1, dtype=torch.long), self.first(x)
+        )
+
+
+@pytest.mark.parametrize("gains", [False, True])
+def test_products_are_narrow_where_that_gains_and_the_model_computes(monkeypatch, gains):
+    monkeypatch.setattr(model_io, "multiplies_bfloat16", lambda kind: gains)
+    monkeypatch.setattr(machine, "multiplies_bfloat16", lambda kind: gains)
+    linear, x = nn.Linear(4, 3), torch.randn(2, 4)
+    assert model_io.computes_narrowly(linear, x) is gains
+    assert torch.isfinite(Mixed()(x)).all()
+    assert not model_io.computes_narrowly(linear, x * torch.inf)
+    assert not model_io.computes_narrowly(Mixed(), x)
+    assert not model_io.computes_narrowly(nn.Linear(4, 3, device="meta"), x)

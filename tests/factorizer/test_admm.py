@@ -9,6 +9,7 @@ from support.weights import correlations, gaussian, random_importance
 from dbf_compile.errors import WeightError
 from dbf_compile.factorizer import admm
 from dbf_compile.factorizer.admm import (
+    Buffers,
     Coefficients,
     Factor,
     Problem,
@@ -21,7 +22,7 @@ from dbf_compile.factorizer.admm import (
 )
 from dbf_compile.factorizer.factorize import FactorizerConfig, factorize, weighted_error
 from dbf_compile.factorizer.importance import Importance
-from dbf_compile.factorizer.projection import signs_of
+from dbf_compile.factorizer.projection import TINY
 from dbf_compile.factorizer.weighted import WeightedWeight
 
 SEEDS = st.integers(0, 1000)
@@ -49,8 +50,7 @@ def test_an_update_solves_its_normal_equations(mid, rows, columns, seed, coupled
     right = correlations(columns, seed + 2)[None] if coupled_columns else None
     basis, right_side = gaussian(mid, rows, seed)[None], gaussian(mid, columns, seed + 3)[None]
     subproblem = Subproblem(gaussian(rows, columns)[None], left, _spectrum(right))
-    solution = torch.empty_like(right_side)
-    _solve(subproblem, basis, right_side, STEADY, out=solution)
+    solution = _solve(subproblem, basis, right_side, STEADY)
     normal = (basis if left is None else basis @ left) @ basis.mT
     shift = STEADY.rho + STEADY.ridge * float(normal.diagonal(dim1=-2, dim2=-1).mean())
     back = normal @ solution @ (torch.eye(columns)[None] if right is None else right) + shift * solution
@@ -65,15 +65,18 @@ def test_a_step_adds_to_a_share_of_the_anchor_what_solves_the_normal_equations(
     narrow, batch, mid, rows, columns, seed
 ):
     generator = torch.Generator().manual_seed(seed)
-    target, basis, anchor = (
+    target, basis, start = (
         torch.randn(batch, *shape, generator=generator)
         for shape in ((rows, columns), (mid, rows), (mid, columns))
     )
-    basis = torch.nn.functional.normalize(basis, dim=-1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(admm, "_NARROW_PRODUCTS", 0)
-        patch.setattr(admm, "multiplies_bfloat16", lambda kind: narrow)
-        share, step = _step(target, basis, anchor, STEADY)
+    dtype = torch.bfloat16 if narrow else torch.float32
+    basis = torch.nn.functional.normalize(basis, dim=-1).to(dtype)
+    factor = Factor(start, None, dtype)
+    anchor = factor.anchor(STEADY.leak).clone()  # its buffer is used again
+    subproblem = Subproblem(target, None, None)
+    for _ in range(2):  # nothing is left of the first in the buffers
+        share, step = _step(factor, subproblem, basis, STEADY)
+    share = share[:, None, None]
     exact = basis.double()
     normal = exact @ exact.mT
     shift = STEADY.rho + STEADY.ridge * normal.diagonal(dim1=-2, dim2=-1).mean(-1)
@@ -82,16 +85,17 @@ def test_a_step_adds_to_a_share_of_the_anchor_what_solves_the_normal_equations(
     # The terms of the sums, without their signs: where they cancel, their errors do not.
     rest = target.abs() + share * exact.mT.abs() @ anchor.double().abs()
     terms = (exact.abs() @ rest / shift[:, None, None]).norm() + (share * anchor).norm()
-    # bfloat16 has 8 bits, and two numbers are rounded in every term.
-    assert (share * anchor + step - solution).norm() < (2**-8 if narrow else 2**-22) * terms
+    # bfloat16 has 8 bits, and up to four numbers are rounded in every term.
+    assert (share * anchor + step - solution).norm() < (2**-7 if narrow else 2**-22) * terms
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 3), (5, 1), (7, 11), (9, 4)])
 def test_panels_of_a_symmetric_product_fill_its_lower_triangle(monkeypatch, rows, columns):
     monkeypatch.setattr(admm, "_PANEL", 4)
     factor = gaussian(rows, columns)[None]
-    torch.testing.assert_close(_gram(factor).tril(), (factor @ factor.mT).tril())
-    torch.testing.assert_close(_gram(factor.expand(2, -1, -1))[1].tril(), (factor @ factor.mT)[0].tril())
+    torch.testing.assert_close(_gram(factor, Buffers()).tril(), (factor @ factor.mT).tril())
+    both = _gram(factor.expand(2, -1, -1), Buffers())
+    torch.testing.assert_close(both[1].tril(), (factor @ factor.mT)[0].tril())
 
 
 @given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 7), SEEDS, st.booleans())
@@ -102,10 +106,11 @@ def test_an_update_leaves_signs_times_a_rank_one_magnitude(mid, rows, columns, s
     for _ in range(3):
         factor.update(subproblem, gaussian(mid, rows, seed + 3)[None], STEADY)
         magnitude = factor.rows[..., None] * factor.columns[..., None, :]
-        assert torch.equal(factor.primal.abs(), magnitude)
-        # primal + dual is the point that was projected: its signs are those of primal.
-        point = factor.primal + factor.dual
-        assert torch.equal(signs_of(point)[point != 0], signs_of(factor.primal)[point != 0])
+        # With averaging 0 the basis is the projection, its rows scaled to norm 1.
+        projected = factor.basis * (factor.rows[..., None] + TINY)
+        torch.testing.assert_close(projected.abs(), magnitude.expand_as(projected))
+        nonzero = (factor.point != 0) & (magnitude != 0)
+        assert torch.equal(factor.point.sign()[nonzero], factor.basis.sign()[nonzero])
     assert float(factor.columns.norm()) == pytest.approx(1, rel=1e-5)  # float32 norm
     assert not fixed or torch.equal(factor.columns, direction)
 
