@@ -1,7 +1,10 @@
 """What a process may use: cores that ranks share, and the device of each rank."""
 
+import math
 import os
 import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,20 +73,57 @@ def test_a_device_that_torch_does_not_know_is_refused(device):
         machine.chosen_device(device)
 
 
+def idle_teams():
+    return [thread for thread in threading.enumerate() if thread.name == "idle team"]
+
+
+def waited_for(teams):
+    """Return whether so many idle teams are there within ten seconds, the thread that looks among them."""
+    ends = time.monotonic() + 10
+    while len(idle_teams()) != teams and time.monotonic() < ends:
+        time.sleep(0.005)
+    return len(idle_teams()) == teams
+
+
 @pytest.mark.parametrize("failing", [False, True])
-def test_the_number_of_threads_is_restored_and_the_idle_team_ends(failing):
-    before = torch.get_num_threads()
+def test_an_idle_team_is_there_while_others_compute_and_threads_are_restored(monkeypatch, failing):
+    before, load = torch.get_num_threads(), [0.0]
+    monkeypatch.setattr(machine, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(machine.OtherLoad, "cores", lambda self: load[0])
     try:
         with machine.all_cores():
             assert torch.get_num_threads() == machine.cores()
-            (team,) = (thread for thread in threading.enumerate() if thread.name == "idle team")
+            for busy in (0.0, 1.5, 0.1, math.inf):
+                load[0] = busy
+                assert waited_for(2 if busy > 1 else 1)
             if failing:
                 raise OptionError("a", "b", "c")
     except OptionError:
         assert failing
-    team.join(10)
-    assert not team.is_alive()
+    assert waited_for(0)
     assert torch.get_num_threads() == before
+
+
+def test_the_load_of_others_is_what_is_busy_and_not_ours(tmp_path, monkeypatch):
+    stat, tick = tmp_path / "stat", os.sysconf("SC_CLK_TCK")
+    monkeypatch.setattr(machine, "_CORES", stat)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 2}, raising=False)
+    clock = SimpleNamespace(monotonic=lambda: now[0], process_time=lambda: now[1])
+    monkeypatch.setattr(machine, "time", clock)
+
+    def busy(*seconds):
+        rows = [f"cpu{core} {spent * tick} 0 0 900 7 0 0 0" for core, spent in enumerate(seconds)]
+        stat.write_text("\n".join(["cpu 1 2 3", *rows, "intr 5"]))
+
+    now = [0.0, 0.0]
+    busy(1, 1, 1)
+    load = machine.OtherLoad()
+    assert load.cores() == 0.0  # no time has passed
+    now[:] = 4.0, 3.0
+    busy(4, 99, 4)  # core 1 is not ours; 3 of the 6 seconds are
+    assert load.cores() == pytest.approx(0.75)
+    stat.unlink()
+    assert load.cores() == math.inf
 
 
 @pytest.mark.parametrize(
