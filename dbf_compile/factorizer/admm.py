@@ -95,7 +95,7 @@ class Subproblem(NamedTuple):
     """What the updates of one factor [B, M, Q] need besides the basis [B, M, P].
 
     Args:
-        target: ``L̃ · W̃ · R̃`` [B, P, Q], the weighted matrix between the metrics.
+        target: ``(L̃ · W̃ · R̃)ᵀ`` [B, Q, P], the weighted matrix between the metrics.
         basis_metric: L̃ [B, P, P], or None for the identity.
         spectrum: eigenvalues λ [B, 1, Q] and eigenvectors U [B, Q, Q] of R̃, or None for the identity.
     """
@@ -152,8 +152,8 @@ class Problem(NamedTuple):
         """Return the subproblems of the left and of the right factor of ``matrix [B, P, Q]``."""
         target = apply_metrics(matrix, self.row_metric, self.column_metric).contiguous()
         return (
-            Subproblem(target.mT.contiguous(), self.column_metric, self.row_spectrum),
-            Subproblem(target, self.row_metric, self.column_spectrum),
+            Subproblem(target, self.column_metric, self.row_spectrum),
+            Subproblem(target.mT.contiguous(), self.row_metric, self.column_spectrum),
         )
 
 
@@ -206,12 +206,12 @@ class Factor:
             self.rounded.copy_(self.basis)
 
     def anchor(self, leak: float) -> Tensor:
-        """Return ``primal − leak · dual`` [B, M, Q] in ``dtype``."""
-        out = self.buffers("anchor", self.point.shape, self.rounded.dtype, self.point)
+        """Return ``(primal − leak · dual)ᵀ`` [B, Q, M] in ``dtype``."""
+        out = self.buffers("anchor", self.point.mT.shape, self.rounded.dtype, self.point)
         return self._steps.anchor(self.point, self.rows, self.columns, leak, out)
 
     def rest(self, target: Tensor, product: Tensor, share: Tensor) -> Tensor:
-        """Return ``target − share · product`` [B, P, Q], which takes the place of ``product``."""
+        """Return ``target − share · product`` [B, Q, P], which takes the place of ``product``."""
         return self._steps.rest(target, product, share)
 
 
@@ -251,13 +251,13 @@ def run_admm(
     Raises:
         WeightError: the normal equations are not positive definite, as with TF32 products.
     """
-    batch, left_size, right_size = subproblems[1].target.shape
+    batch, left_size, right_size = subproblems[0].target.shape
     # Drawn on the CPU, so that all devices start alike. The left factor is updated first. It starts from zeros, so that
     # an iteration commutes with sign flips and permutations of its side.
     start = torch.randn(
         starts, mid_features, right_size, generator=generator, dtype=torch.float32, device="cpu"
     )
-    device = subproblems[1].target.device
+    device = subproblems[0].target.device
     has_metric = any(subproblem.has_metric for subproblem in subproblems)
     dtype = torch.float32 if has_metric else product_dtype(mid_features, (left_size, right_size), device)
     right = Factor(start.to(device).repeat(batch // starts, 1, 1), columns[1], dtype)
@@ -301,24 +301,23 @@ def _step(
     """
     target, buffers = subproblem.target, factor.buffers
     mid_features, sizes = basis.shape[-2], factor.point.shape
-    wide = mid_features > target.shape[-2]
+    wide = mid_features > target.shape[-1]
     # Where it is wide, in float32: an entry may be a thousand times the shift.
     operand = buffers("operand", basis.shape, torch.float32, basis).copy_(basis).mT if wide else basis
     normal = _gram(operand, buffers)
     shift = coefficients.ridge * normal.diagonal(dim1=-2, dim2=-1).sum(-1) / mid_features + coefficients.rho
     share = coefficients.rho / shift
-    product = _product(
-        basis.mT, factor.anchor(coefficients.leak), buffers("rest", target.shape, basis.dtype, basis)
-    )
-    rest = factor.rest(target, product, share)
+    # Products with a transposed left side take twice as long in bfloat16: the anchor and what is made of it lie transposed.
+    anchor = factor.anchor(coefficients.leak)
+    product = _product(anchor, basis, buffers("rest", target.shape, basis.dtype, basis))
+    rest = factor.rest(target, product, share).mT
     inverse = _inverse(normal, shift, buffers)
     if wide:
         whole = _product(operand.mT, inverse, buffers("whole", basis.shape, torch.float32, basis))
         solver = buffers("solver", basis.shape, basis.dtype, basis).copy_(whole)
         return share, _product(solver, rest, buffers("step", sizes, basis.dtype, basis))
     solver = buffers("solver", inverse.shape, basis.dtype, basis).copy_(inverse)
-    # The anchor is read already.
-    projected = _product(basis, rest, buffers("anchor", sizes, basis.dtype, basis))
+    projected = _product(basis, rest, anchor.view(sizes))  # the anchor is read already
     return share, _product(solver, projected, buffers("step", sizes, basis.dtype, basis))
 
 
@@ -361,8 +360,8 @@ def _solution(
     factor: Factor, subproblem: Subproblem, basis: Tensor, coefficients: Coefficients
 ) -> tuple[Tensor, Tensor]:
     """Return zeros [B] and the solution [B, M, Q]; arguments as of :func:`_step`, with a metric."""
-    anchor = factor.anchor(coefficients.leak)
-    right_side = torch.baddbmm(anchor, basis, subproblem.target, beta=coefficients.rho)
+    anchor = factor.anchor(coefficients.leak).mT
+    right_side = torch.baddbmm(anchor, basis, subproblem.target.mT, beta=coefficients.rho)
     return anchor.new_zeros(len(anchor)), _solve(subproblem, basis, right_side, coefficients)
 
 

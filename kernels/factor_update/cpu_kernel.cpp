@@ -83,14 +83,26 @@ void write_row(Tensor& tensor, int64_t start, int64_t count, std::vector<float>&
 
 Tensor factor_anchor_out(const Tensor& point, const Tensor& rows, const Tensor& columns, double leak, Tensor out) {
   const Factor factor(point, rows, columns);
-  check(out, {factor.batch, factor.height, factor.width}, true);
-  const int64_t width = factor.width;
-  for_rows(factor.batch * factor.height, width, [&](int64_t begin, int64_t end) {
-    std::vector<float> buffer(width);
-    for (int64_t row = begin; row < end; ++row)
-      write_row(out, row * width, width, buffer, [&](float* to) {
-        anchor_row(read<float>(point) + row * width, factor.size(row), width, static_cast<float>(leak), to);
-      });
+  const int64_t height = factor.height, width = factor.width, blocks = (height + kBlock - 1) / kBlock;
+  check(out, {factor.batch, width, height}, true);
+  for_rows(factor.batch * blocks, kBlock * width, [&](int64_t begin, int64_t end) {
+    float tile[kBlock * kTile];
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t item = block / blocks, first = block % blocks * kBlock, count = std::min(kBlock, height - first);
+      for (int64_t left = 0; left < width; left += kTile) {
+        const int64_t part = std::min(kTile, width - left);
+        for (int64_t row = 0; row < count; ++row) {
+          const Magnitude size = factor.size(item * height + first + row);
+          anchor_row(read<float>(point) + (item * height + first + row) * width + left, {size.row, size.columns + left},
+                     part, static_cast<float>(leak), tile + row * kTile);
+        }
+        const int64_t start = (item * width + left) * height + first;
+        if (out.scalar_type() == ScalarType::Float)
+          turn(tile, count, part, height, written<float>(out) + start);
+        else
+          turn_narrow(tile, count, part, height, written<uint16_t>(out) + start);
+      }
+    }
   });
   return out;
 }

@@ -19,13 +19,13 @@ def takes(point: Tensor) -> bool:
 
 
 def anchor(point: Tensor, rows: Tensor, columns: Tensor, leak: float, out: Tensor) -> Tensor:
-    """Write ``primal − leak · dual`` [B, M, Q] to ``out``, float32 or bfloat16, and return it."""
+    """Write ``(primal − leak · dual)ᵀ`` [B, Q, M] to ``out``, float32 or bfloat16, and return it."""
     torch.ops.dbf_native.factor_anchor.out(point, rows, columns, leak, out=out)
     return out
 
 
 def rest(target: Tensor, product: Tensor, share: Tensor) -> Tensor:
-    """Make ``target − share · product`` [B, P, Q] of ``product``, float32 or bfloat16, and return it."""
+    """Make ``target − share · product`` [B, Q, P] of ``product``, float32 or bfloat16, and return it."""
     torch.ops.dbf_native.factor_rest(target, share, product)
     return product
 

@@ -20,6 +20,7 @@ namespace dbf_factor {
 
 constexpr int64_t kLanes = 16;
 constexpr int64_t kBlock = 32;  // rows whose part of a sum over rows is kept apart
+constexpr int64_t kTile = 64;   // columns that are transposed at once, with the rows of a block
 constexpr float kTiny = 1e-12f;
 
 struct Magnitude {
@@ -52,6 +53,17 @@ DBF_VECTORS void widen(const uint16_t* from, int64_t count, float* to) {
 DBF_VECTORS void anchor_row(const float* point, Magnitude size, int64_t count, float leak, float* out) {
   for (int64_t i = 0; i < count; ++i)
     out[i] = (1 + leak) * __builtin_copysignf(size.row * size.columns[i], point[i]) - leak * point[i];
+}
+
+// Writes a tile [height, kTile], of which `width` columns count, transposed to rows that are `stride` apart.
+DBF_VECTORS void turn(const float* tile, int64_t height, int64_t width, int64_t stride, float* out) {
+  for (int64_t column = 0; column < width; ++column)
+    for (int64_t row = 0; row < height; ++row) out[column * stride + row] = tile[row * kTile + column];
+}
+
+DBF_VECTORS void turn_narrow(const float* tile, int64_t height, int64_t width, int64_t stride, uint16_t* out) {
+  for (int64_t column = 0; column < width; ++column)
+    for (int64_t row = 0; row < height; ++row) out[column * stride + row] = to_bfloat16(tile[row * kTile + column]);
 }
 
 DBF_VECTORS void rest_row(const float* target, const float* product, float share, int64_t count, float* out) {

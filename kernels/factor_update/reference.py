@@ -20,23 +20,23 @@ def primal(point: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def anchor(point: Tensor, rows: Tensor, columns: Tensor, leak: float, out: Tensor) -> Tensor:
-    """Write ``primal − leak · dual`` to ``out``, and return it.
+    """Write ``(primal − leak · dual)ᵀ`` to ``out``, and return it.
 
     Args:
         point, rows, columns: the factor, float32 [B, M, Q], [B, M], [B, Q].
         leak: a number.
-        out: float32 or bfloat16 [B, M, Q].
+        out: float32 or bfloat16 [B, Q, M].
     """
     projected = primal(point, rows, columns)
-    return out.copy_(projected.mul_(1 + leak).sub_(point, alpha=leak))
+    return out.copy_(projected.mul_(1 + leak).sub_(point, alpha=leak).mT)
 
 
 def rest(target: Tensor, product: Tensor, share: Tensor) -> Tensor:
     """Make ``target − share · product`` of ``product``, and return it.
 
     Args:
-        target: float32 [B, P, Q].
-        product: float32 or bfloat16 [B, P, Q].
+        target: float32 [B, Q, P].
+        product: float32 or bfloat16 [B, Q, P].
         share: float32 [B].
     """
     return product.copy_(target - share[:, None, None] * product)

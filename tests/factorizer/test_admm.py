@@ -49,7 +49,7 @@ def test_an_update_solves_its_normal_equations(mid, rows, columns, seed, coupled
     left = correlations(rows, seed + 1)[None] if coupled_rows else None
     right = correlations(columns, seed + 2)[None] if coupled_columns else None
     basis, right_side = gaussian(mid, rows, seed)[None], gaussian(mid, columns, seed + 3)[None]
-    subproblem = Subproblem(gaussian(rows, columns)[None], left, _spectrum(right))
+    subproblem = Subproblem(gaussian(columns, rows)[None], left, _spectrum(right))
     solution = _solve(subproblem, basis, right_side, STEADY)
     normal = (basis if left is None else basis @ left) @ basis.mT
     shift = STEADY.rho + STEADY.ridge * float(normal.diagonal(dim1=-2, dim2=-1).mean())
@@ -72,8 +72,8 @@ def test_a_step_adds_to_a_share_of_the_anchor_what_solves_the_normal_equations(
     dtype = torch.bfloat16 if narrow else torch.float32
     basis = torch.nn.functional.normalize(basis, dim=-1).to(dtype)
     factor = Factor(start, None, dtype)
-    anchor = factor.anchor(STEADY.leak).clone()  # its buffer is used again
-    subproblem = Subproblem(target, None, None)
+    anchor = factor.anchor(STEADY.leak).mT.clone()  # its buffer is used again
+    subproblem = Subproblem(target.mT.contiguous(), None, None)
     for _ in range(2):  # nothing is left of the first in the buffers
         share, step = _step(factor, subproblem, basis, STEADY)
     share = share[:, None, None]
@@ -100,7 +100,7 @@ def test_panels_of_a_symmetric_product_fill_its_lower_triangle(monkeypatch, rows
 
 @given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 7), SEEDS, st.booleans())
 def test_an_update_leaves_signs_times_a_rank_one_magnitude(mid, rows, columns, seed, fixed):
-    subproblem = Subproblem(gaussian(rows, columns, seed)[None], None, None)
+    subproblem = Subproblem(gaussian(columns, rows, seed)[None], None, None)
     direction = torch.nn.functional.normalize(gaussian(1, columns, seed + 1).abs() + 0.1)
     factor = Factor(gaussian(mid, columns, seed + 2)[None], direction if fixed else None)
     for _ in range(3):

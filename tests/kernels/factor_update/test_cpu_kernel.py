@@ -40,9 +40,10 @@ def assert_near(mine, exact, tolerance):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_anchor_is_that_of_the_reference(shape, dtype):
     state = factor(shape)
-    out = torch.full(shape, torch.nan, dtype=dtype)
+    turned = (shape[0], shape[2], shape[1])
+    out = torch.full(turned, torch.nan, dtype=dtype)
     assert cpu_kernel.anchor(*state, 0.93, out) is out
-    assert_near(out, reference.anchor(*double(*state), 0.93, torch.empty(shape).double()), DTYPES[dtype])
+    assert_near(out, reference.anchor(*double(*state), 0.93, torch.empty(turned).double()), DTYPES[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,7 +83,7 @@ def test_bits_do_not_depend_on_threads():
         state, basis = factor((2, 301, 515)), factor((2, 301, 515), 2)[0]
         cpu_kernel.advance(*state, factor((2, 301, 515), 1)[0], torch.tensor([0.3, 0.6]), 1.2, 0.9, False)
         cpu_kernel.average(*state, 0.4, basis)
-        return [*state, basis, cpu_kernel.anchor(*state, 0.9, torch.empty(2, 301, 515, dtype=torch.bfloat16))]
+        return [*state, basis, cpu_kernel.anchor(*state, 0.9, torch.empty(2, 515, 301, dtype=torch.bfloat16))]
 
     threads = torch.get_num_threads()
     try:
@@ -105,11 +106,11 @@ def test_numbers_that_are_not_finite_show_in_the_rows():
 def test_parts_that_do_not_fit_together_are_refused():
     point, rows, columns = factor((1, 8, 40))
     with pytest.raises(RuntimeError, match="do not fit"):
-        cpu_kernel.anchor(point, rows[:, :7], columns, 0.9, torch.empty_like(point))
+        cpu_kernel.anchor(point, rows[:, :7], columns, 0.9, torch.empty(1, 40, 8))
     with pytest.raises(RuntimeError, match="do not fit"):
-        cpu_kernel.anchor(point.mT.contiguous().mT, rows, columns, 0.9, torch.empty_like(point))
+        cpu_kernel.anchor(point.mT.contiguous().mT, rows, columns, 0.9, torch.empty(1, 40, 8))
     with pytest.raises(RuntimeError, match="not float32"):
-        cpu_kernel.anchor(point, rows, columns, 0.9, torch.empty_like(point, dtype=torch.float16))
+        cpu_kernel.anchor(point, rows, columns, 0.9, torch.empty(1, 40, 8, dtype=torch.float16))
 
 
 def test_small_factors_and_other_devices_go_to_the_reference():

@@ -97,12 +97,30 @@ bool rounding(const Row& row) {
   return true;
 }
 
+// A tile whose last row and column are the last of the memory.
+bool turning(Random& random) {
+  const int64_t height = 1 + check::random_up_to(random, dbf_factor::kBlock - 1);
+  const int64_t width = 1 + check::random_up_to(random, dbf_factor::kTile - 1);
+  Memory<float> tile((height - 1) * dbf_factor::kTile + width), out(width * height);
+  Memory<uint16_t> halves(width * height);
+  check::Numbers{1.0f, 1.0f, true}.fill(random, tile.data(), tile.size());
+  dbf_factor::turn(tile.data(), height, width, height, out.data());
+  dbf_factor::turn_narrow(tile.data(), height, width, height, halves.data());
+  for (int64_t row = 0; row < height; ++row)
+    for (int64_t column = 0; column < width; ++column) {
+      const float value = tile[row * dbf_factor::kTile + column];
+      const int64_t place = column * height + row;
+      if (out[place] != value || halves[place] != dbf_factor::to_bfloat16(value)) return false;
+    }
+  return true;
+}
+
 void check_shape(Random& random, check::Counts& counts) {
   const Row row(random);
   std::uniform_real_distribution<float> number(-1.5f, 1.5f);
   const dbf_factor::Advance by{number(random), number(random), number(random)};
   const bool good = anchor(row, 0.93f) && rest(row, number(random)) && average(row, 0.4f) && advance(row, by) &&
-                    magnitude(row, std::fabs(number(random))) && rounding(row);
+                    magnitude(row, std::fabs(number(random))) && rounding(row) && turning(random);
   if (!good) std::printf("  wrong: a row of %lld\n", static_cast<long long>(row.count));
   counts["portable"].first += !good;
   ++counts["portable"].second;
