@@ -105,7 +105,9 @@ def test_transformers_serve_answers_as_we_do(port, folder, answers):
         assert whole["message"]["content"] == answer and whole["finish_reason"] == "length"
         lines = ask(port, "/v1/chat/completions", **body, stream=True).split("data: ")[1:]
         deltas = [json.loads(line)["choices"][0]["delta"] for line in lines]
-        assert "".join(delta.get("content") or "" for delta in deltas) == answer
+        streamed = "".join(delta.get("content") or "" for delta in deltas)
+        # Bytes at the end that are no whole character are never streamed: more might follow.
+        assert streamed.rstrip("�") == answer.rstrip("�") and answer.startswith(streamed)
 
 
 def test_transformers_chat_talks_with_it(port, folder, monkeypatch, capsys):
