@@ -66,7 +66,7 @@ class _Divergence(torch.autograd.Function):
         return torch.cat(kl).view(dense.shape[:-1])
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad[..., None].to(gradient.dtype), None

@@ -79,10 +79,7 @@ def distill(
 
         def lost(batch: Any) -> Tensor:
             with narrow_products(torch.device("cpu")) if narrow else nullcontext():
-                with torch.no_grad():
-                    target = logits_of(call_model(dense, batch))
-                logits = logits_of(call_model(compressed, batch))
-            return divergence(target, logits, batch).mean()
+                return _lost(dense, compressed, batch)
 
         def judge() -> float:
             return sum(float(lost(batch)) for batch in held_out)
@@ -104,6 +101,12 @@ def distill(
             replace_everywhere(compressed, student, layers[name])
         for model, mode in modes:
             model.train(mode)
+
+
+def _lost(dense: nn.Module, compressed: nn.Module, batch: Any) -> Tensor:
+    with torch.no_grad():
+        target = logits_of(call_model(dense, batch))
+    return divergence(target, logits_of(call_model(compressed, batch)), batch).mean()
 
 
 def _students(

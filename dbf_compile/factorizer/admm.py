@@ -208,11 +208,13 @@ class Factor:
     def anchor(self, leak: float) -> Tensor:
         """Return ``(primal − leak · dual)ᵀ`` [B, Q, M] in ``dtype``."""
         out = self.buffers("anchor", self.point.mT.shape, self.rounded.dtype, self.point)
-        return self._steps.anchor(self.point, self.rows, self.columns, leak, out)
+        self._steps.anchor(self.point, self.rows, self.columns, leak, out)
+        return out
 
     def rest(self, target: Tensor, product: Tensor, share: Tensor) -> Tensor:
         """Return ``target − share · product`` [B, Q, P], which takes the place of ``product``."""
-        return self._steps.rest(target, product, share)
+        self._steps.rest(target, product, share)
+        return product
 
 
 class Buffers:
@@ -376,4 +378,5 @@ def _solve(subproblem: Subproblem, basis: Tensor, right_side: Tensor, coefficien
     solution = inner_vectors.mT @ right_side @ vectors
     shift = coefficients.rho + ridge * values.mean((-2, -1))
     solution /= inner_values.clamp_min(0)[..., None] * values + shift[..., None, None]
-    return inner_vectors @ solution @ vectors.mT
+    result: Tensor = inner_vectors @ solution @ vectors.mT
+    return result
