@@ -53,7 +53,8 @@ class _Divergence(torch.autograd.Function):
     def forward(ctx: Any, compressed: Tensor, dense: Tensor) -> Tensor:
         rows = max(1, _AT_A_TIME // dense.shape[-1])
         pairs = zip(dense.flatten(0, -2).split(rows), compressed.flatten(0, -2).split(rows), strict=True)
-        gradient = torch.empty_like(compressed) if ctx.needs_input_grad[0] else None
+        plain = torch.contiguous_format  # of logits that lie in another order, too
+        gradient = torch.empty_like(compressed, memory_format=plain) if ctx.needs_input_grad[0] else None
         gradients = None if gradient is None else gradient.view(-1, gradient.shape[-1]).split(rows)
         kl: list[Tensor] = []
         for index, (one, other) in enumerate(pairs):

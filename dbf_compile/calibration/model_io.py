@@ -188,16 +188,17 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def computes_narrowly(model: nn.Module, batch: Any) -> bool:
+def computes_narrowly(model: nn.Module, batch: Any, device: torch.device | None = None) -> bool:
     """Return whether a model on the CPU gains by :func:`~dbf_compile.machine.narrow_products`, and reads a batch that way.
 
-    Few models mix dtypes badly, or compute numbers that are not finite.
+    Few models mix dtypes badly, or compute numbers that are not finite. ``device`` is where the model is to compute, None for
+    where it is.
     """
-    device = next(model.parameters()).device
-    if device.type != "cpu" or not multiplies_bfloat16("cpu"):
+    own = next(model.parameters()).device
+    if {own.type, (device or own).type} != {"cpu"} or not multiplies_bfloat16("cpu"):
         return False
     try:
-        with narrow_products(device):
+        with narrow_products(own):
             output = first_tensor(call_model(model, batch))
     except RuntimeError:
         return False

@@ -75,7 +75,7 @@ def distill(
             model.eval()
         scales = [scale for student in students.values() for scale in student.scales]
 
-        narrow = bool(batches) and computes_narrowly(dense, batches[0])
+        narrow = bool(batches) and computes_narrowly(dense, batches[0], recipe.device)
 
         def lost(batch: Any) -> Tensor:
             with narrow_products(torch.device("cpu")) if narrow else nullcontext():

@@ -84,7 +84,7 @@ def _statistics(run: Run) -> dict[str, Importance]:
             if batches is None:
                 check_reads_tokens(model)
             # On SmolLM2 it moves moments of inputs by 0.03 % (the median of its layers) and those of gradients by 1.2 %.
-            narrow = batches is not None and computes_narrowly(model, batches[0])
+            narrow = batches is not None and computes_narrowly(model, batches[0], request.device)
             with narrow_products(request.device) if narrow else nullcontext():
                 importance = calibrate(
                     model,

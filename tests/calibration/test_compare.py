@@ -41,7 +41,8 @@ def test_a_divergence_is_never_negative_and_zero_for_equal_predictions(seed, cla
 @pytest.mark.parametrize("at_a_time", [1, 14, 2**19])
 def test_the_gradient_of_a_divergence_is_that_of_its_formula(monkeypatch, at_a_time, dtype):
     monkeypatch.setattr(comparison, "_AT_A_TIME", at_a_time)
-    dense, compressed = (torch.randn(2, 5, 7, dtype=torch.float64).to(dtype) for _ in range(2))
+    # Logits may lie in another order than their sizes say.
+    dense, compressed = (torch.randn(7, 2, 5, dtype=torch.float64).to(dtype).movedim(0, 2) for _ in range(2))
     weights = torch.rand(10, dtype=torch.float64)
     exact = compressed.double().requires_grad_()
     log_dense, log_compressed = (torch.log_softmax(logits.double(), -1) for logits in (dense, exact))

@@ -213,6 +213,7 @@ def test_products_are_narrow_where_that_gains_and_the_model_computes(monkeypatch
     monkeypatch.setattr(machine, "multiplies_bfloat16", lambda kind: gains)
     linear, x = nn.Linear(4, 3), torch.randn(2, 4)
     assert model_io.computes_narrowly(linear, x) is gains
+    assert not model_io.computes_narrowly(linear, x, torch.device("meta"))  # it is to compute elsewhere
     assert torch.isfinite(Mixed()(x)).all()
     assert not model_io.computes_narrowly(linear, x * torch.inf)
     assert not model_io.computes_narrowly(Mixed(), x)
