@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
@@ -106,30 +106,40 @@ def _other_seed(seed: int) -> int:
 
 
 def _read(data: Any, tokenizer: Any, config: FinetuneConfig, length: int, count: int) -> Text:
-    """Read so many windows to learn from, of all kinds in turns until each has come to its end, and those to judge with."""
-    streams: list[Iterator[Tensor]] = []
-    judging: dict[str, Tensor] = {}
+    """Read so many windows to learn from, of all kinds in turns until each has come to its end, and those to judge with.
+
+    The last ones of a kind judge: a model is calibrated with the first ones of a text, and knows them better than others.
+    """
     enough = LEAST_TRAINED * config.holdout
-    for kind, source in kinds_of(data, config.column, "text").items():
-        stream = _windows(kind, source, tokenizer, config, length, enough + count)
-        first = list(islice(stream, enough))
-        if len(first) == 1:
+    kinds = kinds_of(data, config.column, "text")
+    streams = {
+        kind: _windows(kind, source, tokenizer, config, length, enough + count)
+        for kind, source in kinds.items()
+    }
+    learning: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
+    judging: dict[str, Tensor] = {}
+    turns = islice(_in_turns(streams), count)
+    for kind, window in over(turns, "reading text", "window", config.progress, count):
+        learning[kind].append(window)
+    for kind, windows in learning.items():
+        learned = len(windows)
+        windows += islice(streams[kind], max(config.holdout, enough - learned))
+        if len(windows) == 1:
             raise ConversionError(
                 f"{kind}: a text of one window of {length} tokens",
                 "one to judge with, and more to learn from",
                 "give more text, or a smaller length",
             )
-        kept = max(1, kept_back(len(first), config.holdout))
-        judging[kind] = torch.stack(first[:kept])
-        streams.append(chain(first[kept:], stream))
-    turns = islice(_in_turns(streams), count)
-    learning = list(over(turns, "reading text", "window", config.progress, count))
-    if len(learning) < count:
+        kept = max(1, kept_back(len(windows), config.holdout))
+        judging[kind] = torch.stack(windows[-kept:])
+        del windows[min(learned, len(windows) - kept) :]
+    total = sum(map(len, learning.values()))
+    if total < count:
         say(
-            f"{len(learning) * length} tokens of text, fewer than the {count * length} that were asked for",
+            f"{total * length} tokens of text, fewer than the {count * length} that were asked for",
             config.progress,
         )
-    return Text(torch.stack(learning), judging)
+    return Text(torch.stack(list(chain.from_iterable(learning.values()))), judging)
 
 
 def _windows(
@@ -142,11 +152,12 @@ def _windows(
         raise error.inside(kind) from error.__cause__
 
 
-def _in_turns(streams: list[Iterator[Tensor]]) -> Iterator[Tensor]:
-    while streams:
-        for stream in list(streams):
-            window = next(stream, None)
+def _in_turns(streams: Mapping[str, Iterator[Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    kinds = list(streams)
+    while kinds:
+        for kind in list(kinds):
+            window = next(streams[kind], None)
             if window is None:
-                streams.remove(stream)
+                kinds.remove(kind)
             else:
-                yield window
+                yield kind, window
