@@ -9,8 +9,7 @@ one. So KL_t is at most the divergence over the whole vocabulary, and is 0 where
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,8 +50,7 @@ class _TopDivergence(torch.autograd.Function):
         return gradient.mul_(grads[0]), None, None, None
 
 
-@dataclass(frozen=True)
-class Targets:
+class Targets(NamedTuple):
     """Predictions of the dense model at T positions.
 
     Args:

@@ -1,10 +1,10 @@
 """What the dense model predicts: its likeliest tokens at every position, computed once and kept on the disk.
 
-    <folder>/<key>.safetensors         "tokens" [windows, positions, top] int32, or uint16 if the vocabulary is that small
+    <folder>/<key>.safetensors         "tokens" [1, positions, top] int32, or uint16 if the vocabulary is that small
                                          "log_p" float16 of the same shape
-                                         "rest" float32 [windows, positions]: probability of all other tokens
+                                         "rest" float32 [1, positions]: probability of all other tokens
 
-The key is a hash of the dense model's content, of the tokens of the windows, of ``top`` and of the format. So runs with other bits or other
+The key is a hash of the dense model's content, of the tokens of a window, of ``top`` and of the format. So runs with other bits or other
 settings read the same files, a run that goes on finds what it had, and a damaged file is made again.
 """
 
@@ -48,13 +48,18 @@ class Teacher:
 
     def targets(self, windows: Tensor) -> Targets:
         """Return the predictions for windows of tokens, int64 [windows, length], position after position."""
+        parts = [self._of(window[None]) for window in windows]
+        return Targets(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+    def _of(self, window: Tensor) -> Targets:
+        """Return the predictions for a window [1, length]."""
         version = _FORMAT["format_version"]
-        digest = hashlib.sha256(f"{version} {self._content} {self._top}".encode() + tensor_hash(windows))
+        digest = hashlib.sha256(f"{version} {self._content} {self._top}".encode() + tensor_hash(window))
         name = digest.hexdigest()
         path = self._folder / name[:2] / f"{name[2:40]}.safetensors"
         tensors = _read(path)
         if tensors is None:
-            tensors = self._computed(windows)
+            tensors = self._computed(window)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_tensors(tensors, _FORMAT, path)
         log_p, rest = tensors["log_p"].to(self.device).float(), tensors["rest"].to(self.device)
@@ -71,17 +76,17 @@ class Teacher:
         return states
 
     @torch.no_grad()
-    def _computed(self, windows: Tensor) -> dict[str, Tensor]:
-        parts: list[tuple[Tensor, ...]] = []
-        model = self._model()
-        for window in windows.to(self.device).split(1):
-            log_p = torch.log_softmax(logits_of(model(input_ids=window)).float(), -1)
-            best, tokens = log_p.topk(min(self._top, log_p.shape[-1]))
-            rest = log_p.exp().scatter_(-1, tokens, 0.0).sum(-1)
-            narrow = torch.uint16 if log_p.shape[-1] <= _SMALL else torch.int32
-            parts.append((tokens.to(torch.int32).cpu().to(narrow), best.half().cpu(), rest.cpu()))
-        names = ("tokens", "log_p", "rest")
-        return {name: torch.cat(part) for name, part in zip(names, zip(*parts, strict=True), strict=True)}
+    def _computed(self, window: Tensor) -> dict[str, Tensor]:
+        logits = logits_of(self._model()(input_ids=window.to(self.device)))
+        log_p = torch.log_softmax(logits.float(), -1)
+        best, tokens = log_p.topk(min(self._top, log_p.shape[-1]))
+        rest = log_p.exp().scatter_(-1, tokens, 0.0).sum(-1)
+        narrow = torch.uint16 if log_p.shape[-1] <= _SMALL else torch.int32
+        return {
+            "tokens": tokens.to(torch.int32).cpu().to(narrow),
+            "log_p": best.half().cpu(),
+            "rest": rest.cpu(),
+        }
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:

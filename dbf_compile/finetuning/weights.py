@@ -36,6 +36,7 @@ from dbf_compile.signs import pack_signs, unpack_signs
 
 _MEMORY = 0.95  # of the second moments
 _LARGEST = 2.0  # latent: what has always agreed with its sign can still change its mind
+_ZERO = 2.0**-25  # and less is zero in float16, whose sign is +1
 _TINY = 1e-30  # as in Adafactor; else rows whose gradient is next to nothing would move like all others, or overflow
 
 
@@ -67,10 +68,11 @@ class Latents:
 
     def move(self, direction: Tensor, rate: float) -> int:
         """Move the latents against a direction, float32 [rows, columns]; return how many signs flipped."""
-        before = self.values < 0
-        moved = self.values.float().sub_(direction, alpha=rate)
-        self.values.copy_(moved.clamp_(-_LARGEST, _LARGEST))
-        return int((before != (self.values < 0)).sum())
+        moved = self.values.float()  # comparisons of float16 take ten times as long
+        before = moved < -_ZERO
+        moved.sub_(direction, alpha=rate).clamp_(-_LARGEST, _LARGEST)
+        self.values.copy_(moved)
+        return int((before != (moved < -_ZERO)).sum())
 
     def moments(self) -> dict[str, Tensor]:
         """Return what the next step depends on beside the latents; tensors are those in use."""

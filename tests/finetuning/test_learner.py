@@ -60,6 +60,20 @@ def test_processes_that_share_a_step_sum_what_one_would(learner, monkeypatch):
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(sums[1:], expected, strict=True))
 
 
+@pytest.mark.parametrize(("kept", "groups"), [(1, [1, 1, 1, 1]), (2**30, [4])])
+def test_windows_in_groups_teach_what_single_ones_do(learner, monkeypatch, kept, groups):
+    expected = learner()
+    expected.step(WINDOWS, NONE)
+    monkeypatch.setattr("dbf_compile.finetuning.learner._KEPT", kept)
+    one, sizes = learner(), []
+    whole = one._loss
+    monkeypatch.setattr(one, "_loss", lambda windows: sizes.append(len(windows)) or whole(windows))
+    one.step(WINDOWS, NONE)
+    assert sizes == groups
+    pairs = zip(one._gradients.values(), expected._gradients.values(), strict=True)
+    assert all(torch.allclose(mine, theirs, atol=1e-6) for mine, theirs in pairs)
+
+
 def test_a_process_without_a_window_of_a_step_adds_nothing(learner, monkeypatch):
     monkeypatch.setattr(Ranks, "sum_", lambda self, tensors: None)
     idle = learner(Ranks(2, 3))
