@@ -56,6 +56,7 @@ CALIBRATIONS = (
 )  # the last without peers: they read no text that the model writes
 WINDOWS, LENGTH, LONG = 64, 512, 2048
 TOKENS = 2_000_000
+OWN_TEXT = 0.2  # end to end: share of the windows that the dense model writes, most of the dialogues
 ALL_CALIBRATIONS_AT = 2.0
 
 
@@ -305,7 +306,8 @@ def end_to_end(row: Row, dense: torch.nn.Module, setting: Setting, store: Store)
         ours(base, dense, setting, store)
     folder = model_folder(row, store)
     options = {"tokens": setting.tokens, "length": setting.length, "seed": row.seed}
-    data = setting.sources(row.calibration)
+    options["own_text"] = OWN_TEXT
+    data = {kind: setting.source(text) for kind, text in llm_texts.training().items()}
     trained = begun_anew_if_refused(
         lambda: dbf_compile.finetune(model_folder(base, store), data, folder, dense=setting.dense, **options),
         folder,

@@ -1,7 +1,7 @@
 """Texts of five kinds for bench_llm: what is calibrated with, and what is judged with; they never overlap.
 
     python benchmarks/llm_texts.py           where each text comes from, and how long it is
-    python benchmarks/llm_texts.py FOLDER    and write what may be calibrated or trained with, a file a kind
+    python benchmarks/llm_texts.py FOLDER    and write what may be trained with, a file a kind
 
 | kind | judged with | calibrated with |
 |---|---|---|
@@ -10,6 +10,8 @@
 | stories | TinyStories, validation, and a chapter of a novel, in turns | other books |
 | code | twelve modules of Python's standard library | others of its modules |
 | dialogues | written by hand for this benchmark: llm_dialogues.json | conversations that SmolLM2 has written itself |
+
+End to end a model is trained with the mixture as well, of code with all modules of the standard library but the judged ones.
 
 No ten words in a row of the last third of WikiText-2 occur in the other files, and none of TinyStories in the books. Of the
 judged pages of C4 33 rows of ten words do, all in one list of wallpapers.
@@ -136,6 +138,12 @@ def mixture() -> dict[str, Text]:
     )
 
 
+def training() -> dict[str, Text]:
+    """Return a text of every kind that is at hand, to train with end to end: the mixture with more code."""
+    names = sorted(path.stem for path in Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py"))
+    return mixture() | {"code": _modules([name for name in names if name not in JUDGED_MODULES], 2 * TURN)}
+
+
 def are_shared() -> bool:
     """Return whether the files lie beside the project."""
     return (SHARED / "wikitext2-valid.txt").exists()
@@ -180,25 +188,30 @@ def _judged_web() -> Text:
     return Text(texts, f"project pages of {len(texts)} installed packages")
 
 
-def _modules(names: list[str]) -> Text:
+def _modules(names: list[str], characters: int = TURN) -> Text:
     """Return the middle of modules of the standard library, as much of each; those that a version lacks are left out."""
     folder = Path(sysconfig.get_path("stdlib"))
-    texts = [(folder / f"{name}.py").read_text() for name in names if (folder / f"{name}.py").exists()]
-    starts = [text.find("\n", max(0, len(text) // 2 - TURN // 2)) + 1 for text in texts]
-    pieces = [text[start : start + TURN] for text, start in zip(texts, starts, strict=True)]
+    paths = [folder / f"{name}.py" for name in names]
+    texts = [path.read_text(encoding="utf-8") for path in paths if path.exists()]
+    starts = [text.find("\n", max(0, (len(text) - characters) // 2)) + 1 for text in texts]
+    pieces = [text[start : start + characters] for text, start in zip(texts, starts, strict=True)]
     version = ".".join(map(str, sys.version_info[:3]))
     return Text(pieces, f"standard library of Python {version}: {len(pieces)} modules")
 
 
 def main() -> None:
-    for title, texts in (("judged", judged()), ("calibrated: mixture", mixture())):
+    for title, texts in (
+        ("judged", judged()),
+        ("calibrated: mixture", mixture()),
+        ("trained", training()),
+    ):
         for kind, text in texts.items():
             print(f"{title:20} {kind:13} {text.characters:9,} characters  {text.origin}")
     if len(sys.argv) < 2:
         return
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
-    for kind, text in mixture().items():
+    for kind, text in training().items():
         (folder / f"{kind}.txt").write_text("\n\n".join(text.source), encoding="utf-8")
 
 
