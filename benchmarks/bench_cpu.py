@@ -39,7 +39,7 @@ SHAPES = {
     "9728x2560": "Qwen3-4B gate and up",
 }
 READING = "reading memory"
-ISAS = ("avx512_vbmi", "avx512", "avx2", "neon", "portable")
+ISAS = ("amx", "avx512_vbmi", "avx512", "avx2", "neon", "portable")
 
 
 class Contender(NamedTuple):

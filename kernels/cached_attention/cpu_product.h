@@ -15,6 +15,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../amx.h"
 #include "cpu_types.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -60,6 +61,7 @@ inline std::vector<Kernel> usable_kernels() {
                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const bool vbmi = wide && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
   const Kernel widest{"avx512", {avx512::attend<float>, avx512::attend<BFloat16>, avx512::attend<Float16>}};
+  if (vbmi && dbf::has_amx()) kernels.push_back({"amx", widest.attend});
   if (vbmi) kernels.push_back({"avx512_vbmi", widest.attend});
   if (wide) kernels.push_back(widest);
   if (vectors) kernels.push_back({"avx2", {avx2::attend<float>, avx2::attend<BFloat16>, avx2::attend<Float16>}});

@@ -19,6 +19,7 @@
 #include <string>
 #include <vector>
 
+#include "../amx.h"
 #include "cpu_portable.h"
 #include "cpu_types.h"
 #if defined(__x86_64__)
@@ -43,6 +44,7 @@ inline std::vector<Choice> usable_kernels() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl");
   const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  if (vnni && dbf::has_amx()) kernels.push_back({"amx", &avx512_vnni_kernel()});
   if (vnni) kernels.push_back({"avx512_vbmi", &avx512_vnni_kernel()});
   if (avx512) kernels.push_back({"avx512", vnni ? &avx512_vnni_kernel() : &avx2_kernel()});
   if (avx2) kernels.push_back({"avx2", &avx2_kernel()});

@@ -67,7 +67,7 @@ DBF_AVX2 inline __m256 flips(int first, int bit) {
 }
 
 // Tables for cpu_bytes.h.
-DBF_AVX2 inline void build(const float* values, int64_t words, int bits, uint8_t* tables) {
+DBF_AVX2 inline void build(const float* values, int64_t begin, int64_t end, int64_t, int bits, uint8_t* tables) {
   const int planes = (bits + 5) / 6;
   __m256 flip[2][kGroup];
   for (int half = 0; half < 2; ++half)
@@ -76,10 +76,10 @@ DBF_AVX2 inline void build(const float* values, int64_t words, int bits, uint8_t
   // Puts bytes p of the four entries of a lane side by side.
   const __m256i gather = _mm256_broadcastsi128_si256(
       _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-  for (int64_t g = 0; g < words * kGroupsPerWord; ++g) {
+  for (int64_t g = begin * kGroupsPerWord; g < end * kGroupsPerWord; ++g, values += kGroup) {
     uint8_t* to = tables + (g / 4 * 4 * planes + g % 4) * kEntries;
     __m256 v[kGroup];
-    for (int j = 0; j < kGroup; ++j) v[j] = _mm256_broadcast_ss(values + g * kGroup + j);
+    for (int j = 0; j < kGroup; ++j) v[j] = _mm256_broadcast_ss(values + j);
     __m256i planes_of_half[2];
     for (int half = 0; half < 2; ++half) {
       const __m256* f = flip[half];
@@ -152,8 +152,7 @@ inline int64_t row_of(int64_t pass, int64_t position) {
 
 }  // namespace avx2
 
-constexpr Kernel kAvx2{"avx2",         avx2::table_bytes,  avx::peaks,        avx::build,
-                       avx2::multiply, avx::half_to_float, avx::float_to_half};
+constexpr Kernel kAvx2{"avx2", 0, 8, avx2::table_bytes, avx::peaks, avx::build, avx2::multiply, avx::half_to_float, avx::float_to_half};
 
 // --- AVX-512 without VBMI: 64 rows in a register --------------------------------------------------------------------
 
@@ -201,8 +200,7 @@ inline int64_t row_of(int64_t, int64_t position) {
 
 }  // namespace avx512
 
-constexpr Kernel kAvx512{"avx512",         avx512::table_bytes, avx::peaks,        avx::build,
-                         avx512::multiply, avx::half_to_float,  avx::float_to_half};
+constexpr Kernel kAvx512{"avx512", 0, 8, avx512::table_bytes, avx::peaks, avx::build, avx512::multiply, avx::half_to_float, avx::float_to_half};
 
 // --- AVX-512 with VBMI and VNNI: 16 rows in a register --------------------------------------------------------------
 //
@@ -282,8 +280,9 @@ DBF_AVX512_VBMI inline void build_16_bits(const float* values, int64_t words, ui
   }
 }
 
-DBF_AVX512_VBMI inline void build(const float* values, int64_t words, int bits, uint8_t* tables) {
-  bits == 24 ? build_24_bits(values, words, tables) : build_16_bits(values, words, tables);
+DBF_AVX512_VBMI inline void build(const float* values, int64_t begin, int64_t end, int64_t, int bits, uint8_t* tables) {
+  tables += table_bytes(begin, bits);
+  bits == 24 ? build_24_bits(values, end - begin, tables) : build_16_bits(values, end - begin, tables);
 }
 
 template <int Planes, int Tokens>
@@ -347,7 +346,6 @@ DBF_AVX512_VBMI inline void multiply(const Tile& tile, const Tables& tables, int
 
 }  // namespace avx512_vbmi
 
-constexpr Kernel kAvx512Vbmi{"avx512_vbmi",         avx512_vbmi::table_bytes, avx::peaks,        avx512_vbmi::build,
-                             avx512_vbmi::multiply, avx::half_to_float,       avx::float_to_half};
+constexpr Kernel kAvx512Vbmi{"avx512_vbmi", 0, 8, avx512_vbmi::table_bytes, avx::peaks, avx512_vbmi::build, avx512_vbmi::multiply, avx::half_to_float, avx::float_to_half};
 
 }  // namespace dbf

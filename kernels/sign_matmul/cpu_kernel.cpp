@@ -19,9 +19,10 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 int64_t columns_of(const Tensor& x) { return x.size(x.dim() - 1); }
+int64_t tokens_of(const Tensor& x) { return x.numel() / std::max<int64_t>(columns_of(x), 1); }
 
-const dbf::Kernel& chosen_kernel() {
-  const dbf::Kernel* chosen = dbf::choose_kernel();
+const dbf::Kernel& chosen_kernel(int64_t tokens) {
+  const dbf::Kernel* chosen = dbf::choose_kernel(tokens);
   STD_TORCH_CHECK(chosen != nullptr, "DBF_CPU_ISA=", std::getenv("DBF_CPU_ISA"), "; allowed here: ",
                   dbf::usable_names(), "; unset it for the fastest");
   return *chosen;
@@ -160,7 +161,7 @@ Tensor sign_matmul_out(const Tensor& x, const Tensor& signs, std::optional<Tenso
   const dbf::Signs matrix = checked_signs(signs, columns_of(x), interleaved);
   const int64_t tokens = checked_tokens(x, out, matrix.columns, matrix.rows);
   const int bits = bits_of(fast);
-  const dbf::Kernel& kernel = chosen_kernel();
+  const dbf::Kernel& kernel = chosen_kernel(tokens);
   Workspace& space = workspace();
   space.first.resize(std::max<size_t>(space.first.size(), 1));
   const Vector before = space.before.load(kernel, in_scale, matrix.columns, "in_scale");
@@ -237,7 +238,7 @@ Tensor double_binary_linear_out(const Tensor& x, const Tensor& signs_in, const T
   STD_TORCH_CHECK(x.dim() > 0, "dbf_native takes no activations of such sizes: a single number");
   const dbf::Signs inner = checked_signs(signs_in, columns_of(x), interleaved);
   const dbf::Signs outer = checked_signs(signs_out, inner.rows, interleaved);
-  const dbf::Kernel& kernel = chosen_kernel();
+  const dbf::Kernel& kernel = chosen_kernel(tokens_of(x));
   Workspace& space = workspace();
   apply_layers(kernel, x,
                {{inner, outer, space.before.load(kernel, scale_in, inner.columns, "scale_in"),
@@ -266,7 +267,7 @@ Tensor prepare_layers_out(std::vector<Tensor> factors, std::vector<Tensor> biase
   STD_TORCH_CHECK(layers > 0 && factors.size() % kFactors == 0 && (biases.empty() || biases.size() == layers),
                   "dbf_native needs five tensors for each of one layer or more, and a bias for all or none");
   STD_TORCH_CHECK(out.scalar_type() == ScalarType::Byte && out.is_contiguous(), "dbf_native prepares bytes");
-  const dbf::Kernel& kernel = chosen_kernel();
+  const dbf::Kernel& kernel = chosen_kernel(1);
   auto* bytes = static_cast<char*>(out.mutable_data_ptr());
   const int64_t columns = factors[2].size(0);
   const PreparedHead head{kMark, static_cast<int64_t>(layers), columns, interleaved};
@@ -317,7 +318,7 @@ Tensor prepared_layers_out(const Tensor& x, const Tensor& prepared, bool fast, T
                       vector(own->between),
                       vector(own->after),
                       vector(own->shift)});
-  apply_layers(chosen_kernel(), x, layers, fast, out);
+  apply_layers(chosen_kernel(tokens_of(x)), x, layers, fast, out);
   return out;
 }
 

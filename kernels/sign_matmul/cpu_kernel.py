@@ -1,7 +1,7 @@
 """The C++ table look-up kernels of ``dbf::sign_matmul``, built on first use.
 
-The environment variable ``DBF_CPU_ISA`` names the instruction set: avx512_vbmi, avx512, avx2, neon or portable; unset,
-the fastest one of the processor is used. All give the same bits.
+The environment variable ``DBF_CPU_ISA`` names the instruction set: amx, avx512_vbmi, avx512, avx2, neon or portable; unset,
+the fastest one that the processor has for so many tokens is used. All give the same bits.
 """
 
 from __future__ import annotations

@@ -56,10 +56,10 @@ inline Peaks peaks(const float* values, int64_t groups) {
   return peaks;
 }
 
-inline void build(const float* values, int64_t words, int bits, uint8_t* tables) {
+inline void build(const float* values, int64_t begin, int64_t end, int64_t, int bits, uint8_t* tables) {
   const int planes = planes_of(bits);
-  for (int64_t g = 0; g < words * kGroupsPerWord; ++g) {
-    const float* v = values + g * kGroup;
+  for (int64_t g = begin * kGroupsPerWord; g < end * kGroupsPerWord; ++g, values += kGroup) {
+    const float* v = values;
     // Four neighbouring entries share the signs of v2 and v3.
     const float pairs[4] = {-v[0] - v[1], v[0] - v[1], v[1] - v[0], v[0] + v[1]};
     const float32x4_t low = vld1q_f32(pairs);
@@ -93,7 +93,8 @@ inline void float_to_half(const float* from, int64_t count, uint16_t* to) {
 
 }  // namespace neon
 
-constexpr Kernel kNeon{"neon",         neon::table_bytes,   neon::peaks,        neon::build,
+constexpr Kernel kNeon{"neon",      0,           8,
+                       neon::table_bytes, neon::peaks, neon::build,
                        neon::multiply, neon::half_to_float, neon::float_to_half};
 
 }  // namespace dbf

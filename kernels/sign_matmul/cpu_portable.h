@@ -23,18 +23,18 @@ inline Peaks portable_peaks(const float* values, int64_t groups) {
   return peaks;
 }
 
-// Entry e is (+-v0 +- v1) + (+-v2 +- v3), where bit j of e is the sign of v_j. Every kernel adds in this order.
-inline void portable_build(const float* values, int64_t words, int bits, uint8_t* tables) {
-  auto* entries = reinterpret_cast<int32_t*>(tables);
-  for (int64_t g = 0; g < words * kGroupsPerWord; ++g, entries += kEntries) {
-    const float* v = values + g * kGroup;
+// Entry e is +-v0 +- v1 +- v2 +- v3, where bit j of e is the sign of v_j.
+inline void portable_build(const float* values, int64_t begin, int64_t end, int64_t, int bits, uint8_t* tables) {
+  auto* entries = reinterpret_cast<int32_t*>(tables) + begin * kGroupsPerWord * kEntries;
+  for (int64_t g = begin * kGroupsPerWord; g < end * kGroupsPerWord; ++g, entries += kEntries, values += kGroup) {
+    const float* v = values;
     float low[4], high[4];
     for (int e = 0; e < 4; ++e) {
       low[e] = (e & 1 ? v[0] : -v[0]) + (e & 2 ? v[1] : -v[1]);
       high[e] = (e & 1 ? v[2] : -v[2]) + (e & 2 ? v[3] : -v[3]);
     }
     for (int e = 0; e < kEntries; ++e)
-      entries[e] = static_cast<int32_t>(std::nearbyint(low[e & 3] + high[e >> 2])) + (1 << (bits - 1));
+      entries[e] = static_cast<int32_t>(low[e & 3] + high[e >> 2]) + (1 << (bits - 1));
   }
 }
 
@@ -83,7 +83,10 @@ inline void portable_float_to_half(const float* from, int64_t count, uint16_t* t
   }
 }
 
-constexpr Kernel kPortable{"portable",     portable_table_bytes,   portable_peaks,        portable_build,
-                           portable_multiply, portable_half_to_float, portable_float_to_half};
+constexpr Kernel kPortable{"portable",         0,
+                           8,                  portable_table_bytes,
+                           portable_peaks,     portable_build,
+                           portable_multiply,  portable_half_to_float,
+                           portable_float_to_half};
 
 }  // namespace dbf

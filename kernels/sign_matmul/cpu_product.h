@@ -10,7 +10,7 @@
 // neither on threads nor on tiles nor on the instruction set; and entries can be split into bytes, of which a vector
 // register looks up 64 at once. An entry has `bits` bits: 24 (the error of a float32 sum) or 16 (about 1e-4).
 //
-// cpu_types.h <- cpu_portable.h, cpu_avx.h, cpu_neon.h (both around cpu_bytes.h) <- this file, cpu_team.h. None includes torch.
+// cpu_types.h <- cpu_portable.h, cpu_avx.h, cpu_neon.h (both around cpu_bytes.h), cpu_amx.h <- this file, cpu_team.h. None includes torch.
 
 #pragma once
 
@@ -23,10 +23,12 @@
 #include <string>
 #include <vector>
 
+#include "../amx.h"
 #include "cpu_portable.h"
 #include "cpu_team.h"
 #include "cpu_types.h"
 #if defined(__x86_64__)
+#include "cpu_amx.h"
 #include "cpu_avx.h"
 #elif defined(__aarch64__)
 #include "cpu_neon.h"
@@ -34,11 +36,12 @@
 
 namespace dbf {
 
-// The kernels that this processor runs, fastest first.
+// The kernels that this processor runs, fastest first where there are tokens enough.
 inline std::vector<const Kernel*> usable_kernels() {
   std::vector<const Kernel*> kernels;
 #if defined(__x86_64__)
   __builtin_cpu_init();
+  if (has_amx()) kernels.push_back(&kAmx);
   const bool avx2 = __builtin_cpu_supports("avx2");  // every processor with AVX2 has F16C
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -54,10 +57,11 @@ inline std::vector<const Kernel*> usable_kernels() {
 }
 
 // The kernel that $DBF_CPU_ISA names, else the fastest; null if this processor does not run the named one.
-inline const Kernel* choose_kernel() {
+inline const Kernel* choose_kernel(int64_t tokens) {
   static const std::vector<const Kernel*> usable = usable_kernels();
   const char* name = std::getenv("DBF_CPU_ISA");
-  if (name == nullptr || *name == 0) return usable.front();
+  if (name == nullptr || *name == 0)
+    return *std::find_if(usable.begin(), usable.end(), [=](const Kernel* one) { return tokens >= one->least_tokens; });
   for (const Kernel* kernel : usable)
     if (std::strcmp(kernel->name, name) == 0) return kernel;
   return nullptr;
@@ -68,20 +72,6 @@ inline std::string usable_names() {
   for (const Kernel* kernel : usable_kernels()) names += (names.empty() ? "" : ", ") + std::string(kernel->name);
   return names;
 }
-
-// Memory that is reused by later calls: fresh pages would cost more than the product of a small layer.
-template <typename T>
-class Scratch {
- public:
-  T* get(int64_t count) {
-    const size_t bytes = static_cast<size_t>(count) * sizeof(T) + 64;
-    if (memory_.size() < bytes) memory_.resize(bytes);
-    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) & ~uintptr_t(63));
-  }
-
- private:
-  std::vector<uint8_t> memory_;
-};
 
 // A sign matrix in memory, int32 words [rows, words]. Interleaved: every full block of 16 rows holds word 0 of all 16 rows,
 // then word 1 of all 16, and so on; the rows of an incomplete last block are stored one by one. Else all rows are.
@@ -136,7 +126,6 @@ class TokenBlock {
     bits_ = bits;
     columns_ = columns;
     words_ = ceil_div(columns, kWordBits);
-    word_bytes_ = kernel.table_bytes(1, bits);
     stride_ = ceil_div(kernel.table_bytes(words_, bits), 64) * 64;
     tables_ = table_memory_.get(tokens * stride_);
     if (static_cast<int64_t>(units_.size()) < tokens) units_.resize(tokens);
@@ -165,20 +154,18 @@ class TokenBlock {
     }
     float factor = 0.0f;
     if (peaks.group > 0.0f) {
-      // With 24 bits a power of two, so that values which are exact in float32 stay exact; 8388000 instead of 2^23 - 1
-      // leaves room for the rounding of sums. With 16 bits values are rounded, four of them by 2 at most.
-      factor = bits_ == 24 ? std::ldexp(1.0f, std::ilogb(8388000.0f / peaks.group)) : 32764.0f / peaks.group;
+      // With 24 bits a power of two, so that values which are exact in float32 stay exact. Both numbers leave room for the
+      // rounding of values, four of them by 2 at most, and for signed bytes: 127 * (1 + 256 + 256^2) is the largest.
+      factor = bits_ == 24 ? std::ldexp(1.0f, std::ilogb(8355000.0f / peaks.group)) : 32630.0f / peaks.group;
       if (begin == 0) units_[token] = 1.0 / (static_cast<double>(factor) * range);
     }
     float* part = z + begin * kWordBits;
     const int64_t size = (end - begin) * kWordBits;
-    if (bits_ == 24) {
-      for (int64_t k = 0; k < size; ++k) part[k] *= factor;
-    } else {
-      constexpr float kRound = 0x1.8p23f;  // adding it leaves whole numbers, to nearest
-      for (int64_t k = 0; k < size; ++k) part[k] = (part[k] * factor + kRound) - kRound;
+    for (int64_t k = 0; k < size; ++k) {  // to nearest; compilers have instructions for this, not for std::round
+      const float value = part[k] * factor;
+      part[k] = static_cast<float>(static_cast<int32_t>(value + std::copysign(0.5f, value)));
     }
-    kernel_->build(part, end - begin, bits_, tables_ + token * stride_ + begin * word_bytes_);
+    kernel_->build(part, begin, end, words_, bits_, tables_ + token * stride_);
   }
 
   Tables tables(int64_t token) const { return {tables_ + token * stride_, stride_, units_.data() + token}; }
@@ -199,7 +186,7 @@ class TokenBlock {
  private:
   const Kernel* kernel_ = nullptr;
   int bits_ = 0;
-  int64_t columns_ = 0, words_ = 0, word_bytes_ = 0, stride_ = 0;
+  int64_t columns_ = 0, words_ = 0, stride_ = 0;
   uint8_t* tables_ = nullptr;
   Scratch<uint8_t> table_memory_;
   std::vector<double> units_;
@@ -214,7 +201,7 @@ constexpr int64_t kTilesPerRange = 16;
 
 inline int64_t tokens_per_block(const Kernel& kernel, int64_t columns, int bits) {
   const int64_t bytes = kernel.table_bytes(ceil_div(columns, kWordBits), bits);
-  return std::clamp<int64_t>(kTableBudget / std::max<int64_t>(bytes, 1), 2, 64) & ~int64_t(1);
+  return std::clamp<int64_t>(kTableBudget / std::max<int64_t>(bytes, 1), 2, kMostAtOnce) & ~int64_t(1);
 }
 
 // Products of one block of tokens that need nothing of each other: several sign matrices, each with activations of its own.
@@ -258,7 +245,7 @@ class Level {
 
   void multiply(int64_t range) {
     static thread_local Scratch<uint32_t> copies;
-    alignas(64) float sums[kTokensAtOnce * kTileRows];
+    alignas(64) float sums[kMostAtOnce * kTileRows];
     int64_t index = tiles_ * range / ranges_, product = 0;
     const int64_t last = tiles_ * (range + 1) / ranges_;
     int64_t before = 0;  // tiles of the products before
@@ -268,8 +255,8 @@ class Level {
       const TokenBlock& block = blocks_[product];
       const int64_t first = (index - before) * kTileRows, rows = std::min(kTileRows, signs.rows - first);
       const Tile tile = signs.tile(index - before, copies.get(signs.scratch_words()));
-      for (int64_t t = 0; t < tokens_; t += kTokensAtOnce) {
-        const int64_t at_once = std::min(kTokensAtOnce, tokens_ - t);
+      for (int64_t t = 0; t < tokens_; t += kernel_.tokens_at_once) {
+        const int64_t at_once = std::min(kernel_.tokens_at_once, tokens_ - t);
         kernel_.multiply(tile, block.tables(t), at_once, bits_, sums);
         for (int64_t i = 0; i < at_once; ++i) {
           float* y = sums + i * kTileRows;

@@ -2,7 +2,9 @@
 
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace dbf {
 
@@ -13,9 +15,23 @@ constexpr int64_t kGroupsPerWord = kWordBits / kGroup;
 constexpr int64_t kRows = 16;                          // rows whose words lie side by side
 constexpr int64_t kBlocks = 4;                         // blocks of kRows rows in a tile
 constexpr int64_t kTileRows = kRows * kBlocks;
-constexpr int64_t kTokensAtOnce = 8;                   // most tokens in one call of a kernel
+constexpr int64_t kMostAtOnce = 64;                    // tokens in one call of a kernel
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Memory that is reused by later calls: fresh pages would cost more than the product of a small layer.
+template <typename T>
+class Scratch {
+ public:
+  T* get(int64_t count) {
+    const size_t bytes = static_cast<size_t>(count) * sizeof(T) + 64;
+    if (memory_.size() < bytes) memory_.resize(bytes);
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) & ~uintptr_t(63));
+  }
+
+ private:
+  std::vector<uint8_t> memory_;
+};
 
 // Four blocks of 16 rows: words[b][w * kRows + r] is word w of row r of block b.
 struct Tile {
@@ -40,12 +56,14 @@ struct Peaks {
 // The functions of an instruction set, which has its own layout of tables.
 struct Kernel {
   const char* name;
+  int64_t least_tokens;    // from which on it is faster than those behind it in the list of those that a processor runs
+  int64_t tokens_at_once;  // most in a call of multiply
   // Bytes of the tables of one token.
   int64_t (*table_bytes)(int64_t words, int bits);
   Peaks (*peaks)(const float* values, int64_t groups);
-  // Fills the tables of one token from words * 32 values, given in units; with 16 bits they are whole numbers. An entry is the
-  // rounded sum plus 2^(bits - 1), which makes it positive.
-  void (*build)(const float* values, int64_t words, int bits, uint8_t* tables);
+  // Fills the tables of the words [begin, end) of a token, which has `words`, from their 32 values each: whole numbers in units
+  // of the token. An entry is the sum plus 2^(bits - 1), which makes it positive. `tables` are those of all words.
+  void (*build)(const float* values, int64_t begin, int64_t end, int64_t words, int bits, uint8_t* tables);
   // y[t * kTileRows + r] = units[t] * the sum of row r, for a few tokens and all rows of a tile.
   void (*multiply)(const Tile& tile, const Tables& tables, int64_t tokens, int bits, float* y);
   void (*half_to_float)(const uint16_t* from, int64_t count, float* to);

@@ -24,7 +24,7 @@ FLAGS = [
 COMPILER = cpp_build.compiler()
 COMPILERS = {platform.machine(): COMPILER}
 COMPILERS.setdefault("aarch64", shutil.which("aarch64-linux-gnu-g++"))
-INTRINSICS_OF = {"cpu_avx.h": "x86_64", "cpu_neon.h": "aarch64"}
+INTRINSICS_OF = {"cpu_amx.h": "x86_64", "cpu_avx.h": "x86_64", "cpu_neon.h": "aarch64"}
 SANITIZERS = {
     # With optimization, checks of undefined behaviour take the compiler three times as long.
     "memory": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O0", "-g1"),
@@ -106,7 +106,7 @@ def test_the_kernel_for_arm_under_an_emulator(kernel: str, tmp_path: Path) -> No
 )
 def test_the_check_sees_a_fault(kernel: str, header: str, right: str, wrong: str, tmp_path: Path) -> None:
     """Without a sanitizer, too."""
-    spoilt = Path(shutil.copytree(HEADERS / kernel, tmp_path / "headers"), header)
+    spoilt = Path(shutil.copytree(HEADERS, tmp_path / "headers"), kernel, header)
     assert right in spoilt.read_text()
     spoilt.write_text(spoilt.read_text().replace(right, wrong))
     program = build(COMPILER, kernel, tmp_path / "check", "-O1", headers=spoilt.parent)

@@ -14,7 +14,7 @@ from dbf_compile.kernels.row_matmul.reference import row_matmul
 from dbf_compile.rows import ROW_FORMATS, RowFormat, quantize_rows
 
 FORMS = [*ROW_FORMATS.values(), RowFormat(4, 64), RowFormat(6, 16)]
-ISAS = ("avx512_vbmi", "avx512", "avx2", "neon", "portable")
+ISAS = ("amx", "avx512_vbmi", "avx512", "avx2", "neon", "portable")
 
 
 @pytest.fixture(autouse=True)

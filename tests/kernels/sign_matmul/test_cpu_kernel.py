@@ -56,13 +56,12 @@ def poisoned(x: Tensor, words: Tensor, **settings: bool) -> Tensor:
 
 
 def assert_right(y: Tensor, x: Tensor, words: Tensor, fast: bool = False) -> None:
-    # Exact: an entry is rounded to a whole unit, after three float32 additions of numbers below 2^23 that round by half a unit
-    # altogether; the unit is a power of two, at most 2 / 8388000 of the largest group. Fast: the unit is 1 / 32764 of that
-    # group, and each of the four values is rounded by half a unit; float32 scales it with an error of 2^-23, 0.004 units.
+    # Each of the four values of an entry is rounded by half a unit. Exact: the unit is a power of two, at most 2 / 8355000 of
+    # the largest group. Fast: the unit is 1 / 32630 of that group; float32 scales by it with an error of 2^-23, 0.004 units.
     groups = -(-x.shape[-1] // 4)
     padded = torch.nn.functional.pad(x.double().abs(), (0, 4 * groups - x.shape[-1]))
     largest = padded.unflatten(-1, (groups, 4)).sum(-1).amax(-1, keepdim=True) if groups else torch.zeros(1)
-    rounding = 2.02 / 32764 if fast else 2 / 8388000
+    rounding = 2.02 / 32630 if fast else 4 / 8355000
     truth = sign_matmul(x.double(), words)
     assert y.dtype == torch.float32
     # At the end the sum is rounded to float32, be it a denormal one.
@@ -77,7 +76,7 @@ def test_odd_shapes_and_all_dtypes(
     assert_right(poisoned(x, words, interleaved=interleaved, fast=fast), x, words, fast)
 
 
-ISAS = {"x86_64": ("portable", "avx2", "avx512", "avx512_vbmi"), "aarch64": ("portable", "neon")}
+ISAS = {"x86_64": ("portable", "avx2", "avx512", "avx512_vbmi", "amx"), "aarch64": ("portable", "neon")}
 
 
 @pytest.fixture(params=ISAS.get(platform.machine(), ("portable",)))

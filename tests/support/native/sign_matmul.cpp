@@ -125,8 +125,8 @@ bool right(const Matrix& matrix, int bits, int64_t tokens, const float* x, const
     for (int64_t row = 0; row < matrix.rows; ++row) {
       double truth = 0.0;
       for (int64_t k = 0; k < matrix.columns; ++k) truth += matrix.sign(row, k) * x[k];
-      // Of an entry, in units of the largest group; with 16 bits each of four values is rounded by half of its last place.
-      const double rounding = bits == 24 ? 0x1.8p-22 : 0x1.1p-14;
+      // Of an entry, in units of the largest group: each of four values is rounded by half of its last place.
+      const double rounding = bits == 24 ? 0x1.1p-21 : 0x1.1p-14;
       if (check::near(y[row], truth, finite ? groups * rounding * peak : 0.0)) continue;
       std::printf("  row %lld of token %lld: %g instead of %g\n", static_cast<long long>(row), static_cast<long long>(t),
                   y[row], truth);
