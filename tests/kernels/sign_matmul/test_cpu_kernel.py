@@ -128,8 +128,8 @@ def test_adversaries_on_every_instruction_set(isa: str, cols: int, fast: bool) -
 def test_every_instruction_set_and_layout_gives_the_same_bits(
     isa: str, dtype: torch.dtype, fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # 9 tokens: more than a kernel takes at once, and an odd number.
-    for rows, cols, tokens in ((1, 1, 1), (64, 4096, 1), (131, 517, 9), (259, 8200, 2)):
+    # 9 and 70 tokens: more than a kernel takes at once.
+    for rows, cols, tokens in ((1, 1, 1), (64, 4096, 1), (131, 517, 9), (259, 8200, 2), (40, 130, 70)):
         words = pack_signs(random_signs(rows, cols, rows))
         x = torch.randn(tokens, cols, generator=torch.Generator().manual_seed(rows)).to(dtype)
         monkeypatch.setenv("DBF_CPU_ISA", "portable")
