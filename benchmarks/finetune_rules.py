@@ -34,6 +34,8 @@ DENSE, TEXT = SHARED / "models" / "stories260K", SHARED / "text" / "tinystories-
 OUT = Path(__file__).parents[1] / "out" / "finetune"
 COLUMNS = ["bits", "rule", "rate", "bytes_per_sign", "tokens", "kl_before", "kl_after", "flips", "seconds"]
 SETTINGS: dict[str, Any] = {"length": 256, "batch": 2, "holdout": 64, "top": 512, "progress": False}
+# The defaults serve real models; one that is so small learns more with larger rates.
+SETTINGS |= {"scale_rate": 0.01, "norm_rate": 0.001}
 
 
 class Adam(weights.Latents):

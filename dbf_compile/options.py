@@ -345,9 +345,9 @@ class FinetuneConfig(Record):
     own_top_k: int = option(50, low=0)
     holdout: int = option(8, low=1)
     judge: int = option(10, low=1)
-    sign_rate: float = option(0.3, low=0)
-    scale_rate: float = option(0.01, low=0)
-    norm_rate: float = option(0.001, low=0)
+    sign_rate: float = option(0.15, low=0)
+    scale_rate: float = option(0.0015, low=0)
+    norm_rate: float = option(0.0004, low=0)
     hidden: float = option(0.0, low=0)
     top: int = option(64, low=1)
     column: str | None = None

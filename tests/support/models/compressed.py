@@ -14,6 +14,8 @@ SHORT: dict[str, Any] = {
     "judge": 2,
     "batch": 2,
     "sign_rate": 0.5,
+    "scale_rate": 0.01,
+    "norm_rate": 0.001,
     "progress": False,
 }
 
