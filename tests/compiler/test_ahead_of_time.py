@@ -111,7 +111,7 @@ def test_every_native_operator_that_graphs_call_has_a_c_function():
     names = {
         name.removeprefix("dbf_native::").partition(".")[0]
         for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith("dbf_native::")
+        if name.startswith("dbf_native::") and not name.startswith("dbf_native::factor_")  # of the factorizer
     }
     assert names == {*ahead_of_time._C_FUNCTIONS, "prepare_layers"}
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.models.compressed import SHORT, compressed_folder
-from support.models.pretrained import weights_of
+from support.models.pretrained import tiny_tokenizer, weights_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -42,8 +42,11 @@ def test_the_new_folder_is_nearer_to_the_dense_model(start, result):
     assert result.improved and result.folder == start["folder"].with_name("compressed-finetuned")
     assert result.after["kl"] < result.before["kl"] and result.course.flips > 0
     assert "KL from the dense model" in str(result)
+    tokenizer, count = tiny_tokenizer(), SHORT["tokens"] // SHORT["length"]
+    batches = dbf_compile.token_batches(start["data"]["words"], tokenizer, length=16, count=count + 3)
+    behind = [torch.cat([batch["input_ids"][0] for batch in batches][count:]).tolist()]
     judged = dbf_compile.evaluate(
-        result.folder, start["data"], dense=start["dense"], length=16, windows=3, progress=False
+        result.folder, behind, dense=start["dense"], length=16, windows=3, progress=False
     )
     assert judged["kl"] == pytest.approx(result.after["kl"])
 
