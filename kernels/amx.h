@@ -1,4 +1,5 @@
-// Whether this processor has the matrix unit of bytes, AMX, and the system lets this process use it.
+// Whether this processor has the matrix unit of bytes, AMX, with GFNI, and the system lets this process use it. Who asks has
+// checked for AVX-512.
 
 #pragma once
 

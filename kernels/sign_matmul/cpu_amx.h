@@ -157,7 +157,7 @@ DBF_AMX inline void multiply(const Tile& tile, const Tables& tables, int64_t tok
 
 namespace dbf {
 
-constexpr Kernel kAmx{"amx",         6,           kMostAtOnce,   amx::table_bytes,   avx::peaks,
-                      amx::build, amx::multiply, avx::half_to_float, avx::float_to_half};
+constexpr Kernel kAmx{"amx", 6, kMostAtOnce, amx::table_bytes, avx::peaks, amx::build,
+                      amx::multiply, avx::half_to_float, avx::float_to_half};
 
 }  // namespace dbf

@@ -152,7 +152,8 @@ inline int64_t row_of(int64_t pass, int64_t position) {
 
 }  // namespace avx2
 
-constexpr Kernel kAvx2{"avx2", 0, 8, avx2::table_bytes, avx::peaks, avx::build, avx2::multiply, avx::half_to_float, avx::float_to_half};
+constexpr Kernel kAvx2{"avx2", 0, 8, avx2::table_bytes, avx::peaks, avx::build,
+                       avx2::multiply, avx::half_to_float, avx::float_to_half};
 
 // --- AVX-512 without VBMI: 64 rows in a register --------------------------------------------------------------------
 
@@ -200,7 +201,8 @@ inline int64_t row_of(int64_t, int64_t position) {
 
 }  // namespace avx512
 
-constexpr Kernel kAvx512{"avx512", 0, 8, avx512::table_bytes, avx::peaks, avx::build, avx512::multiply, avx::half_to_float, avx::float_to_half};
+constexpr Kernel kAvx512{"avx512", 0, 8, avx512::table_bytes, avx::peaks, avx::build,
+                         avx512::multiply, avx::half_to_float, avx::float_to_half};
 
 // --- AVX-512 with VBMI and VNNI: 16 rows in a register --------------------------------------------------------------
 //
@@ -346,6 +348,7 @@ DBF_AVX512_VBMI inline void multiply(const Tile& tile, const Tables& tables, int
 
 }  // namespace avx512_vbmi
 
-constexpr Kernel kAvx512Vbmi{"avx512_vbmi", 0, 8, avx512_vbmi::table_bytes, avx::peaks, avx512_vbmi::build, avx512_vbmi::multiply, avx::half_to_float, avx::float_to_half};
+constexpr Kernel kAvx512Vbmi{"avx512_vbmi", 0, 8, avx512_vbmi::table_bytes, avx::peaks, avx512_vbmi::build,
+                             avx512_vbmi::multiply, avx::half_to_float, avx::float_to_half};
 
 }  // namespace dbf

@@ -93,8 +93,7 @@ inline void float_to_half(const float* from, int64_t count, uint16_t* to) {
 
 }  // namespace neon
 
-constexpr Kernel kNeon{"neon",      0,           8,
-                       neon::table_bytes, neon::peaks, neon::build,
+constexpr Kernel kNeon{"neon", 0, 8, neon::table_bytes, neon::peaks, neon::build,
                        neon::multiply, neon::half_to_float, neon::float_to_half};
 
 }  // namespace dbf

@@ -83,10 +83,7 @@ inline void portable_float_to_half(const float* from, int64_t count, uint16_t* t
   }
 }
 
-constexpr Kernel kPortable{"portable",         0,
-                           8,                  portable_table_bytes,
-                           portable_peaks,     portable_build,
-                           portable_multiply,  portable_half_to_float,
-                           portable_float_to_half};
+constexpr Kernel kPortable{"portable", 0, 8, portable_table_bytes, portable_peaks, portable_build,
+                           portable_multiply, portable_half_to_float, portable_float_to_half};
 
 }  // namespace dbf

@@ -10,7 +10,8 @@
 // neither on threads nor on tiles nor on the instruction set; and entries can be split into bytes, of which a vector
 // register looks up 64 at once. An entry has `bits` bits: 24 (the error of a float32 sum) or 16 (about 1e-4).
 //
-// cpu_types.h <- cpu_portable.h, cpu_avx.h, cpu_neon.h (both around cpu_bytes.h), cpu_amx.h <- this file, cpu_team.h. None includes torch.
+// cpu_types.h <- cpu_portable.h, cpu_avx.h, cpu_neon.h (both around cpu_bytes.h), cpu_amx.h <- this file, cpu_team.h. None
+// includes torch.
 
 #pragma once
 
@@ -41,12 +42,12 @@ inline std::vector<const Kernel*> usable_kernels() {
   std::vector<const Kernel*> kernels;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (has_amx()) kernels.push_back(&kAmx);
   const bool avx2 = __builtin_cpu_supports("avx2");  // every processor with AVX2 has F16C
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni"))
-    kernels.push_back(&kAvx512Vbmi);
+  const bool vbmi = avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+  if (vbmi && has_amx()) kernels.push_back(&kAmx);
+  if (vbmi) kernels.push_back(&kAvx512Vbmi);
   if (avx512) kernels.push_back(&kAvx512);
   if (avx2) kernels.push_back(&kAvx2);
 #elif defined(__aarch64__)
