@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ STATE, BEST = "state.safetensors", "best.safetensors"
 _WARM_UP = 0.03  # of all steps
 _MEAN_SQUARE = 3 / 8  # of the shares of half a cosine
 _BETWEEN_STATES = 300.0  # seconds
+_LOST = 1.5  # times the divergence at the start: no run was seen to come back from there
 _COURSE = "course"  # in the header of a state
 
 
@@ -66,6 +68,12 @@ class Course:
             self.best = self.steps
             return True
         return False
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the mean over the kinds is so much larger than at the start that going on is a waste of time."""
+        first, last = (sum(self.judged[str(steps)].values()) for steps in (0, self.steps))
+        return not last <= _LOST * first
 
 
 class Training:
@@ -119,10 +127,21 @@ class Training:
                 is_judged, now = course.steps in judge_at, time.monotonic()
                 if is_judged:
                     self._judge()
+                    if course.is_lost:
+                        return self._give_up()
                 if is_judged or now - began > _BETWEEN_STATES:
                     course.seconds += now - began
                     began = now
                     self._save()
+
+    def _give_up(self) -> None:
+        """Say why a run ends here; nothing of what followed the best state is kept."""
+        if self._ranks.rank == 0:
+            warnings.warn(
+                f"finetuning diverges: after {self._course.steps} of {self._steps} steps the KL on text kept back is more than "
+                f"{_LOST} times that of the start. The run ends; use a smaller sign_rate and scale_rate",
+                stacklevel=7,
+            )
 
     def _judge(self) -> None:
         """Judge the state, and keep it if it is the best."""

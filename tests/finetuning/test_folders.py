@@ -101,13 +101,19 @@ def test_two_runs_of_one_output_do_not_meet(start, monkeypatch):
         dbf_compile.finetune(**start, output=output, **SHORT)
 
 
-def test_nothing_is_written_where_nothing_gets_better(start):
-    output = start["folder"].with_name("spoiled")
-    worse = dbf_compile.finetune(
-        **start, output=output, **{**SHORT, "scale_rate": 3.0, "sign_rate": 3.0, "norm_rate": 1.0}
-    )
+def test_a_run_that_diverges_ends_early_and_nothing_is_written(start):
+    output, rates = start["folder"].with_name("spoiled"), {"scale_rate": 3.0, "sign_rate": 3.0, "norm_rate": 1.0}
+    with pytest.warns(UserWarning, match="finetuning diverges: after 10 of 20 steps"):
+        worse = dbf_compile.finetune(**start, output=output, **(SHORT | rates))
     assert not worse.improved and worse.folder == start["folder"] and not output.exists()
     assert "stays as it was" in str(worse)
+
+
+def test_nothing_is_written_where_nothing_gets_better(start):
+    output = start["folder"].with_name("unchanged")
+    rates = {"scale_rate": 0.0, "sign_rate": 0.0, "norm_rate": 0.0}
+    same = dbf_compile.finetune(**start, output=output, **(SHORT | rates))
+    assert not same.improved and not output.exists()
 
 
 def test_what_is_worse_for_one_kind_is_not_better():

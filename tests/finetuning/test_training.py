@@ -27,6 +27,16 @@ def test_a_start_that_nothing_betters_stays_the_best():
     assert judged((2, 2), (2, 2), (3, 1)) == (0, [True, False, False])
 
 
+@pytest.mark.parametrize(
+    ("last", "is_lost"), [((2, 2), False), ((4, 1.9), False), ((4, 2.1), True), ((float("nan"), 1), True)]
+)
+def test_a_run_is_lost_that_is_far_worse_than_its_start(last, is_lost):
+    course = Course()
+    for course.steps, (web, code) in enumerate([(2, 2), (1, 1), last]):
+        course.judge({"web": web, "code": code})
+    assert course.is_lost == is_lost
+
+
 @pytest.mark.parametrize("steps", [1, 2, 100])
 def test_rates_rise_shortly_and_fall_to_nothing(steps):
     shares = [rate_share(step, steps) for step in range(steps)]
