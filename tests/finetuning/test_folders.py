@@ -102,7 +102,10 @@ def test_two_runs_of_one_output_do_not_meet(start, monkeypatch):
 
 
 def test_a_run_that_diverges_ends_early_and_nothing_is_written(start):
-    output, rates = start["folder"].with_name("spoiled"), {"scale_rate": 3.0, "sign_rate": 3.0, "norm_rate": 1.0}
+    output, rates = (
+        start["folder"].with_name("spoiled"),
+        {"scale_rate": 3.0, "sign_rate": 3.0, "norm_rate": 1.0},
+    )
     with pytest.warns(UserWarning, match="finetuning diverges: after 10 of 20 steps"):
         worse = dbf_compile.finetune(**start, output=output, **(SHORT | rates))
     assert not worse.improved and worse.folder == start["folder"] and not output.exists()
