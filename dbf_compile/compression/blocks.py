@@ -22,7 +22,7 @@ import copy
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from dbf_compile.calibration.moments import Moment, measuring
 from dbf_compile.calibration.streams import Streams
+from dbf_compile.compression.compensation import Residuals, best_correction, writes_output
 from dbf_compile.compression.jobs import FactorJob, joined
 from dbf_compile.compression.training import TrainableDoubleBinary, sign_confidence, train, trained_factors
 from dbf_compile.factorizer.factorize import FactorizerConfig, factorize, weighted_error
@@ -118,11 +119,11 @@ class BlockState:
         self.task, self.generator = task, generator
         self.block = copy.deepcopy(task.module)
         self.trainable: dict[str, TrainableDoubleBinary] = {}
-        self._weights = _output_moments(task.jobs, task.targets[0].shape[-1]).to(task.targets[0].device)
-        self._targets = [task.streams.counted(batch, target) for batch, target in enumerate(task.targets)]
-        self._judging = range(self.batches if task.held_out else 0, len(task.inputs))
-        judged = (self._targets[batch].square() for batch in self._judging)
-        self._power = max(sum(float((self._weights * power).sum()) for power in judged), 1e-30)
+        self.weights = _output_moments(task.jobs, task.targets[0].shape[-1]).to(task.targets[0].device)
+        self.targets = [task.streams.counted(batch, target) for batch, target in enumerate(task.targets)]
+        self.judging = range(self.batches if task.held_out else 0, len(task.inputs))
+        judged = (self.targets[batch].square() for batch in self.judging)
+        self._power = max(sum(float((self.weights * power).sum()) for power in judged), 1e-30)
 
     @property
     def batches(self) -> int:
@@ -146,11 +147,11 @@ class BlockState:
     @torch.no_grad()
     def error(self) -> float:
         """Return the weighted squared error of the batches that judge, relative to their targets."""
-        return sum(float(self._squared_errors(batch).sum()) for batch in self._judging) / self._power
+        return sum(float(self._squared_errors(batch).sum()) for batch in self.judging) / self._power
 
     def _squared_errors(self, batch: int) -> Tensor:
         output = self.task.streams.counted(batch, self.run(batch))
-        return self._weights * (output - self._targets[batch]).square()
+        return self.weights * (output - self.targets[batch]).square()
 
 
 def compress_block(
@@ -198,7 +199,8 @@ def compress_block(
         if recipe.tune:
             began = time.perf_counter()
             left = [job for later in list(turns.values())[number:] for job in later]
-            finish_stage("tune", what, began, tune(state, left, recipe.tune))
+            kept = compensate(state, left[0]) if len(left) == 1 else None
+            finish_stage("tune", what, began, tune(state, left, recipe.tune) if kept is None else kept)
             advance(recipe.tune)
         began = time.perf_counter()
         result.errors |= factor(state, jobs, recipe.factorizer)
@@ -242,6 +244,36 @@ def tune(state: BlockState, jobs: Sequence[FactorJob], epochs: int) -> int:
     weights = [_weight_parameter(layers[state.task.path(name)]) for job in jobs for name in job.names]
     judge = state.error if state.task.held_out else None  # by what it trains with, it would always gain
     return train([(weights, _DENSE_RATE)], state.loss, state.batches, epochs, state.generator, judge=judge)
+
+
+def compensate(state: BlockState, job: FactorJob) -> int | None:
+    """Let the last dense weight of a block make up for what was lost, in closed form.
+
+    Returns:
+        1, or 0 where nothing helped and the weight is as it was; None where the layer does not write the block's output.
+    """
+    weight = _weight_parameter(dense_linears(state.block)[state.task.path(job.names[0])])
+    flowing: list[Tensor] = []
+
+    def run(batch: int) -> tuple[Tensor, Tensor]:
+        output = state.run(batch)
+        return flowing.pop(), output
+
+    def residuals(batches: Iterable[int]) -> Residuals | None:
+        counted = state.task.streams.counted
+        runs = ((batch, *run(batch)) for batch in batches)
+        return Residuals.of((counted(b, x), state.targets[b] - counted(b, y)) for b, x, y in runs)
+
+    with torch.no_grad(), _inputs_to(state, [job], lambda _, x: flowing.append(x)):
+        if len(job.names) > 1 or not writes_output(weight, partial(run, 0)):
+            return None
+        training = residuals(range(state.batches))
+        assert training is not None
+        judging = residuals(state.judging) if state.task.held_out else None
+        correction = best_correction(training, judging, state.weights)
+        if correction is not None:
+            weight.add_(correction)
+    return int(correction is not None)
 
 
 def factor(state: BlockState, jobs: Sequence[FactorJob], config: FactorizerConfig) -> dict[str, float]:

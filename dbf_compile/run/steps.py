@@ -113,7 +113,10 @@ def _allocation(run: Run, importance: Mapping[str, Importance]) -> Mapping[str, 
         return None
 
     def make(path: Path) -> None:
-        allocation = allocate(request.model, importance, config=request.config)
+        batches, device = request.calibrating, request.device
+        allocation = allocate(
+            request.model, importance, batches=batches, device=device, config=request.config
+        )
         write_text(path, json.dumps(dict(allocation.mid_features)))
 
     return dict(json.loads(run.work.once("allocation.json", make).read_text()))
