@@ -149,7 +149,7 @@ class CompressOptions(CompressionConfig):
             judge nothing.
         curvature: Form of the importance: "diagonal", "input" or "kronecker"; see ``calibrate``.
         temper: Power of the spectrum of importances; None to leave them as measured, 0.5 is a usual value.
-        budget: "equal" bits for all weights, or "allocated" by measured error curves.
+        budget: "equal" bits for all weights, or "allocated" by measured error curves and losses.
         tune: Epochs in which the still dense weights of a block are tuned before a weight is factored (sequential); None for 4,
             or the fewer that make 128 steps.
         refine: Epochs in which signs and scales of a block are refined at its end (sequential); None for 4, or the fewer that

@@ -4,9 +4,9 @@
     targets   what the dense block makes of what the dense blocks before pass on
     error     Σ o ⊙ (output − target)² / Σ o ⊙ target²       o: second moments of the loss's gradient, one per feature
 
-For every weight of a block in turn: the weights that are still dense are tuned to the targets ("tune"), the second moments
-of the weight's input are measured again, and it is factored ("factor"). At the end signs and scales of all weights of the
-block are refined together ("refine").
+For every weight of a block in turn: the weights that are still dense are tuned to the targets ("tune"), the last of them
+in closed form (``compensation``), the second moments of the weight's input are measured again, and it is factored ("factor").
+At the end signs and scales of all weights of the block are refined together ("refine").
 
 Batches that are held out judge: of each training that state is kept which has the least error on them, or the one before it.
 
@@ -199,8 +199,7 @@ def compress_block(
         if recipe.tune:
             began = time.perf_counter()
             left = [job for later in list(turns.values())[number:] for job in later]
-            kept = compensate(state, left[0]) if len(left) == 1 else None
-            finish_stage("tune", what, began, tune(state, left, recipe.tune) if kept is None else kept)
+            finish_stage("tune", what, began, tune(state, left, recipe.tune))
             advance(recipe.tune)
         began = time.perf_counter()
         result.errors |= factor(state, jobs, recipe.factorizer)
@@ -240,6 +239,9 @@ def _turns(state: BlockState) -> dict[str, list[FactorJob]]:
 
 def tune(state: BlockState, jobs: Sequence[FactorJob], epochs: int) -> int:
     """Train the weights that are still dense, those of ``jobs``, towards the targets; return how many epochs are kept."""
+    kept = compensate(state, jobs[0]) if len(jobs) == 1 else None
+    if kept is not None:
+        return kept
     layers = dense_linears(state.block)
     weights = [_weight_parameter(layers[state.task.path(name)]) for job in jobs for name in job.names]
     judge = state.error if state.task.held_out else None  # by what it trains with, it would always gain
@@ -252,17 +254,20 @@ def compensate(state: BlockState, job: FactorJob) -> int | None:
     Returns:
         1, or 0 where nothing helped and the weight is as it was; None where the layer does not write the block's output.
     """
-    weight = _weight_parameter(dense_linears(state.block)[state.task.path(job.names[0])])
+    weight = dense_weight(dense_linears(state.block)[state.task.path(job.names[0])]).detach()
     flowing: list[Tensor] = []
 
-    def run(batch: int) -> tuple[Tensor, Tensor]:
+    def run(batch: int) -> tuple[Tensor | None, Tensor]:
+        flowing.clear()
         output = state.run(batch)
-        return flowing.pop(), output
+        return (flowing[0] if flowing else None), output
 
     def residuals(batches: Iterable[int]) -> Residuals | None:
         counted = state.task.streams.counted
         runs = ((batch, *run(batch)) for batch in batches)
-        return Residuals.of((counted(b, x), state.targets[b] - counted(b, y)) for b, x, y in runs)
+        return Residuals.of(
+            (counted(b, x), state.targets[b] - counted(b, y)) for b, x, y in runs if x is not None
+        )
 
     with torch.no_grad(), _inputs_to(state, [job], lambda _, x: flowing.append(x)):
         if len(job.names) > 1 or not writes_output(weight, partial(run, 0)):

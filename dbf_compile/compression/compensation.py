@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 _STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # λ
 _CAREFUL = 1.0  # where there is nothing to choose by
@@ -85,15 +85,15 @@ def best_correction(training: Residuals, judging: Residuals | None, weights: Ten
 
 
 @torch.no_grad()
-def writes_output(weight: nn.Parameter, run: Callable[[], tuple[Tensor, Tensor]]) -> bool:
+def writes_output(weight: Tensor, run: Callable[[], tuple[Tensor | None, Tensor]]) -> bool:
     """Return whether what a layer returns is a summand of a block's output.
 
     Args:
-        weight: of the layer, [N, K]; afterwards as before.
-        run: runs the block and returns what flows into the layer [..., K], and the output [..., features].
+        weight: of the layer, [N, K]; changed in place, afterwards as before.
+        run: runs the block and returns what flows into the layer [..., K], None for nothing, and the output [..., features].
     """
     inputs, output = run()
-    if inputs.shape[:-1] != output.shape[:-1] or weight.shape[0] != output.shape[-1]:
+    if inputs is None or inputs.shape[:-1] != output.shape[:-1] or weight.shape[0] != output.shape[-1]:
         return False
     own = weight.clone()
     weight.mul_(0.5)

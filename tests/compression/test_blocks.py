@@ -173,3 +173,24 @@ def test_batches_that_are_held_out_judge_and_teach_nothing(setting):
     strange = [*targets[:-3], *(-target for target in targets[-3:])]
     judged = of(strange)
     assert [stage["epochs"] for stage in judged.stages if stage["stage"] == "tune"].count(0) >= 3
+
+
+def test_the_last_weight_of_a_block_makes_up_for_what_was_lost_in_closed_form(setting, monkeypatch):
+    block, jobs, streams, inputs, _ = setting
+    other = copy.deepcopy(block)
+    weight = other.mlp.down_proj.weight
+    weight.data += 2 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        targets = [streams.run(other, 0, n, hidden) for n, hidden in enumerate(streams.hidden)]
+    task = BlockTask(NAME, 0, block, jobs, streams, inputs, targets, held_out=2)
+    recipe = BlockRecipe(1, 0, FactorizerConfig(iterations=30))
+
+    def last_tuning():
+        return [stage for stage in compress_block(task, recipe).stages if stage["stage"] == "tune"][-1]
+
+    solved = last_tuning()
+    assert solved["what"].endswith("down_proj") and solved["epochs"] == 1
+    assert solved["after"] < 0.95 * solved["before"]  # 240 positions for 172 features; here it is a seventh
+    monkeypatch.setattr("dbf_compile.compression.blocks.best_correction", lambda *_: None)
+    unchanged = last_tuning()
+    assert unchanged["epochs"] == 0 and unchanged["after"] == unchanged["before"]
