@@ -5,7 +5,7 @@
 
 z is the depth of the block, 0 … 1, and p the prior on depth. The loss is measured where there are batches (``sensitivity``).
 Else it is tr(L W R Wᵀ), what moments tell to second order: they take activations and gradients to be independent. On SmolLM2-135M
-that is right within a factor of two for most weights, and a hundred times too much for one that reads massive activations.
+that is in proportion within a factor of two for most weights, and a hundred times too much for one that reads massive activations.
 
 ``budgets`` solves for the middle dimensions and knows nothing of layers.
 

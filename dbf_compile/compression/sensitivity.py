@@ -2,8 +2,7 @@
 
     loss of a weight  =  E_t KL(p_t ‖ p̂_t)        p: of the dense model, p̂: with Ŵ in place of that weight, all others dense
 
-Of models that do not predict tokens it is the relative squared error of the output. Losses of single weights nearly add up to
-that of the whole model: on SmolLM2-135M at 2 bits they sum to 1.21 nats, and all together lose 1.28.
+Of models that do not predict tokens it is the relative squared error of the output. Budgets take the losses of weights to add up.
 
 Members of a list, such as experts, are replaced together: there may be thousands, and few tokens reach each. They share the
 loss by the second-order estimates of each.
