@@ -27,7 +27,13 @@ from dbf_compile.calibration.limits import checked
 from dbf_compile.calibration.losses import Loss, loss_named
 from dbf_compile.calibration.model_io import attention_mask, call_model, to_device
 from dbf_compile.calibration.moments import Moment
-from dbf_compile.calibration.offload import Recomputation, blocks_of, offloaded, without_kv_cache
+from dbf_compile.calibration.offload import (
+    Recomputation,
+    blocks_of,
+    in_evaluation,
+    offloaded,
+    without_kv_cache,
+)
 from dbf_compile.candidates.reasons import reasons_against
 from dbf_compile.errors import ConversionError, DBFError
 from dbf_compile.factorizer.importance import Importance, diagonal_of
@@ -120,6 +126,7 @@ def _measure(
     empty = True
     with (
         without_kv_cache(model),
+        in_evaluation(model),
         _measuring(model, meters, state),
         offloaded(model, list(blocks_of(model, meters).values()), device, state.recomputation),
         torch.set_grad_enabled(criterion is not None),
@@ -183,8 +190,7 @@ def _importances(meters: Mapping[str, _Meter]) -> dict[str, Importance]:
 
 @contextmanager
 def _measuring(model: nn.Module, meters: Mapping[str, _Meter], state: _HookState) -> Iterator[None]:
-    """Hook the meters on their layers and set evaluation mode; both are undone at the end, after errors too."""
-    modes = {module: module.training for module in model.modules()}
+    """Hook the meters on their layers; they are taken off at the end, after errors too."""
     layers = dense_linears(model)
     handles = [
         # Before other hooks: what they make of an output is not the layer's.
@@ -192,13 +198,10 @@ def _measuring(model: nn.Module, meters: Mapping[str, _Meter], state: _HookState
         for name, meter in meters.items()
     ]
     try:
-        model.eval()
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
 
 
 def _forward_hook(meter: _Meter, state: _HookState) -> Callable[..., Tensor | None]:

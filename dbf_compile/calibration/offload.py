@@ -123,6 +123,18 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 @contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Set evaluation mode; every module has its own mode again at the end."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
 def without_kv_cache(model: nn.Module) -> Iterator[None]:
     """Turn the cache of keys and values of a transformers model off: a block that is computed twice would attend to both."""
     configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]

@@ -19,7 +19,6 @@ published replications of NanoQuant.
 from __future__ import annotations
 
 import copy
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,7 +33,7 @@ from torch import Tensor, nn
 from dbf_compile.calibration.moments import Moment, measuring
 from dbf_compile.calibration.streams import Streams
 from dbf_compile.compression.compensation import Residuals, best_correction, writes_output
-from dbf_compile.compression.jobs import FactorJob, joined
+from dbf_compile.compression.jobs import MEMBER, FactorJob, joined
 from dbf_compile.compression.training import TrainableDoubleBinary, sign_confidence, train, trained_factors
 from dbf_compile.factorizer.factorize import FactorizerConfig, factorize, weighted_error
 from dbf_compile.factorizer.importance import Importance, diagonal_of
@@ -43,7 +42,6 @@ from dbf_compile.linear import dense_bias, dense_linears, dense_weight, replace_
 
 # Rates of learning, in units of the root mean square of what is trained.
 _DENSE_RATE, _SCALE_RATE, _LATENT_RATE = 0.01, 0.01, 0.02
-_NUMBER = re.compile(r"(?<=[._])\d+(?=\.|$)")  # of a member of a list: experts.3.down_proj, expert_3.wo
 
 
 @dataclass(frozen=True)
@@ -220,7 +218,7 @@ def _turns(state: BlockState) -> dict[str, list[FactorJob]]:
     """Return which jobs are done together, by name: each alone, but for members of a list that some positions pass by."""
     task, families = state.task, dict[str, list[FactorJob]]()
     for job in task.jobs:
-        family = joined([f"{task.name}.{_NUMBER.sub('*', task.path(name))}" for name in job.names])
+        family = joined([f"{task.name}.{MEMBER.sub('*', task.path(name))}" for name in job.names])
         families.setdefault(family, []).append(job)
     positions: Counter[str] = Counter()
     if len(families) < len(task.jobs):

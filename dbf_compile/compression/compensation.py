@@ -51,7 +51,7 @@ class Residuals:
         scaled = self.inputs * scale * scale[:, None]
         scaled.diagonal().add_(strength)
         # λ is no smaller than a hundredth and the largest eigenvalue no larger than K: float32 is enough.
-        factor = torch.linalg.cholesky(scaled)
+        factor = torch.linalg.cholesky_ex(scaled).L  # of numbers that are not finite, it is not finite either
         return torch.cholesky_solve((self.errors * scale).mT, factor).mT * scale
 
     def gain(self, correction: Tensor, weights: Tensor) -> float:
@@ -74,7 +74,8 @@ def best_correction(training: Residuals, judging: Residuals | None, weights: Ten
         weights: of the outputs [N].
     """
     if judging is None:
-        return training.correction(_CAREFUL)
+        careful = training.correction(_CAREFUL)
+        return careful if bool(torch.isfinite(careful).all()) else None
     best, most = None, 0.0
     for strength in _STRENGTHS:
         correction = training.correction(strength)

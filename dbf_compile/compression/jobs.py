@@ -7,6 +7,7 @@ The store decides what a result is called, whether it exists, and who makes it: 
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Hashable, Iterator, Sequence
@@ -26,6 +27,9 @@ from dbf_compile.factors import DoubleBinaryFactors
 from dbf_compile.machine import default_workers
 from dbf_compile.progress import bar, over
 
+MEMBER = re.compile(
+    r"(?<=[._])\d+(?=\.|$)"
+)  # the number of a member of a list: experts.3.down_proj, expert_3.wo
 _BATCHED_WEIGHTS = 2**23  # larger ones keep a GPU busy on their own
 _BATCHED_JOBS = 256  # a run holds an open lock for each
 _POLL_SECONDS = 0.2

@@ -12,7 +12,6 @@ Source: measuring the divergence that each layer causes is what quantizers with 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
@@ -30,8 +29,8 @@ from dbf_compile.calibration.model_io import (
     predicts_tokens,
     to_device,
 )
-from dbf_compile.calibration.offload import blocks_of, offloaded, without_kv_cache
-from dbf_compile.compression.jobs import FactorJob
+from dbf_compile.calibration.offload import blocks_of, in_evaluation, offloaded, without_kv_cache
+from dbf_compile.compression.jobs import MEMBER, FactorJob
 from dbf_compile.factors import DoubleBinaryFactors
 from dbf_compile.linear import dense_linears
 from dbf_compile.machine import narrow_products
@@ -40,7 +39,6 @@ from dbf_compile.progress import over
 _WINDOWS = 6  # kinds of text take turns, so that this is one of each
 _LONG = 4  # a list of so few members may be layers one after the other
 _KEPT = 2**28  # numbers of the dense model's output
-_NUMBER = re.compile(r"(?<=[._])\d+(?=\.|$)")
 
 
 def measured_losses(
@@ -68,7 +66,7 @@ def measured_losses(
     places = [name for job, _ in factored.values() for name in job.names]
     own = next(model.parameters()).device if device is None else torch.device(device)
     losses: dict[str, float] = {}
-    with torch.no_grad(), without_kv_cache(model):
+    with torch.no_grad(), without_kv_cache(model), in_evaluation(model):
         narrow = computes_narrowly(model, batches[0], own)
         with (
             narrow_products(own) if narrow else nullcontext(),
@@ -89,9 +87,9 @@ def _families(factored: Mapping[str, tuple[FactorJob, DoubleBinaryFactors]]) -> 
     together: dict[str, list[str]] = {}
     for name, (job, _) in factored.items():
         layer = job.names[0]
-        block = _NUMBER.search(layer)
+        block = MEMBER.search(layer)
         end = block.end() if block else 0
-        together.setdefault(layer[:end] + _NUMBER.sub("*", layer[end:]), []).append(name)
+        together.setdefault(layer[:end] + MEMBER.sub("*", layer[end:]), []).append(name)
     return [
         part
         for names in together.values()

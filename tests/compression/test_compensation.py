@@ -80,6 +80,13 @@ def test_without_other_windows_the_correction_is_careful():
     assert found.abs().sum() < 0.7 * lost.abs().sum()
 
 
+def test_what_is_not_finite_is_left_alone():
+    x, e = pairs_of(3, 4, 10, 0)
+    x[0, 0] = float("inf")
+    sums, weights = Residuals.of([(x, e)]), torch.ones(3)
+    assert best_correction(sums, sums, weights) is None and best_correction(sums, None, weights) is None
+
+
 class Block(nn.Module):
     """x + second(relu(first(x))), or what ``after`` makes of it."""
 

@@ -70,6 +70,15 @@ def test_a_model_that_predicts_no_tokens_loses_squares_of_its_output():
         assert losses[name] == pytest.approx(expected, rel=0.1)
 
 
+def test_dropout_is_no_loss_and_the_mode_stays():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.Dropout(0.5), nn.Linear(96, 64)).requires_grad_(False)
+    factored, x = factored_weights(model, skip=()), torch.randn(16, 64)
+    quiet = losses_of(model.eval(), factored, [x])
+    assert losses_of(model.train(), factored, [x]) == quiet
+    assert model.training and model[1].training
+
+
 def test_an_error_on_the_way_leaves_the_model_as_it_was():
     model = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64))
     factored = factored_weights(model, skip=())
