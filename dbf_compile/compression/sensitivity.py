@@ -12,7 +12,7 @@ Source: measuring the divergence that each layer causes is what quantizers with 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
@@ -34,7 +34,7 @@ from dbf_compile.compression.jobs import MEMBER, FactorJob
 from dbf_compile.factors import DoubleBinaryFactors
 from dbf_compile.linear import dense_linears
 from dbf_compile.machine import narrow_products
-from dbf_compile.progress import over
+from dbf_compile.progress import bar
 
 _WINDOWS = 6  # kinds of text take turns, so that this is one of each
 _LONG = 4  # a list of so few members may be layers one after the other
@@ -43,7 +43,8 @@ _KEPT = 2**28  # numbers of the dense model's output
 
 def measured_losses(
     model: nn.Module,
-    factored: Mapping[str, tuple[FactorJob, DoubleBinaryFactors]],
+    jobs: Sequence[FactorJob],
+    factors_of: Callable[[FactorJob], DoubleBinaryFactors],
     batches: Sequence[Any],
     shares: Mapping[str, float],
     device: torch.device | str | None = None,
@@ -53,7 +54,8 @@ def measured_losses(
 
     Args:
         model: dense; it is as before at the end.
-        factored: weights by name, and factors that stand for them.
+        jobs: the weights.
+        factors_of: returns the factors that stand for a weight.
         batches: as for ``calibrate``; the first few are read.
         shares: what parts of the loss of a family its members have; any numbers of 0 or more by name.
         device: where to compute; None for where the model is.
@@ -63,37 +65,44 @@ def measured_losses(
         Losses by name, 0 or more: nats a token, or relative squared errors.
     """
     layers = dense_linears(model)
-    places = [name for job, _ in factored.values() for name in job.names]
+    places = [name for job in jobs for name in job.names]
     own = next(model.parameters()).device if device is None else torch.device(device)
+    families = _families(jobs)
     losses: dict[str, float] = {}
-    with torch.no_grad(), without_kv_cache(model), in_evaluation(model):
+    with (
+        bar("measuring losses", len(families), "weight", progress) as moving,
+        torch.no_grad(),
+        without_kv_cache(model),
+        in_evaluation(model),
+    ):
         narrow = computes_narrowly(model, batches[0], own)
         with (
             narrow_products(own) if narrow else nullcontext(),
             offloaded(model, list(blocks_of(model, places).values()), device),
         ):
             judge = _Judge(model, batches, own)
-            for members in over(_families(factored), "measuring losses", "weight", progress):
-                with _in_place(layers, [factored[name] for name in members]):
+            for members in families:
+                with _in_place(layers, [(job, factors_of(job)) for job in members]):
                     loss = judge.loss()
-                total = sum(shares[name] for name in members)
-                for name in members:
-                    losses[name] = loss * (shares[name] / total if total > 0 else 1 / len(members))
+                total = sum(shares[job.name] for job in members)
+                for job in members:
+                    losses[job.name] = loss * (shares[job.name] / total if total > 0 else 1 / len(members))
+                moving.update(1)
     return losses
 
 
-def _families(factored: Mapping[str, tuple[FactorJob, DoubleBinaryFactors]]) -> list[list[str]]:
+def _families(jobs: Sequence[FactorJob]) -> list[list[FactorJob]]:
     """Return which weights are measured together: each alone, but for long lists of a block."""
-    together: dict[str, list[str]] = {}
-    for name, (job, _) in factored.items():
+    together: dict[str, list[FactorJob]] = {}
+    for job in jobs:
         layer = job.names[0]
         block = MEMBER.search(layer)
         end = block.end() if block else 0
-        together.setdefault(layer[:end] + MEMBER.sub("*", layer[end:]), []).append(name)
+        together.setdefault(layer[:end] + MEMBER.sub("*", layer[end:]), []).append(job)
     return [
         part
-        for names in together.values()
-        for part in ([names] if len(names) > _LONG else [[name] for name in names])
+        for members in together.values()
+        for part in ([members] if len(members) > _LONG else [[job] for job in members])
     ]
 
 

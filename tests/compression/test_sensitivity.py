@@ -26,7 +26,10 @@ def factored_weights(model, **options):
 
 def losses_of(model, factored, batches, shares=None, **options):
     shares = shares or dict.fromkeys(factored, 1.0)
-    return measured_losses(model, factored, batches, shares, progress=False, **options)
+    jobs = [job for job, _ in factored.values()]
+    return measured_losses(
+        model, jobs, lambda job: factored[job.name][1], batches, shares, progress=False, **options
+    )
 
 
 def windows(count=2, high=256):
