@@ -9,6 +9,7 @@ a ``cap`` above 0 makes scores s to cap · tanh(s / cap). Keys lie transposed, s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -100,3 +101,12 @@ _library.impl("cached_attention", _autograd, "Autograd", with_keyset=True)
 _library.impl("cached_attention", _default, "CompositeExplicitAutograd")
 _library.impl("cached_attention", _cpu, "CPU")
 torch.library.register_fake("dbf::cached_attention", _fake, lib=_library)
+
+
+def empty_cache(
+    sizes: Sequence[tuple[int, int, int, torch.dtype]], rows: int, length: int, device: torch.device
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return keys [rows, H, D, length] and values [rows, H, length, V] of every layer, all 0."""
+    keys = [torch.zeros(rows, H, D, length, dtype=dtype, device=device) for H, D, _, dtype in sizes]
+    values = [torch.zeros(rows, H, length, V, dtype=dtype, device=device) for H, _, V, dtype in sizes]
+    return keys, values

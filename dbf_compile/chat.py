@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dbf_compile.calibration.limits import positions_of
 from dbf_compile.errors import OptionError
 from dbf_compile.generation import Generation, TextGenerator
+from dbf_compile.text_model import tokenizer_of
 
 
 class Conversation:
@@ -39,11 +39,11 @@ class Conversation:
         system: str | None = None,
         template: Mapping[str, Any] | None = None,
     ) -> None:
-        from dbf_compile.integrations import chat_templates, pretrained
+        from dbf_compile.integrations import chat_templates
 
         if generator.tokenizer is None:
-            pretrained.tokenizer_of(None)
-        chat_templates.check_has_template(generator.tokenizer, type(generator.model).__name__)
+            tokenizer_of(None)
+        chat_templates.check_has_template(generator.tokenizer, generator.about.name)
         self.generator, self.system, self.template = generator, system, dict(template or {})
         self.messages: list[dict[str, str]] = []
         self.left_out = 0
@@ -106,14 +106,14 @@ class Conversation:
         """Return an option of ``generate`` with the token that ends a turn, if the model's own settings lack it."""
         from dbf_compile.integrations import chat_templates
 
-        known = getattr(self.generator.model.generation_config, "eos_token_id", None)
+        known = getattr(self.generator.about.generation_config, "eos_token_id", None)
         ends = known if isinstance(known, list) else [] if known is None else [known]
         end = chat_templates.end_of_turn(self.generator.tokenizer)
         return {} if end is None or end in ends else {"eos_token_id": [*ends, end]}
 
     def _fitting(self, message: str, max_new_tokens: int) -> tuple[Tensor, int]:
         """Return the prompt, and how many tokens the answer may have."""
-        ids, limit = self.prompt(message), positions_of(self.generator.model)
+        ids, limit = self.prompt(message), self.generator.about.limits.positions
         if limit is None:
             return ids, max_new_tokens
         # Less than a quarter of the positions is no room for an answer. Then as much is left out at once as makes the rest
@@ -125,7 +125,7 @@ class Conversation:
         if ids.shape[1] > limit:
             raise OptionError(
                 f"a message that makes a prompt of {ids.shape[1]} tokens",
-                f"the {limit} positions of {type(self.generator.model).__name__}",
+                f"the {limit} positions of {self.generator.about.name}",
                 "shorten the message, or the system message",
             )
         # The last token of an answer is not read again.
@@ -149,10 +149,10 @@ def open_conversation(
     Raises:
         ConversionError: the tokenizer has no chat template, or the model generates no text.
     """
-    from dbf_compile.integrations import chat_templates, pretrained
+    from dbf_compile.integrations import chat_templates, origins
 
     trust = bool(options.get("trust_remote_code", False))
-    tokenizer = pretrained.tokenizer_of(pretrained.local_folder(model), trust)
+    tokenizer = tokenizer_of(origins.local_folder(model), trust)
     chat_templates.check_has_template(tokenizer, model)
     return Conversation(
         TextGenerator(model, tokenizer=tokenizer, **options), system=system, template=template

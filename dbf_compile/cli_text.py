@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from torch import Tensor
 
-from dbf_compile.calibration.model_io import is_encoder_decoder
 from dbf_compile.cli_options import (
     AsJson,
     Folder,
@@ -114,7 +113,7 @@ def generate(
             ]
             results[name] = rows if listed else rows[0]
             continue
-        is_answer = _is_chat(options) or is_encoder_decoder(generator.model)
+        is_answer = _is_chat(options) or generator.about.answers
         echoes = ["" if is_answer else text for text in texts]
         generations = _written(generator, inputs, settings, _heads(name, echoes, len(models)))
         say(_figures(generations, time.perf_counter() - began), options.progress)
@@ -145,7 +144,7 @@ def chat(
             # It gives input() a history and editing.
             import readline  # noqa: F401
     settings = options.generating()
-    own = conversation.generator.model.generation_config.to_diff_dict()
+    own = conversation.generator.about.generation_config.to_diff_dict()
     if settings.get("do_sample", True) and not any(name in settings or name in own for name in _DRAWING):
         settings |= _USUAL_DRAWING
     settings.setdefault("do_sample", True)

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dbf_compile.attention_ops import empty_cache
 from dbf_compile.compiler import programs
 from dbf_compile.errors import first_line
 from dbf_compile.files import cache_folder, one_at_a_time
 from dbf_compile.hashes import source_hash
-from dbf_compile.integrations import steps
+from dbf_compile.integrations.generation_settings import UnsuitedError
+from dbf_compile.integrations.starts import StoredModel
 from dbf_compile.machine import instructions
 from dbf_compile.progress import say
 
@@ -38,24 +40,32 @@ _DYNAMIC = {
 _EXAMPLES = {"part": (1, 24), "token": (1, 1), "rows": (3, 1)}
 
 
+class NotStoredError(Exception):
+    """A program has to be compiled, for which the model has to be opened."""
+
+
 class Decoder:
     """Runs a model over a cache of its own.
 
     Args:
-        model: of transformers, on a CPU.
+        model: of transformers, on a CPU; or what stands for one whose programs are compiled.
         compiled: False to run eagerly.
         progress: say on stderr what goes on.
 
     Raises:
         UnsuitedError: the model does not fit; its own ``generate`` does.
+        NotStoredError: what stands for the model does no longer.
+
+    Attributes:
+        sizes: of the cache, by layer.
     """
 
     def __init__(self, model: Any, compiled: bool, progress: bool) -> None:
-        reason = steps.why_unsuited(model)
-        if reason is not None:
-            raise steps.UnsuitedError(reason)
         self._model, self._compiled, self._progress = model, compiled, progress
-        self._sizes = steps.probe(model)
+        if isinstance(model, StoredModel):
+            self.sizes = model.sizes
+        else:
+            self.sizes = _steps().probe(model)
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self._held: list[list[int]] = []  # the tokens whose keys and values a row has
@@ -68,18 +78,36 @@ class Decoder:
         self._is_rounded = model.dtype in (torch.bfloat16, torch.float16)
         self._prepare("token")
 
-    def is_of_this_model(self) -> bool:
-        """Return whether the model's tensors are of the sizes, dtypes and devices that the programs are for."""
-        return self._forms == _forms_of(self._model)
+    def is_of(self, model: Any) -> bool:
+        """Return whether it runs this model, whose tensors are of the sizes, dtypes and devices that the programs are for."""
+        return model is self._model and self._forms == _forms_of(model)
 
     def prepare(self, rows: int) -> None:
         """Make the programs for so many rows.
 
         Raises:
             UnsuitedError: the model's step is not compiled as one.
+            NotStoredError: as for the class.
         """
         for kind in ("token", "part", *(["rows"] if rows > 1 else [])):
             self._prepare(kind)
+
+    def fingerprint(self) -> str:
+        """Return a hash of all that programs depend on."""
+        return self._model.fingerprint if isinstance(self._model, StoredModel) else _fingerprint(self._model)
+
+    def kinds(self) -> set[str]:
+        """Return which programs there are."""
+        return set(self._programs)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of the model that programs read, by their paths."""
+        arguments = {"model": self._model}
+        return {
+            path: tensor
+            for program in self._programs.values()
+            for path, tensor in program.tensors(arguments).items()
+        }
 
     def compile_seconds(self) -> float:
         """Return the seconds that programs took since the last call."""
@@ -130,14 +158,17 @@ class Decoder:
         if not self._compiled:
             rows = slice(None) if row is None else slice(row, row + 1)
             keys, values = ([tensor[rows] for tensor in cache] for cache in (self._keys, self._values))
+            steps = _steps()
             with torch.no_grad(), steps.our_attention(self._model):
-                return steps.step(self._model, tokens, positions, last, keys, values)
+                logits: Tensor = steps.step(self._model, tokens, positions, last, keys, values)
+                return logits
         self._prepare(kind)
         name = f"{kind} {row or 0}"
         if name not in self._calls:
             rows = slice(None) if kind == "rows" else slice(row or 0, (row or 0) + 1)
             keys, values = ([tensor[rows] for tensor in cache] for cache in (self._keys, self._values))
-            arguments = {"model": self._model, "keys": keys, "values": values}
+            stored = self._model.tensors if isinstance(self._model, StoredModel) else {}
+            arguments = {"model": self._model, "keys": keys, "values": values, **stored}
             self._calls[name] = _Call(self._programs[kind], arguments, tokens, positions, last)
         with torch.no_grad():
             return self._calls[name](tokens, positions, last)
@@ -147,7 +178,7 @@ class Decoder:
         old_rows, old_length = (self._keys[0].shape[0], self._keys[0].shape[3]) if self._keys else (0, 0)
         if rows != old_rows or length > old_length:
             length = max(old_length, -(-length // _MULTIPLE) * _MULTIPLE)
-            keys, values = steps.empty_cache(self._sizes, rows, length, self._model.device)
+            keys, values = empty_cache(self.sizes, rows, length, self._model.device)
             kept = min(rows, old_rows)
             for new, old in zip(keys, self._keys, strict=False):
                 new[:kept, :, :, :old_length] = old[:kept]
@@ -164,7 +195,7 @@ class Decoder:
     def _program(self, kind: str) -> None:
         """Load a program, or compile it."""
         began = time.perf_counter()
-        folder = cache_folder() / "programs" / f"{kind}-{self._fingerprint()}"
+        folder = cache_folder() / "programs" / f"{kind}-{self.fingerprint()}"
         program = programs.load_program(folder)
         if program is None:
             with suppress(OSError):
@@ -175,12 +206,15 @@ class Decoder:
         self._compile_seconds += time.perf_counter() - began
 
     def _compile(self, kind: str, folder: Path) -> programs.Program:
+        if isinstance(self._model, StoredModel):
+            raise NotStoredError(kind)
+        steps = _steps()
         # Imports Dynamo and Inductor, which takes seconds: only if there is something to compile.
         from dbf_compile.compiler.ahead_of_time import compile_program
 
         say("compiling; kept for the next start where the cache can be written", self._progress)
         rows, count = _EXAMPLES[kind]
-        keys, values = steps.empty_cache(self._sizes, rows, 2 * _MULTIPLE + 40, self._model.device)
+        keys, values = empty_cache(self.sizes, rows, 2 * _MULTIPLE + 40, self._model.device)
         arguments = {
             "model": self._model,
             "tokens": torch.zeros(rows, count, dtype=torch.int64),
@@ -193,25 +227,33 @@ class Decoder:
             with steps.our_attention(self._model):
                 return compile_program(steps.step, arguments, _DYNAMIC[kind], folder, fast=self._is_rounded)
         except Exception as error:  # whatever the code of a model has that cannot be traced whole
-            raise steps.UnsuitedError(f"it is not compiled as one ({first_line(error)})") from error
+            raise UnsuitedError(f"it is not compiled as one ({first_line(error)})") from error
 
-    def _fingerprint(self) -> str:
-        parts = (
-            steps.fingerprint(self._model),
-            source_hash("dbf_compile"),
-            torch.__version__,
-            torch.version.git_version,
-            instructions(),
-            torch.get_num_threads(),
-        )
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+def _steps() -> Any:
+    # Imports the code of models, which takes seconds: only if there is one.
+    from dbf_compile.integrations import steps
+
+    return steps
+
+
+def _fingerprint(model: Any) -> str:
+    parts = (
+        _steps().fingerprint(model),
+        source_hash("dbf_compile"),
+        torch.__version__,
+        torch.version.git_version,
+        instructions(),
+        torch.get_num_threads(),
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
 def _weights_of(model: Any) -> list[tuple[int, int]]:
     """Return what changes when weights do: where they lie, and how often they were written to."""
     return [
         (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
-        for tensor in (*model.parameters(), *model.buffers())
+        for _, tensor in (*model.named_parameters(), *model.named_buffers())
     ]
 
 

@@ -12,19 +12,13 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from dbf_compile.calibration.limits import Limits, positions_of
-from dbf_compile.calibration.model_io import (
-    check_reads_tokens,
-    is_encoder_decoder,
-    predicts_tokens,
-    vocabulary_of,
-)
-from dbf_compile.errors import ConversionError, OptionError
+from dbf_compile.errors import OptionError
 from dbf_compile.machine import chosen_device
 from dbf_compile.options import Sampling
 from dbf_compile.progress import over, say
 from dbf_compile.records import parse
 from dbf_compile.sampling import Sampler, checked
+from dbf_compile.text_model import TextModel, opened, tokenizer_of
 from dbf_compile.text_stream import TextStream
 
 
@@ -101,20 +95,24 @@ class TextGenerator:
         progress: bool = True,
     ) -> None:
         place = chosen_device(device)
-        opened, self.tokenizer = _opened(model, tokenizer, trust_remote_code, progress)
-        check_reads_tokens(opened)
-        if not predicts_tokens(opened):
-            raise ConversionError(
-                f"{type(opened).__name__}, which generates no text",
-                "a model with can_generate(), such as one for causal language modeling",
-                "call it directly, or open it as another class",
+        if isinstance(model, nn.Module):
+            self.about = TextModel(model, None, place)
+            self.tokenizer = tokenizer
+        else:
+            say(f"opening {model}", progress)
+            self.about, self.tokenizer = opened(
+                model, tokenizer, place, compiled, trust_remote_code, progress
             )
-        self.model = opened.to(place).eval()
         self._compiled, self._progress = compiled, progress
-        self._weight_bytes = weight_bytes(self.model)
         self._decoder: Any = None
+        self._kept: set[str] = set()
         self._fits = True  # our own loop, as far as is known
         self._said: set[str] = set()
+
+    @property
+    def model(self) -> Any:
+        """The model; one that was not needed so far is opened."""
+        return self.about.model
 
     @overload
     def generate(self, prompts: str | Tensor, **options: Any) -> Generation: ...
@@ -162,7 +160,7 @@ class TextGenerator:
         others = {key: value for key, value in options.items() if key not in names}
         ids = [self._ids(text) for text in texts]
         for row in ids:
-            _check_prompt(self.model, row, max_new_tokens)
+            self._check(row, max_new_tokens)
         streams = [TextStream(self.tokenizer, stop, stream) for _ in ids]
         way = self._steps(len(ids), sampling, others)
         if way is None:
@@ -179,18 +177,21 @@ class TextGenerator:
         self, rows: int, sampling: Sampling, others: dict[str, Any]
     ) -> tuple[Sampling, set[int]] | None:
         """Return how to choose tokens with our own loop, and which end a text; None where a model or an option does not fit it."""
-        from dbf_compile.decoding import Decoder
-        from dbf_compile.integrations.steps import UnsuitedError, sampling_of
+        from dbf_compile.decoding import NotStoredError
+        from dbf_compile.integrations.generation_settings import UnsuitedError, sampling_of
 
         try:
-            way = sampling_of(self.model, sampling, others)
-            if self._decoder is not None and not self._decoder.is_of_this_model():
+            way = sampling_of(self.about.generation_config, sampling, others)
+            if self._decoder is not None and not self._decoder.is_of(self.about.source):
                 self._decoder, self._fits = None, True
             if self._fits:
                 try:
-                    if self._decoder is None:
-                        self._decoder = Decoder(self.model, self._compiled, self._progress)
-                    self._decoder.prepare(rows)
+                    try:
+                        self._prepare(rows)
+                    except NotStoredError:
+                        self.about.open()
+                        self._decoder = None
+                        self._prepare(rows)
                 except UnsuitedError:  # an interruption says nothing of the model
                     self._decoder, self._fits = None, False
                     raise
@@ -200,6 +201,17 @@ class TextGenerator:
             self._said.add(message)
             return None
         return None if self._decoder is None else way
+
+    def _prepare(self, rows: int) -> None:
+        """Make the decoder ready for so many rows, and keep what the next start takes."""
+        from dbf_compile.decoding import Decoder
+
+        if self._decoder is None:
+            self._decoder, self._kept = Decoder(self.about.source, self._compiled, self._progress), set()
+        self._decoder.prepare(rows)
+        if self._decoder.kinds() != self._kept:
+            self._kept = self._decoder.kinds()
+            self.about.keep(self._decoder, self.tokenizer)
 
     def _by_steps(
         self,
@@ -213,7 +225,7 @@ class TextGenerator:
         decoder = self._decoder
         assert decoder is not None
         compiling = decoder.compile_seconds()
-        sampler = Sampler(sampling, len(prompts), self.model.device)
+        sampler = Sampler(sampling, len(prompts), self.about.device)
         history, active = [list(tokens) for tokens in prompts], [True] * len(prompts)
         began = time.perf_counter()
         logits, known = decoder.read(prompts, max_new_tokens)
@@ -231,7 +243,7 @@ class TextGenerator:
                 break
         times = (first - began, time.perf_counter() - first, compiling)
         return [
-            Generation(text.end(), len(prompt), len(text.tokens), *times, self._weight_bytes, reused)
+            Generation(text.end(), len(prompt), len(text.tokens), *times, self.about.weight_bytes, reused)
             for text, prompt, reused in zip(streams, prompts, known, strict=True)
         ]
 
@@ -240,17 +252,36 @@ class TextGenerator:
         from dbf_compile.integrations.generate import generate as run
 
         times = run(self.model, ids, text, options, self._compiled, self._progress)
-        return Generation(text.end(), ids.shape[1], len(text.tokens), *times, self._weight_bytes)
+        return Generation(text.end(), ids.shape[1], len(text.tokens), *times, self.about.weight_bytes)
+
+    def _check(self, ids: Tensor, max_new_tokens: int) -> None:
+        """Refuse a prompt that the model cannot go on from."""
+        if ids.dim() != 2 or ids.shape[0] != 1 or not ids.shape[1]:
+            raise OptionError(
+                f"a prompt of token ids of shape {list(ids.shape)}",
+                "one row of one token or more",
+                "pass several prompts as a list",
+            )
+        limits = self.about.limits
+        limits.check({"input_ids": ids}, "the prompt")
+        # The last token is not read again.
+        length = (
+            max(ids.shape[1], max_new_tokens) if self.about.answers else ids.shape[1] + max_new_tokens - 1
+        )
+        if limits.positions is not None and length > limits.positions:
+            raise OptionError(
+                f"a prompt of {ids.shape[1]} tokens and max_new_tokens={max_new_tokens}",
+                f"the {limits.positions} positions of {self.about.name}",
+                "shorten the prompt, or ask for fewer new tokens",
+            )
 
     def _ids(self, prompt: str | Tensor) -> Tensor:
         ids: Tensor = prompt if isinstance(prompt, Tensor) else self._tokenized(prompt)
-        return ids.to(self.model.device)
+        return ids.to(self.about.device)
 
     def _tokenized(self, prompt: str) -> Any:
         if self.tokenizer is None:
-            from dbf_compile.integrations import pretrained
-
-            self.tokenizer = pretrained.tokenizer_of(None)
+            self.tokenizer = tokenizer_of(None)
         return self.tokenizer(prompt, return_tensors="pt")["input_ids"]
 
 
@@ -297,21 +328,6 @@ def generate(
     return generator.generate(prompt, max_new_tokens=max_new_tokens, stream=stream, **options)
 
 
-def _opened(model: nn.Module | str | Path, tokenizer: Any, trust: bool, shown: bool) -> tuple[Any, Any]:
-    """Return a model and its tokenizer, opened where they are named."""
-    if isinstance(model, nn.Module):
-        return model, tokenizer
-    say(f"opening {model}", shown)
-    from dbf_compile.integrations import pretrained
-    from dbf_compile.integrations.bars import bars_of_transformers
-
-    with bars_of_transformers(shown):
-        folder = pretrained.local_folder(model)
-        opened = pretrained.open_any(folder, trust)
-        check_reads_tokens(opened)  # a model of pictures has no tokenizer either
-        return opened, pretrained.tokenizer_of(folder, trust) if tokenizer is None else tokenizer
-
-
 def _check_options(max_new_tokens: int, stop: Sequence[str], options: dict[str, Any]) -> None:
     """Refuse what no way of generating does."""
     if max_new_tokens < 1:
@@ -323,28 +339,6 @@ def _check_options(max_new_tokens: int, stop: Sequence[str], options: dict[str, 
             f"num_beams={options['num_beams']}",
             "one beam: text is passed on token by token",
             "call generate of the model itself, which dbf_compile loads like any other",
-        )
-
-
-def _check_prompt(model: nn.Module, ids: Tensor, max_new_tokens: int) -> None:
-    """Refuse a prompt that the model cannot go on from."""
-    if ids.dim() != 2 or ids.shape[0] != 1 or not ids.shape[1]:
-        raise OptionError(
-            f"a prompt of token ids of shape {list(ids.shape)}",
-            "one row of one token or more",
-            "pass several prompts as a list",
-        )
-    Limits.of(model).check({"input_ids": ids}, "the prompt")
-    limit = positions_of(model)
-    # The last token is not read again.
-    length = (
-        max(ids.shape[1], max_new_tokens) if is_encoder_decoder(model) else ids.shape[1] + max_new_tokens - 1
-    )
-    if limit is not None and length > limit:
-        raise OptionError(
-            f"a prompt of {ids.shape[1]} tokens and max_new_tokens={max_new_tokens}",
-            f"the {limit} positions of {type(model).__name__}",
-            "shorten the prompt, or ask for fewer new tokens",
         )
 
 
@@ -376,7 +370,7 @@ def time_models(
     for _ in over(range(rounds), "timing", "round", progress):
         for name, generator in opened.items():
             words = len(generator.tokenizer)
-            vocabulary = min(words, vocabulary_of(generator.model) or words)
+            vocabulary = min(words, generator.about.limits.vocabulary or words)
             prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
             generation = generator.generate(prompt, max_new_tokens=new_tokens, eos_token_id=-1)
             figures[name].append(generation.summary())
@@ -384,12 +378,3 @@ def time_models(
         name: {key: statistics.median(row[key] for row in rows) for key in rows[0]}
         for name, rows in figures.items()
     }
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Return the bytes of a model's parameters and buffers; tensors that layers share count once."""
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in (*model.parameters(), *model.buffers())
-    }
-    return sum(storages.values())

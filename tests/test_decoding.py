@@ -6,9 +6,9 @@ from support.models.tiny import factored, tiny_gpt2, tiny_llama
 
 from dbf_compile.decoding import Decoder
 from dbf_compile.generation import TextGenerator
+from dbf_compile.integrations.generation_settings import UnsuitedError
 
 transformers = pytest.importorskip("transformers")
-steps = pytest.importorskip("dbf_compile.integrations.steps")
 SIZES = {
     "vocab_size": 97,
     "hidden_size": 32,
@@ -178,7 +178,7 @@ def test_a_model_whose_tensors_change_gets_another_decoder():
 def test_a_step_that_is_not_compiled_goes_to_transformers(monkeypatch, kind):
     def programs(decoder, asked):
         if asked == kind:
-            raise steps.UnsuitedError("no compiler")
+            raise UnsuitedError("no compiler")
         decoder._programs[asked] = None
 
     monkeypatch.setattr(Decoder, "_program", programs)

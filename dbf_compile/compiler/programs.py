@@ -45,8 +45,14 @@ class Program:
         self.function, self.paths = function, list(paths)
 
     def inputs(self, arguments: Mapping[str, Any]) -> list[Tensor]:
-        """Return the flat inputs of a call with these arguments."""
+        """Return the flat inputs of a call with these arguments; in place of one, its tensors may be there by their paths."""
         return [_input(path, arguments) for path in self.paths]
+
+    def tensors(self, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return by path the tensors of some arguments that inputs are, or are made of."""
+        begins = tuple(f"L['{name}']" for name in arguments)
+        paths = (path for whole in self.paths for path in _parts(whole))
+        return {path: _at(path, arguments) for path in paths if path.startswith(begins)}
 
     def places(self, name: str) -> list[int]:
         """Return where in the flat inputs an argument stands that is a tensor."""
@@ -63,7 +69,17 @@ def _input(path: str, arguments: Mapping[str, Any]) -> Tensor:
     return prepare_layers(tensors, vectors, interleaved == ["True"])
 
 
+def _parts(path: str) -> list[str]:
+    """Return the paths of the tensors that an input is made of."""
+    if not path.startswith(PREPARED):
+        return [path]
+    factors, biases, _ = path.removeprefix(PREPARED).split("|")
+    return [*factors.split(), *biases.split()]
+
+
 def _at(path: str, arguments: Mapping[str, Any]) -> Any:
+    if path in arguments:
+        return arguments[path]
     value: Any = arguments
     for match in _STEP.finditer(path.removeprefix("L")):
         key, index, attribute = match.groups()

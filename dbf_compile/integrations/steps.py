@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,51 +20,15 @@ import transformers
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-import dbf_compile.attention_ops  # noqa: F401  # registers the operator
+from dbf_compile.attention_ops import empty_cache
 from dbf_compile.errors import first_line
-from dbf_compile.options import Sampling
+from dbf_compile.integrations.generation_settings import UnsuitedError
 
 ATTENTION = "dbf_cached"
 # Layers that attend to all, or to the last, tokens before them. Others keep a state of their own.
 _KINDS = {"full_attention", "sliding_attention"}
 # What models pass to their attention beside its operands, and does not change the result here.
 _IGNORED = {"position_ids", "use_cache", "cache_position", "dropout", "is_causal", "return_dict"}
-
-
-# Settings of generation that have no influence here, or that we read.
-_SETTINGS = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config"}
-_SETTINGS |= {"do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
-_SETTINGS |= {"max_length", "max_new_tokens", "num_beams", "use_cache", "early_stopping", "length_penalty"}
-_DEFAULT_TOP_K = 50  # of transformers, where nothing else is said
-
-
-class UnsuitedError(Exception):
-    """The model does something that a step over our cache does not have; the message says what."""
-
-
-def sampling_of(model: Any, sampling: Sampling, options: Mapping[str, Any]) -> tuple[Sampling, set[int]]:
-    """Return how ``generate`` of transformers would choose tokens, and the tokens that end a text.
-
-    Raises:
-        UnsuitedError: settings or options that a step over our cache does not have.
-    """
-    config = model.generation_config
-    active = {name for name, value in config.to_diff_dict().items() if value}  # what is off is no setting
-    unknown = sorted((set(options) - {"eos_token_id", "pad_token_id"}) | (active - _SETTINGS))
-    if unknown:
-        raise UnsuitedError(f"the settings {', '.join(unknown)}")
-    own = {
-        name: getattr(config, name, None)
-        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        if getattr(sampling, name) is None
-    }
-    if not sampling.do_sample:
-        own = {"repetition_penalty": own["repetition_penalty"]} if "repetition_penalty" in own else {}
-    elif "top_k" in own:
-        own["top_k"] = _DEFAULT_TOP_K if own["top_k"] is None else own["top_k"]
-    ends = options.get("eos_token_id", config.eos_token_id)
-    ends = [] if ends is None else ends if isinstance(ends, (list, tuple)) else [ends]
-    return replace(sampling, **own), {int(token) for token in ends}
 
 
 class StepCache(transformers.Cache):
@@ -242,26 +206,21 @@ def probe(model: Any) -> list[tuple[int, int, int, torch.dtype]]:
     return sizes
 
 
-def empty_cache(
-    sizes: Sequence[tuple[int, int, int, torch.dtype]], rows: int, length: int, device: torch.device
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Return keys [rows, H, D, length] and values [rows, H, length, V] of every layer, all 0."""
-    keys = [torch.zeros(rows, H, D, length, dtype=dtype, device=device) for H, D, _, dtype in sizes]
-    values = [torch.zeros(rows, H, length, V, dtype=dtype, device=device) for H, _, V, dtype in sizes]
-    return keys, values
-
-
 def fingerprint(model: Any) -> str:
     """Return a hash of all that the code of a step depends on: configuration, classes, tensors' shapes, strides and dtypes."""
-    digest = hashlib.sha256(
-        f"{transformers.__version__} {model.config.to_json_string(use_diff=False)}".encode()
-    )
+    config = json.loads(model.config.to_json_string(use_diff=False), object_hook=_without_place)
+    digest = hashlib.sha256(f"{transformers.__version__} {json.dumps(config, sort_keys=True)}".encode())
     names = sorted({f"{type(module).__module__}.{type(module).__qualname__}" for module in model.modules()})
     digest.update(" ".join(names).encode())
     digest.update(inspect.getsource(inspect.getmodule(type(model)) or type(model)).encode())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.stride()} {tensor.dtype}".encode())
     return digest.hexdigest()
+
+
+def _without_place(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration without the folder that it comes from, so that a copy of a folder has the same programs."""
+    return {name: value for name, value in config.items() if name != "_name_or_path"}
 
 
 _NO_TOKEN = 2**31 - 1  # of any vocabulary; below 0 transformers warns that it may crash

@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dbf_compile.attention_ops import empty_cache
 from dbf_compile.calibration.limits import Limits, embedded_ids
 from dbf_compile.calibration.model_io import is_causal, reads_tokens
 from dbf_compile.calibration.openings import Openings
 from dbf_compile.errors import ConversionError, WeightError
 from dbf_compile.integrations import steps
+from dbf_compile.integrations.generation_settings import UnsuitedError
 from dbf_compile.options import Sampling
 from dbf_compile.sampling import Sampler
 
@@ -115,7 +117,7 @@ class Writer:
         chooser = _Chooser(self, rows, advance)
         try:
             sizes = steps.probe(self.model)
-        except steps.UnsuitedError:
+        except UnsuitedError:
             steps.generate_by(self.model, chooser.last, self.length - 1, chooser.choose)
         else:
             self._by_steps(chooser, len(rows), sizes)
@@ -124,7 +126,7 @@ class Writer:
     def _by_steps(
         self, chooser: _Chooser, rows: int, sizes: Sequence[tuple[int, int, int, torch.dtype]]
     ) -> None:
-        keys, values = steps.empty_cache(sizes, rows, self.length, self.model.device)
+        keys, values = empty_cache(sizes, rows, self.length, self.model.device)
         last = torch.tensor([0])
         with steps.our_attention(self.model):
             for position in range(self.length - 1):

@@ -4,10 +4,9 @@ import pytest
 import torch
 from support.models.tiny import tiny_llama
 
-from dbf_compile.options import Sampling
-
 transformers = pytest.importorskip("transformers")
 from dbf_compile.integrations import steps  # noqa: E402
+from dbf_compile.integrations.generation_settings import UnsuitedError  # noqa: E402
 
 
 def test_a_probe_finds_the_sizes_of_the_cache():
@@ -28,7 +27,7 @@ def test_a_model_that_computes_something_else_is_found_out():
         return (-attended if kwargs["attention_mask"] is not None else attended), weights
 
     model.model.layers[0].self_attn.forward = other
-    with pytest.raises(steps.UnsuitedError, match="something else"):
+    with pytest.raises(UnsuitedError, match="something else"):
         steps.probe(model)
 
 
@@ -47,24 +46,14 @@ def test_reasons_are_given(change, words):
     assert words in steps.why_unsuited(model)
 
 
-def test_settings_are_those_that_transformers_would_use():
-    model = tiny_llama()
-    model.generation_config = transformers.GenerationConfig(
-        do_sample=True, temperature=0.6, top_p=0.9, repetition_penalty=1.1, eos_token_id=[2, 3]
-    )
-    greedy, ends = steps.sampling_of(model, Sampling(do_sample=False), {})
-    assert greedy == Sampling(do_sample=False, repetition_penalty=1.1) and ends == {2, 3}
-    drawn, ends = steps.sampling_of(model, Sampling(do_sample=True, top_p=0.5), {"eos_token_id": 7})
-    assert (drawn.temperature, drawn.top_p, drawn.top_k) == (0.6, 0.5, 50) and ends == {7}
-    with pytest.raises(steps.UnsuitedError, match="nonsense"):
-        steps.sampling_of(model, Sampling(), {"nonsense": 1})
-    model.generation_config.no_repeat_ngram_size = 2
-    with pytest.raises(steps.UnsuitedError, match="no_repeat_ngram_size"):
-        steps.sampling_of(model, Sampling(), {})
-
-
 def test_fingerprints_tell_shapes_and_settings_apart():
     model = tiny_llama()
     assert steps.fingerprint(model) == steps.fingerprint(tiny_llama())
     assert steps.fingerprint(model) != steps.fingerprint(tiny_llama(layers=1))
     assert steps.fingerprint(model) != steps.fingerprint(tiny_llama(rms_norm_eps=1e-3))
+
+
+def test_a_copy_of_a_folder_has_the_same_programs():
+    model, copy = tiny_llama(), tiny_llama()
+    model.config._name_or_path, copy.config._name_or_path = "here", "there"
+    assert steps.fingerprint(model) == steps.fingerprint(copy)

@@ -15,6 +15,7 @@ from support.models.tiny import tiny_bert, tiny_gpt2, tiny_llama
 
 from dbf_compile.errors import ConversionError, WeightError
 from dbf_compile.integrations import steps
+from dbf_compile.integrations.generation_settings import UnsuitedError
 from dbf_compile.options import Sampling
 from dbf_compile.run import writing
 from dbf_compile.run.writing import Writer
@@ -64,7 +65,7 @@ def test_both_ways_write_the_same(monkeypatch: Any) -> None:
     ours = writer_of(model, temperature=0.2).write(range(3))
 
     def refuse(_: Any) -> None:
-        raise steps.UnsuitedError("it is another")
+        raise UnsuitedError("it is another")
 
     monkeypatch.setattr(steps, "probe", refuse)
     theirs = writer_of(model, temperature=0.2).write(range(3))
