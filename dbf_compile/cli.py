@@ -86,9 +86,10 @@ def _fail(message: str) -> NoReturn:
     sys.exit(1)
 
 
-def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
-    """Say a warning as users read it: without the place in our code."""
-    say(f"warning: {message}", True)
+def _warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    """Say a warning as users read it: without the place in our code; what will change in a library is for who programs it."""
+    if not issubclass(category, (FutureWarning, DeprecationWarning)):
+        say(f"warning: {message}", True)
 
 
 def _show_version(asked: bool) -> None:

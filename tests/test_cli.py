@@ -231,3 +231,14 @@ def test_of_processes_of_torchrun_one_prints(capsys, monkeypatch):
     monkeypatch.delenv("MASTER_PORT")  # a variable that something else has left starts no processes
     cli._print(False, {}, lambda: "done")
     assert capsys.readouterr().out == "done\n"
+
+
+def test_of_warnings_a_user_sees_what_concerns_them(capfd):
+    program = (
+        "import warnings; from dbf_compile import cli\n"
+        "cli.app = lambda **_: [warnings.warn(f'{kind.__name__} here', kind, stacklevel=1)"
+        " for kind in (UserWarning, FutureWarning)]\n"
+        "cli.main()"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert capfd.readouterr() == ("", "warning: UserWarning here\n")
