@@ -5,7 +5,8 @@
 A sign has no gradient. It is the sign of a latent number, which gets the gradient of the sign (straight-through
 estimator); the sign flips when its latent crosses zero. A latent starts at a distance from zero that is the confidence of
 its sign: the rise of the weight's error if that sign alone were flipped, divided by the mean over its row of
-``signs_out`` (column of ``signs_in``).
+``signs_out`` (column of ``signs_in``), and a twentieth of that mean at least: with whole moments there are signs whose flip alone
+would gain, but not that of all of them.
 
 Source: straight-through refinement of factors and the training loop (Adam, cosine schedule to zero, one window a step)
 as in NanoQuant; latents from the cost of a flip are our own. Learning rates are relative to the root mean square of each
@@ -35,6 +36,7 @@ from dbf_compile.stand_in import FactoredStandIn
 
 _SCALES = ("scale_in", "scale_mid", "scale_out")
 _TINY = 1e-30
+_LEAST = 0.05  # of a latent whose sign costs nothing to flip, or less: a few steps have to agree on it
 _BETAS = (0.9, 0.95)
 _HALVINGS = 2  # of the way from the start to the last state
 
@@ -112,8 +114,10 @@ class TrainableDoubleBinary(Trainable):
         owner: TrainableDoubleBinary | None = None,
     ) -> None:
         super().__init__(factors, bias, owner)
-        inner = unpack_signs(factors.signs_in, factors.in_features) * confidence[0]
-        outer = unpack_signs(factors.signs_out, factors.mid_features) * confidence[1]
+        # A latent of 0 would forget a sign of -1: thousands would flip before anything is learned.
+        inner, outer = (each.clamp_min(_LEAST) for each in confidence)
+        inner = unpack_signs(factors.signs_in, factors.in_features) * inner
+        outer = unpack_signs(factors.signs_out, factors.mid_features) * outer
         self.latent_in = nn.Parameter(inner, requires_grad=False) if owner is None else owner.latent_in
         self.latent_out = nn.Parameter(outer, requires_grad=False)
 

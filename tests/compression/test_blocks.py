@@ -169,10 +169,15 @@ def test_batches_that_are_held_out_judge_and_teach_nothing(setting):
     trained = [stage for stage in plain.stages if stage["epochs"] is not None]
     assert [stage["stage"] for stage in trained] == ["tune"] * 4 + ["refine"]
     assert all(stage["after"] <= stage["before"] for stage in trained)
-    # Targets that nothing learned from leads to: all training is dropped, and the factors are those without any.
+    # Nothing learned leads to these targets. Training is dropped, but where by chance it makes outputs smaller, which is less far
+    # from their opposites.
     strange = [*targets[:-3], *(-target for target in targets[-3:])]
     judged = of(strange)
-    assert [stage["epochs"] for stage in judged.stages if stage["stage"] == "tune"].count(0) >= 3
+    kept, usual = (
+        [stage["epochs"] for stage in result.stages if stage["stage"] == "tune"] for result in (judged, plain)
+    )
+    assert kept[:2] == [0, 0] and sum(kept) < sum(usual)
+    assert all(stage["after"] <= stage["before"] for stage in judged.stages if stage["epochs"] is not None)
 
 
 def test_the_last_weight_of_a_block_makes_up_for_what_was_lost_in_closed_form(setting, monkeypatch):

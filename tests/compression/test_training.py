@@ -162,6 +162,28 @@ def test_confidence_is_what_flipping_a_sign_costs(N, K, R, seed, weighted):
         assert bool((confidence >= 0).all())
 
 
+@settings(max_examples=20)
+@given(
+    N=st.integers(1, 12),
+    K=st.integers(1, 12),
+    R=st.integers(1, 9),
+    seed=st.integers(0, 99),
+    whole=st.booleans(),
+    forgotten=st.booleans(),
+)
+def test_before_it_learns_a_layer_has_the_signs_of_its_factors(N, K, R, seed, whole, forgotten):
+    weight, x = randn(N, K, seed=seed), randn(40, K, seed=seed + 1)
+    importance = Importance(x.T @ x if whole else x.square().mean(0))
+    # Hardly searched: flips of single signs gain.
+    factors = factorize(weight, R, importance, FactorizerConfig(iterations=1, sweeps=0))
+    confidence = sign_confidence(weight, factors, importance)
+    if forgotten:
+        confidence = tuple(torch.zeros_like(each) for each in confidence)
+    inner, outer = TrainableDoubleBinary(factors, confidence).signs()
+    assert torch.equal(inner, unpack_signs(factors.signs_in, K))
+    assert torch.equal(outer, unpack_signs(factors.signs_out, R))
+
+
 def fit(layer, weight, rates, epochs=10):
     """Train a layer to give a weight's outputs; return the loss before and after."""
     x, steps = randn(256, weight.shape[1], seed=1), []
