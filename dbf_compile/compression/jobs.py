@@ -27,9 +27,8 @@ from dbf_compile.factors import DoubleBinaryFactors
 from dbf_compile.machine import default_workers
 from dbf_compile.progress import bar, over
 
-MEMBER = re.compile(
-    r"(?<=[._])\d+(?=\.|$)"
-)  # the number of a member of a list: experts.3.down_proj, expert_3.wo
+# The number of a member of a list: experts.3.down_proj, expert_3.wo
+MEMBER = re.compile(r"(?<=[._])\d+(?=\.|$)")
 _BATCHED_WEIGHTS = 2**23  # larger ones keep a GPU busy on their own
 _BATCHED_JOBS = 256  # a run holds an open lock for each
 _POLL_SECONDS = 0.2

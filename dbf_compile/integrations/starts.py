@@ -149,12 +149,9 @@ class OpenedModel:
         with suppress(OSError, ValueError, TypeError, SafetensorError):
             places = self._places(tensors)
             kept = {path for paths in places.values() for path in paths}
-            others = {
-                path: tensor.detach().clone(memory_format=torch.contiguous_format)
-                for path, tensor in tensors.items()
-                if path not in kept
-            }
-            if sum(tensor.nbytes for tensor in others.values()) > _MOST:
+            others = {path: tensor for path, tensor in tensors.items() if path not in kept}
+            # Before all files are read.
+            if sum(tensor.nbytes for tensor in others.values()) > _MOST or not self._hold(places, tensors):
                 return
             facts = {
                 **self._facts,
@@ -165,15 +162,15 @@ class OpenedModel:
                 "tokenizer": _class_of(self._folder, tokenizer),
             }
             self._file.parent.mkdir(parents=True, exist_ok=True)
+            others = {
+                path: tensor.detach().clone(memory_format=torch.contiguous_format)
+                for path, tensor in others.items()
+            }
             with atomic_write(self._file) as partial:
                 save_file(others, partial, with_checksums(others, {_START: json.dumps(facts)}))
 
     def _places(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
-        """Return for every file of the folder which tensors of programs it holds, by path.
-
-        Raises:
-            ValueError: it holds one of that name with another content, which the model has made of several, or cast.
-        """
+        """Return for every file of the folder which tensors of programs it holds, by path and name."""
         names: dict[int, list[str]] = {}
         for name, tensor in _tensors_of(self._model):
             names.setdefault(id(tensor), []).append(name)
@@ -186,11 +183,17 @@ class OpenedModel:
                     held = [name for name in left[path] if name in stored]
                     if not held:
                         continue
-                    if not _is_same(tensors[path], opened.get_tensor(held[0])):
-                        raise ValueError(f"{held[0]} is another tensor in {file}")
                     places.setdefault(file.name, {})[path] = held[0]
                     del left[path]
         return places
+
+    def _hold(self, places: Mapping[str, Mapping[str, str]], tensors: Mapping[str, Tensor]) -> bool:
+        """Return whether files hold the content, too: a model may have made it of several tensors, or cast it."""
+        for file, names in places.items():
+            with safe_open(self._folder / file, "pt") as opened:
+                if not all(_is_same(tensors[path], opened.get_tensor(name)) for path, name in names.items()):
+                    return False
+        return True
 
 
 def file_of(folder: Path) -> Path:
