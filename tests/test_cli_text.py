@@ -137,14 +137,22 @@ def test_a_model_without_template_is_refused_before_its_weights_are_read(tmp_pat
         assert isinstance(error, ConversionError) and "dbf-compile generate" in str(error)
 
 
-def read_until(descriptor, *words, seconds=90):
-    """Return what a program has written when one of these words is there."""
-    text, end = "", time.monotonic() + seconds
-    while not any(word in text for word in words):
-        assert time.monotonic() < end, text
-        if select.select([descriptor], [], [], 0.1)[0]:
-            text += os.read(descriptor, 4096).decode(errors="replace")
-    return text
+class Screen:
+    """What a program writes into a terminal, taken piece by piece; pieces end where words do."""
+
+    def __init__(self, descriptor):
+        self.descriptor, self.unread = descriptor, ""
+
+    def until(self, *words, seconds=90):
+        """Return the first of these words that is there, and what stood before it."""
+        end = time.monotonic() + seconds
+        while not (found := [(self.unread.index(word), word) for word in words if word in self.unread]):
+            assert time.monotonic() < end, self.unread
+            if select.select([self.descriptor], [], [], 0.1)[0]:
+                self.unread += os.read(self.descriptor, 4096).decode(errors="replace")
+        place, word = min(found)
+        before, self.unread = self.unread[:place], self.unread[place + len(word) :]
+        return word, before
 
 
 @pytest.mark.slow
@@ -171,22 +179,21 @@ def test_a_conversation_in_a_terminal(model):
         env={**os.environ, "TERM": "dumb"},
     )
     try:
-        assert "opening" in read_until(near, "> ")
+        screen = Screen(near)
+        assert "opening" in screen.until("> ")[1]
         stopped, idle = "[stopped after", "Ctrl-C again ends the program"
         for delay in (0.3, 0.1, 0.05, 0.02, 0.01):  # a fast machine has answered before
             os.write(near, b"hi\r")
-            read_until(near, "hi\r\n")
+            screen.until("hi\r\n")
             time.sleep(delay)
             process.send_signal(signal.SIGINT)
-            text = read_until(near, stopped, idle)
-            said = stopped if stopped in text else idle
-            if "> " not in text.partition(said)[2]:  # of one piece, or of two
-                read_until(near, "> ")
+            said, _ = screen.until(stopped, idle)
+            screen.until("> ")
             if said == stopped:
                 break
         assert said == stopped
         os.write(near, b"/exit\r")
-        read_until(near, "/exit")
+        screen.until("/exit")
         assert process.wait(60) == 0
     finally:
         process.kill()
