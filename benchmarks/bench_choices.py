@@ -45,6 +45,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "no refining": {"refine": 0},
     "4 epochs of refining": {"refine": 4},
     "whole input moments": {"curvature": "input"},
+    "whole input moments, 100 turns": {"curvature": "input", "iterations": 100},
     "tempered": {"temper": 0.5},
     "tempered input moments": {"curvature": "input", "temper": 0.5},
     "Kronecker, tempered": {"curvature": "kronecker", "temper": 0.5},

@@ -1,10 +1,11 @@
 """How signs should learn: rules compared on a model of 260 thousand parameters, at one and two bits, with fresh text.
 
-    python benchmarks/finetune_rules.py [--bits 1.0] [--rules latents score]
+    python benchmarks/finetune_rules.py [--bits 1.0] [--rules scores latents]
 
 The model is compressed with the first quarter of the text; a run learns from the rest, each window once, but for 64 windows
 of 256 tokens that it is judged with. Everything else is as in ``dbf_compile.finetune``. The table is
-``benchmarks/results/finetune.csv``; runs that it has are not done again.
+``benchmarks/results/finetune.csv``; runs that it has are not done again. Rows of rules that are not here are of the commits
+that they name: latents by Adam, latents that begin anew after a flip, and a share of all signs in every single step.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from measure import RESULTS, provenance, write_results
 from torch import Tensor
 
 import dbf_compile
+from dbf_compile.factorizer.projection import signs_of
 from dbf_compile.finetuning import weights
 from dbf_compile.finetuning.learner import Learner, Rates
 from dbf_compile.finetuning.ranks import Ranks
 from dbf_compile.finetuning.targets import Teacher
 from dbf_compile.finetuning.text import Text
-from dbf_compile.finetuning.training import rate_share
+from dbf_compile.finetuning.training import rate_share, rates_at
 from dbf_compile.integrations import pretrained
 from dbf_compile.options import FinetuneConfig
 
@@ -38,56 +40,37 @@ SETTINGS: dict[str, Any] = {"length": 256, "batch": 2, "holdout": 64, "top": 512
 SETTINGS |= {"scale_rate": 0.01, "norm_rate": 0.001}
 
 
-class Adam(weights.Latents):
-    """Latents with both moments of Adam for every sign."""
+class Latents(weights.Signs):
+    """A sign is that of a latent number, which collects the gradient of its sign (straight-through estimator).
 
-    def step(self, gradient: Tensor, rate: float) -> int:
+    Gradients are divided by second moments of rows and columns (Adafactor). ``share`` is the rate, in units of where latents begin.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__(values)
+        self.latents = values.float()
+        self.rows, self.columns = (torch.zeros(size) for size in values.shape)
+        self.steps = 0
+
+    def flip(self, gradient: Tensor, share: float) -> int:
         """Move the latents."""
-        if not hasattr(self, "mean"):
-            self.mean, self.square = torch.zeros_like(gradient), torch.zeros_like(gradient)
         self.steps += 1
-        self.mean.lerp_(gradient, 0.1)
-        self.square.lerp_(gradient.square(), 0.05)
-        moved = self.mean / (1 - 0.9 ** float(self.steps))
-        moved /= (self.square / (1 - 0.95 ** float(self.steps))).sqrt() + 1e-30
-        return self.move(moved, rate)
+        square = gradient.square()
+        self.rows.lerp_(square.mean(1) + 1e-30, 0.05)
+        self.columns.lerp_(square.mean(0) + 1e-30, 0.05)
+        rows = (self.rows / self.rows.mean()).sqrt()
+        columns = (self.columns / (1 - 0.95**self.steps)).sqrt()
+        self.latents.sub_(gradient / rows[:, None] / columns, alpha=share).clamp_(-2, 2)
+        before = self.values.clone()
+        self.values.copy_(signs_of(self.latents))
+        return int((before != self.values).sum())
 
 
-class Accumulators(weights.Latents):
-    """A sign that flips begins anew at a distance of one, where latents go on from zero."""
-
-    def move(self, direction: Tensor, rate: float) -> int:
-        """Move the latents."""
-        before = self.values < 0
-        flips = super().move(direction, rate)
-        flipped = before != (self.values < 0)
-        self.values[flipped] = self.values[flipped].sign()
-        return flips
-
-
-class Score(weights.Latents):
-    """A share of the signs flips in every step: those whose gradient, a mean of some steps, asks for it most."""
-
-    def move(self, direction: Tensor, rate: float) -> int:
-        """Flip the best ``rate`` of all signs."""
-        if not hasattr(self, "mean"):
-            self.mean = torch.zeros_like(direction)
-        self.mean.lerp_(direction, 0.1)
-        score = (self.mean * self.values).flatten()
-        best, places = score.topk(max(1, round(rate * score.numel())))
-        places = places[best > 0]
-        self.values.view(-1)[places] *= -1
-        self.mean.view(-1)[places] = 0
-        return len(places)
-
-
-# By name: what moves signs, bytes of state for each, rates.
-RULES: dict[str, tuple[type[weights.Latents], int, tuple[float, ...]]] = {
-    "scales alone": (weights.Latents, 0, (0.0,)),
-    "latents": (weights.Latents, 2, (0.0003, 0.01, 0.03, 0.1)),
-    "latents, Adam": (Adam, 10, (0.03,)),
-    "score": (Score, 4, (0.0005,)),
-    "accumulators": (Accumulators, 2, (0.1,)),
+# By name: what moves signs, bytes of state for each at two bits, rates.
+RULES: dict[str, tuple[type[weights.Signs], int, tuple[float, ...]]] = {
+    "scales alone": (weights.Signs, 0, (0.0,)),
+    "scores": (weights.Signs, 2, (0.005, 0.2, 0.5, 1.0, 2.0)),
+    "latents": (Latents, 2, (0.01, 0.03, 0.1)),
 }
 
 
@@ -107,8 +90,8 @@ def compressed(bits: float) -> Path:
 def run(bits: float, rule: str, rate: float) -> dict[str, Any]:
     """Return the row of one run."""
     kind, state, _ = RULES[rule]
-    weights.Latents, usual = kind, weights.Latents  # type: ignore[misc]
-    config = FinetuneConfig(tokens=2**20, **SETTINGS)
+    weights.Signs, usual = kind, weights.Signs  # type: ignore[misc]
+    config = FinetuneConfig(tokens=2**20, sign_rate=rate, **SETTINGS)
     text = TEXT.read_text()
     dense = pretrained.open_dense(DENSE)
     windows = Text.read([text[len(text) // 4 :]], pretrained.tokenizer_of(DENSE), dense, config)
@@ -116,16 +99,17 @@ def run(bits: float, rule: str, rate: float) -> dict[str, Any]:
     try:
         learner = Learner(pretrained.open_any(compressed(bits)), teacher, config, torch.float32, Ranks())
     finally:
-        weights.Latents = usual  # type: ignore[misc]
+        weights.Signs = usual  # type: ignore[misc]
     judging = windows.judging["text"].long()
     before, flips = learner.divergence(judging), 0
     steps = windows.learning.long().split(config.batch)
-    for part in windows.learning.long():
-        teacher.targets(part[None])  # not part of the seconds
+    for window in windows.learning.long():
+        teacher.targets(window[None])  # not part of the seconds
     began = time.perf_counter()
     for step, part in enumerate(steps):
-        share = rate_share(step, len(steps))
-        rates = Rates(share * rate, share * config.scale_rate, share * config.norm_rate)
+        rates = rates_at(config, step, len(steps), steps[0].numel())
+        if kind is Latents:
+            rates = Rates(rates.scales, rates.norms, rate_share(step, len(steps)) * rate)
         flips += learner.step(part, rates)[1]
     seconds = time.perf_counter() - began
     after = learner.divergence(judging)

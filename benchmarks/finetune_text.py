@@ -22,7 +22,7 @@ import dbf_compile
 DENSE = SHARED / "models" / "stories260K"
 WINDOW: dict[str, Any] = {"length": 256, "progress": False}
 # The defaults serve real models; one that is so small learns more with larger rates.
-WINDOW |= {"sign_rate": 0.3, "scale_rate": 0.01, "norm_rate": 0.001}
+RATES = {"sign_rate": 1.0, "scale_rate": 0.01, "norm_rate": 0.001}
 
 
 def rows(seeds: list[int]) -> Iterator[dict[str, Any]]:
@@ -52,7 +52,7 @@ def main() -> None:
                 data = {row["data"]: train[row["data"]]} if row["data"] in train else None
                 output = Path(place) / "-".join(map(str, row.values()))
                 options = {"own_text": row["own_text"], "seed": row["seed"], "tokens": 40_000}
-                folder = dbf_compile.finetune(start, data, output, **WINDOW, **options).folder
+                folder = dbf_compile.finetune(start, data, output, **WINDOW, **RATES, **options).folder
             judged = dbf_compile.evaluate(folder, held_out, dense=DENSE, windows=12, **WINDOW)
             return {kind: judged["kinds"][kind]["kl"] for kind in KINDS}
 

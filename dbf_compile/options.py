@@ -321,8 +321,7 @@ class FinetuneConfig(Record):
         own_top_k: The model's own text is drawn from so many likeliest tokens; 0 for all.
         holdout: Windows of every kind of text to judge with, but no more than a fifth of them.
         judge: How often the model is judged on the way; the best state is kept.
-        sign_rate: How readily signs flip: how far noise alone would move one over the whole run, in units of its distance
-            from flipping; 0 leaves all signs.
+        sign_rate: Largest share of the signs that flips in a million tokens; 0 leaves all signs.
         scale_rate: How fast scales learn, in units of their size.
         norm_rate: How fast norms and biases learn, in units of their size; 0 leaves them.
         hidden: Weight of the error of hidden states beside the divergence; above 0 the dense model runs in every step.
@@ -345,7 +344,7 @@ class FinetuneConfig(Record):
     own_top_k: int = option(50, low=0)
     holdout: int = option(8, low=1)
     judge: int = option(10, low=1)
-    sign_rate: float = option(0.15, low=0)
+    sign_rate: float = option(0.005, low=0)
     scale_rate: float = option(0.0015, low=0)
     norm_rate: float = option(0.0004, low=0)
     hidden: float = option(0.0, low=0)

@@ -26,11 +26,18 @@ _LEARNED = ("small", "factors")  # the parts of a state that are the model
 
 
 class Rates(NamedTuple):
-    """How far a step moves latents of signs, scales, and norms and biases; see :class:`FinetuneConfig`."""
+    """How far a step goes.
 
-    signs: float
+    Args:
+        scales, norms: how far scales move, and norms and biases, in units of their size.
+        signs: share of the signs that may flip; 0 in most steps, as flips gather.
+        kept: how much of the remembered gradient stays.
+    """
+
     scales: float
     norms: float
+    signs: float = 0.0
+    kept: float = 0.0
 
 
 class Learner:
@@ -49,7 +56,9 @@ class Learner:
     ) -> None:
         self._model, self._teacher, self._config, self._ranks = model, teacher, config, ranks
         self._weights = [
-            LearningWeight({name: layer.factors for name, layer in stack.items()}, dtype)
+            LearningWeight(
+                {name: layer.factors for name, layer in stack.items()}, dtype, config.sign_rate > 0
+            )
             for stack in stacks_of(model)
         ]
         small = small_parameters(model) if config.norm_rate else {}
@@ -182,7 +191,7 @@ class Learner:
         flips = 0
         for weight in self._weights:
             gradient = torch.cat([self._gradients[name] for name in weight.names])
-            flips += weight.step(gradient, rates.signs, rates.scales)
+            flips += weight.step(gradient, rates.scales, rates.kept, rates.signs)
         self._adam.step({name: self._gradients[name] for name in self._small}, rates.norms)
         return flips
 

@@ -87,8 +87,11 @@ class Request:
         model = pretrained.open_any(folder, config.trust_remote_code)
         _check_learns(model, folder)
         signs = {id(tensor): tensor for name, tensor in _learning(model).items() if _is_signs(name)}
-        # Two states with 2 bytes a sign, each of which has a bit in the model.
-        check_place(output, folder, 2 * 2 * 32 * sum(tensor.numel() for tensor in signs.values()))
+        # Two states with a byte a sign, which has a bit in the model, and one gradient.
+        weights = sum(
+            layer.out_features * layer.in_features for stack in stacks_of(model) for layer in stack.values()
+        )
+        check_place(output, folder, 2 * 32 * sum(tensor.numel() for tensor in signs.values()) + 4 * weights)
         rewriting.check_stores(folder, model, _learning(model))
         cache = _cache_of(config, output)
         report = read_report(folder)

@@ -30,7 +30,9 @@ from dbf_compile.progress import bar, over, say
 
 STATE, BEST = "state.safetensors", "best.safetensors"
 _WARM_UP = 0.03  # of all steps
-_MEAN_SQUARE = 3 / 8  # of the shares of half a cosine
+_REMEMBERED = 2**16  # tokens; what fewer say about a sign of a real model is next to noise
+_LEAST_MEMORIES = 4  # that a run has, however short
+_FLIPS = 4  # times that signs flip while one gradient is remembered
 _BETWEEN_STATES = 300.0  # seconds
 _LOST = 1.5  # times the divergence at the start: no run was seen to come back from there
 _COURSE = "course"  # in the header of a state
@@ -119,7 +121,8 @@ class Training:
             moving.update(windows[: course.steps * config.batch].numel())
             while course.steps < self._steps:
                 part = windows[course.steps * config.batch :][: config.batch].long()
-                loss, flips = self._learner.step(part, rates_at(config, course.steps, self._steps))
+                rates = rates_at(config, course.steps, self._steps, windows[: config.batch].numel())
+                loss, flips = self._learner.step(part, rates)
                 course.steps, course.flips = course.steps + 1, course.flips + flips
                 flipped = course.flips / self._learner.signs
                 moving.set_postfix_str(f"loss {loss:.3f}, flips {flipped:.2%}", refresh=False)
@@ -167,15 +170,21 @@ def rate_share(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / max(1.0, _WARM_UP * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def rates_at(config: FinetuneConfig, step: int, steps: int) -> Rates:
+def rates_at(config: FinetuneConfig, step: int, steps: int, tokens: int) -> Rates:
     """Return the rates of a step.
 
-    A latent that follows noise alone walks ``sign_rate`` over the whole run, however many steps that has: the squares of the
-    shares have a mean of 3/8, and steps of random directions add up by their squares.
+    Args:
+        config: the largest rates.
+        step, steps: which of how many.
+        tokens: of a step.
     """
     share = rate_share(step, steps)
-    signs = config.sign_rate / math.sqrt(_MEAN_SQUARE * steps)
-    return Rates(share * signs, share * config.scale_rate, share * config.norm_rate)
+    memory = max(1.0, min(_REMEMBERED / tokens, steps / _LEAST_MEMORIES))  # steps
+    every = math.ceil(memory / _FLIPS)
+    done = step + 1
+    flips = done % every == 0 and done >= memory  # what the first steps alone say is noise
+    signs = config.sign_rate * share * every * tokens / 1e6 if flips else 0.0
+    return Rates(share * config.scale_rate, share * config.norm_rate, signs, math.exp(-1 / memory))
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,5 +1,7 @@
 """The course of a run: which state is the best, and how rates rise and fall."""
 
+import math
+
 import pytest
 
 from dbf_compile.finetuning.training import Course, rate_share, rates_at
@@ -45,8 +47,23 @@ def test_rates_rise_shortly_and_fall_to_nothing(steps):
     assert max(shares) > 0.9
 
 
-@pytest.mark.parametrize("steps", [30, 1000])
-def test_noise_moves_signs_as_far_in_every_run(steps):
-    config = FinetuneConfig(sign_rate=0.3)
-    squares = sum(rates_at(config, step, steps).signs ** 2 for step in range(steps))
-    assert squares**0.5 == pytest.approx(0.3, rel=0.1)
+@pytest.mark.parametrize(("batch", "steps"), [(1, 20_000), (4, 5000), (64, 300), (512, 40)])
+def test_the_share_of_signs_that_may_flip_depends_on_tokens_alone(batch, steps):
+    tokens = batch * 512
+    config = FinetuneConfig(sign_rate=0.005, batch=batch)
+    share = sum(rates_at(config, step, steps, tokens).signs for step in range(steps))
+    assert share == pytest.approx(0.005 / 2 * steps * tokens / 1e6, rel=0.1)  # half a cosine has a mean of a half
+
+
+def test_signs_flip_some_times_while_a_gradient_is_remembered_but_not_before_there_is_one():
+    rates = [rates_at(FinetuneConfig(), step, 1000, 2048) for step in range(1000)]
+    assert {rate.kept for rate in rates} == {math.exp(-1 / 32)}
+    assert [step for step, rate in enumerate(rates[:60]) if rate.signs] == [31, 39, 47, 55]
+    assert rates_at(FinetuneConfig(sign_rate=0), 31, 1000, 2048).signs == 0
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 20])
+def test_a_short_run_remembers_no_more_than_a_quarter_of_it(steps):
+    rates = [rates_at(FinetuneConfig(), step, steps, 16) for step in range(steps)]
+    assert any(rate.signs for rate in rates)
+    assert rates[0].kept == math.exp(-1 / max(1, steps / 4))

@@ -13,7 +13,7 @@ SHORT: dict[str, Any] = {
     "holdout": 3,
     "judge": 2,
     "batch": 2,
-    "sign_rate": 0.5,
+    "sign_rate": 20.0,
     "scale_rate": 0.01,
     "norm_rate": 0.001,
     "progress": False,
