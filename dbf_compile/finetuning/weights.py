@@ -44,7 +44,9 @@ class Signs:
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
-        self.owed = torch.zeros((), dtype=torch.float64)  # flips; parts of one add up. Not every GPU has float64
+        self.owed = torch.zeros(
+            (), dtype=torch.float64
+        )  # flips; parts of one add up. Not every GPU has float64
 
     def in_dtype(self, dtype: torch.dtype) -> Tensor:
         """Return the matrix of ±1."""

@@ -52,7 +52,9 @@ def test_the_share_of_signs_that_may_flip_depends_on_tokens_alone(batch, steps):
     tokens = batch * 512
     config = FinetuneConfig(sign_rate=0.005, batch=batch)
     share = sum(rates_at(config, step, steps, tokens).signs for step in range(steps))
-    assert share == pytest.approx(0.005 / 2 * steps * tokens / 1e6, rel=0.1)  # half a cosine has a mean of a half
+    assert share == pytest.approx(
+        0.005 / 2 * steps * tokens / 1e6, rel=0.1
+    )  # half a cosine has a mean of a half
 
 
 def test_signs_flip_some_times_while_a_gradient_is_remembered_but_not_before_there_is_one():
