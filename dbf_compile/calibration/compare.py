@@ -17,6 +17,7 @@ from dbf_compile.calibration.model_io import (
     first_tensor,
     is_causal,
     logits_of,
+    next_tokens,
     predicted_ids,
     predicts_tokens,
     token_ids,
@@ -81,6 +82,21 @@ def agreement(dense: Tensor, compressed: Tensor, batch: Any) -> Tensor:
     return _without_padding(dense.argmax(-1) == compressed.argmax(-1), batch)
 
 
+def squared_error(dense: Tensor, output: Tensor, batch: Any) -> tuple[float, float]:
+    """Return ``‖output − dense‖²`` and ``‖dense‖²`` over all positions that are no padding.
+
+    Args:
+        dense: output of the dense model, floating point; [batch, tokens, features], or of any shape where there is no padding.
+        output: of the compressed model, the same shape.
+        batch: its ``attention_mask``, where it has one, marks padding.
+    """
+    exact, near = dense.double(), output.double()
+    mask = attention_mask(batch)
+    if mask is not None and dense.dim() == 3 and mask.shape == dense.shape[:2]:
+        exact, near = exact[mask.to(exact.device)], near[mask.to(near.device)]
+    return float((near - exact).square().sum()), float(exact.square().sum())
+
+
 def _without_padding(values: Tensor, batch: Any) -> Tensor:
     mask = attention_mask(batch)
     return (
@@ -118,7 +134,7 @@ def compare(dense: nn.Module | None, compressed: nn.Module, batches: Iterable[An
         ids = token_ids(batch) if causal else predicted_ids(batch)
         if ids is None or not _predicts(output, ids):
             if reference is not None:
-                sums.add_error(first_tensor(reference), first_tensor(output))
+                sums.add_error(first_tensor(reference), first_tensor(output), batch)
             continue
         logits = logits_of(output)
         target = None if reference is None else logits_of(reference)
@@ -181,11 +197,12 @@ class _Sums:
         if labels is not None:
             self._add("dense", _nats(target, labels))
 
-    def add_error(self, target: Tensor | None, output: Tensor | None) -> None:
+    def add_error(self, target: Tensor | None, output: Tensor | None, batch: Any) -> None:
         """Add the squared error of an output that is no prediction of tokens."""
         if target is not None and output is not None:
-            self._add("lost", float((output.float() - target.float()).square().sum()))
-            self._add("power", float(target.float().square().sum()))
+            lost, power = squared_error(target, output, batch)
+            self._add("lost", lost)
+            self._add("power", power)
 
     def result(self) -> dict[str, Any]:
         """Return what :func:`compare` does."""
@@ -234,10 +251,7 @@ def _predicts(output: Any, ids: Tensor) -> bool:
 def _labels(batch: Any, ids: Tensor, causal: bool) -> Tensor | None:
     """Return the tokens that are to be predicted, -100 where there is none; None of a decoder whose batch has none."""
     if causal:
-        mask = attention_mask(batch)
-        if mask is not None and mask.shape == ids.shape:
-            ids = ids.masked_fill(~mask.to(ids.device), -100)
-        return nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+        return next_tokens(ids, batch)
     return batch["labels"] if isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor) else None
 
 

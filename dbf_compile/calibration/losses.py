@@ -23,7 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbf_compile.calibration.model_io import attention_mask, first_tensor, is_causal, token_ids
+from dbf_compile.calibration.model_io import (
+    attention_mask,
+    first_tensor,
+    is_causal,
+    next_tokens,
+    token_ids,
+)
 from dbf_compile.errors import ConversionError, OptionError
 from dbf_compile.options import LOSSES
 
@@ -109,11 +115,9 @@ def next_token_loss(output: Any, batch: Any) -> Tensor:
             "input_ids [batch, tokens] with two tokens or more",
             "pass batches of token ids, or another loss",
         )
-    labels = ids.to(logits.device)[:, 1:]
-    mask = attention_mask(batch)
-    if mask is not None:
-        labels = labels.masked_fill(~mask.to(logits.device)[:, 1:], -100)
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten())
+    labels = next_tokens(ids, batch).to(logits.device)
+    # The last position predicts nothing; without it there is less to compute.
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, :-1].flatten())
 
 
 def sampled_loss(output: Any, batch: Any, generator: torch.Generator) -> Tensor:

@@ -158,6 +158,20 @@ def attention_mask(batch: Any) -> Tensor | None:
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
+def next_tokens(ids: Tensor, batch: Any) -> Tensor:
+    """Return what each position of a causal model is to predict, int64 [batch, tokens], and -100 where there is nothing.
+
+    Args:
+        ids: tokens of the batch, int64 [batch, tokens].
+        batch: its ``attention_mask``, where it has one, marks padding, which is not predicted and predicts nothing.
+    """
+    labels, mask = ids[:, 1:], attention_mask(batch)
+    if mask is not None and mask.shape == ids.shape:
+        mask = mask.to(ids.device)
+        labels = labels.masked_fill(~(mask[:, 1:] & mask[:, :-1]), -100)
+    return nn.functional.pad(labels, (0, 1), value=-100)
+
+
 def first_tensor(output: Any) -> Tensor | None:
     """Return ``last_hidden_state`` of a model's output, else its first floating-point tensor, else None."""
     if isinstance(output, Tensor):

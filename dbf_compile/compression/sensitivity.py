@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbf_compile.calibration.compare import divergence
+from dbf_compile.calibration.compare import divergence, squared_error
 from dbf_compile.calibration.model_io import (
     call_model,
     computes_narrowly,
@@ -130,8 +130,8 @@ class _Judge:
                 each = divergence(dense, output, batch)
                 lost, base = lost + float(each.double().sum()), base + each.numel()
             else:
-                lost += float((output.double() - dense.double()).square().sum())
-                base += float(dense.double().square().sum())
+                error, power = squared_error(dense, output, batch)
+                lost, base = lost + error, base + power
         return max(0.0, lost / base) if base else 0.0
 
     def _output(self, batch: Any) -> Tensor:

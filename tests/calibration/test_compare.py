@@ -10,7 +10,7 @@ from support.models.tiny import tiny_bert, tiny_llama
 from torch import nn
 
 from dbf_compile.calibration import compare as comparison
-from dbf_compile.calibration.compare import agreement, compare, compare_kinds, divergence
+from dbf_compile.calibration.compare import agreement, compare, compare_kinds, divergence, squared_error
 from dbf_compile.errors import ConversionError
 
 
@@ -109,6 +109,28 @@ def test_encoders_are_compared_by_their_output_and_nothing_is_made_up():
     assert set(found) == {"error", "measure"} and 0 < found["error"] < 0.1
     assert compare(None, dense, windows()) == {}
     assert compare(dense, dense, []) == {}
+
+
+def test_the_error_of_an_output_leaves_padding_out():
+    dense, other = tiny_bert(), tiny_bert()
+    with torch.no_grad():
+        other.encoder.layer[0].output.dense.weight.mul_(2.0)
+    (batch,) = windows(count=1)
+    tokens = batch["input_ids"].shape[1]
+    longer = nn.functional.pad(batch["input_ids"], (0, 5), value=3)
+    mask = torch.ones_like(longer)
+    mask[:, tokens:] = 0
+    found = compare(dense, other, [{"input_ids": longer, "attention_mask": mask}])
+    # What is no padding attends to no padding, so both have the same outputs up to rounding.
+    alone = compare(dense, other, [{"input_ids": batch["input_ids"]}])
+    assert found["error"] == pytest.approx(alone["error"], rel=1e-4)
+
+
+def test_outputs_without_a_place_for_each_token_count_whole():
+    dense, output = torch.randn(3, 3), torch.randn(3, 3)  # as many features as tokens
+    lost, power = squared_error(dense, output, {"attention_mask": torch.zeros(3, 3, dtype=torch.long)})
+    assert lost == pytest.approx(float((output - dense).double().square().sum()))
+    assert power == pytest.approx(float(dense.double().square().sum()))
 
 
 def test_padding_is_no_prediction():

@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support.models.calibrated import tiny
 from torch import Tensor, nn
 
@@ -17,6 +19,7 @@ from dbf_compile.calibration.model_io import (
     is_causal,
     is_encoder_decoder,
     logits_of,
+    next_tokens,
     predicted_ids,
     predicts_tokens,
     reads_tokens,
@@ -73,6 +76,23 @@ def test_a_mask_is_bool_and_has_two_dimensions():
     assert mask.dtype == torch.bool and mask.tolist() == [[True, False]]
     assert attention_mask({"attention_mask": torch.ones(1, 1, 2, 2)}) is None
     assert attention_mask({}) is attention_mask(IDS) is None
+
+
+@given(st.integers(1, 4), st.integers(1, 7), st.integers(0, 999), st.booleans())
+def test_padding_is_not_predicted_and_predicts_nothing(rows, tokens, seed, masked):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(50, (rows, tokens), generator=generator)
+    mask = torch.randint(2, (rows, tokens), generator=generator)
+    batch = {"input_ids": ids, **({"attention_mask": mask} if masked else {})}
+    kept = mask if masked else torch.ones_like(mask)
+    expected = [
+        [
+            int(ids[b, t + 1]) if t + 1 < tokens and kept[b, t] and kept[b, t + 1] else -100
+            for t in range(tokens)
+        ]
+        for b in range(rows)
+    ]
+    assert next_tokens(ids, batch).tolist() == expected
 
 
 def test_the_first_tensor_is_the_hidden_state_or_the_first_of_floats():
