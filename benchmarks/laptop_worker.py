@@ -45,21 +45,20 @@ class Torch:
 
         torch.set_num_threads(threads)
         self._generator = TextGenerator(path, progress=False)
-        # Every answer has all of its tokens.
-        self._generator.model.generation_config.eos_token_id = None
+        # Not from the model: a second start opens none.
+        self._vocabulary = json.loads((path / "config.json").read_text())["vocab_size"]
         self._calls = 0
 
     def run(self, batch: int, prompt: int, new: int) -> tuple[float, float]:
         import torch
 
-        size = self._generator.model.config.vocab_size
-        self._calls += (
-            1  # another prompt every time: the beginning of one that was read before is not read again
-        )
-        tokens = torch.randint(size, (batch, prompt), generator=torch.Generator().manual_seed(self._calls))
+        # Another prompt every time: the beginning of one that was read before is not read again.
+        self._calls += 1
+        generator = torch.Generator().manual_seed(self._calls)
+        tokens = torch.randint(self._vocabulary, (batch, prompt), generator=generator)
         prompts = [row[None] for row in tokens]
         began = time.perf_counter()
-        results = self._generator.generate(prompts, max_new_tokens=new)
+        results = self._generator.generate(prompts, max_new_tokens=new, eos_token_id=-1)  # all of its tokens
         seconds = time.perf_counter() - began
         compiled = max(result.compile_seconds for result in results)
         prefill = max(result.prefill_seconds for result in results)
