@@ -12,6 +12,7 @@ from torch import nn
 from dbf_compile.calibration.limits import Limits
 from dbf_compile.calibration.model_io import check_reads_tokens, is_encoder_decoder, predicts_tokens
 from dbf_compile.errors import ConversionError
+from dbf_compile.huge_pages import move_to_huge_pages
 
 
 class TextModel:
@@ -102,6 +103,7 @@ class TextModel:
         file = starts.file_of(self._folder) if self._keeps else None
         with bars_of_transformers(self._progress):
             self._take(pretrained.open_any(self._folder, self._trust))
+        move_to_huge_pages(self.source)
         if file is not None:
             limits = self.limits
             as_json = {**asdict(limits), "placeholders": sorted(limits.placeholders)}

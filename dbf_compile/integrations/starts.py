@@ -28,6 +28,7 @@ from torch import Tensor
 from dbf_compile.checksums import changed_tensors, with_checksums
 from dbf_compile.files import atomic_write, cache_folder
 from dbf_compile.hashes import source_hash
+from dbf_compile.huge_pages import in_huge_pages
 from dbf_compile.machine import instructions
 
 Sizes = list[tuple[int, int, int, torch.dtype]]  # see ``attention_ops.empty_cache``
@@ -90,7 +91,7 @@ def load(folder: Path) -> StoredModel | None:
                 tensors |= {path: opened.get_tensor(tensor) for path, tensor in places.items()}
         return StoredModel(
             facts["name"],
-            tensors,
+            in_huge_pages(tensors),
             [(*size[:3], getattr(torch, size[3])) for size in facts["sizes"]],
             facts["fingerprint"],
             getattr(torch, facts["dtype"]),
