@@ -201,7 +201,9 @@ def _medians(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             measure: round(statistics.median(row[measure] for row in same), 2) if measure in same[0] else ""
             for measure in MEASURES
         }
-        yield {**case._asdict(), "variant": variant, "rounds": len(same), **values}
+        # Rows of several runs add up: each says of which it is.
+        of = {"commit": same[-1]["commit"]}
+        yield {**case._asdict(), "variant": variant, "rounds": len(same), **values, **of}
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
