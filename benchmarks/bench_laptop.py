@@ -4,7 +4,7 @@ Every variant is a process of its own; in every round each runs once, so that al
 written to results/laptop.csv. All rows lie in out/laptop/rows.jsonl as they come: a run that was stopped goes on, and runs of
 several selections add up. `--fresh` forgets them.
 
-    python benchmarks/bench_laptop.py --bars      what is promised, and whether it holds: about 15 minutes on two idle cores
+    python benchmarks/bench_laptop.py --bars      what is promised, and whether it holds: about 20 minutes on two idle cores
     python benchmarks/bench_laptop.py --quick     a few cases of the smallest model
     python benchmarks/bench_laptop.py             all: hours
     python benchmarks/bench_laptop.py --models smollm2-135m --variants "dbf 2 bit" "llama.cpp Q4_1" --threads 2

@@ -8,7 +8,7 @@ there are none left, nothing changes.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 
 import torch
@@ -26,34 +26,36 @@ def in_huge_pages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors: by any names. Those that are on another device, not contiguous, of a subclass, or that overlap another in part
             are returned as they are.
     """
-    places = _places(tensors.values())
-    memory = _allocate(sum(_padded(size) for _, size in places))
-    if memory is None:
-        return dict(tensors)
-    begins, position = {}, -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _PAGE
-    for place in places:
-        begins[place] = position
-        position += _padded(place[1])
-    moved: dict[tuple[int, int], Tensor] = {}
-    result = {}
-    for name, tensor in tensors.items():
-        place = (tensor.data_ptr(), tensor.nbytes) if _is_movable(tensor) else (0, 0)
-        if place not in begins:
-            result[name] = tensor
-            continue
-        if place not in moved:
-            # A storage of its own: what saves or counts storages sees what it saw before.
-            moved[place] = torch.frombuffer(memory, dtype=torch.uint8, count=place[1], offset=begins[place])
-            moved[place].copy_(tensor.detach().flatten().view(torch.uint8))
-        result[name] = moved[place].view(tensor.dtype).view(tensor.shape)
-    return result
+    return {**tensors, **dict(_copies(tensors))}
 
 
 def move_to_huge_pages(model: nn.Module) -> None:
     """Move the parameters and buffers of a model to huge pages, in place; what :func:`in_huge_pages` leaves stays."""
     own = dict((*model.named_parameters(), *model.named_buffers()))
-    for name, tensor in in_huge_pages({name: tensor.data for name, tensor in own.items()}).items():
-        own[name].data = tensor
+    for name, copy in _copies(own):
+        own[name].data = copy  # frees what it was before the next one is copied
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield copies of those that can be moved, by name; one is made when it is asked for."""
+    places = _places(tensors.values())
+    memory = _allocate(sum(_padded(size) for _, size in places))
+    if memory is None:
+        return
+    begins, position = {}, -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _PAGE
+    for place in places:
+        begins[place] = position
+        position += _padded(place[1])
+    moved: dict[tuple[int, int], Tensor] = {}
+    for name, tensor in tensors.items():
+        place = (tensor.data_ptr(), tensor.nbytes) if _is_movable(tensor) else (0, 0)
+        if place not in begins:
+            continue
+        if place not in moved:
+            # A storage of its own: what saves or counts storages sees what it saw before.
+            moved[place] = torch.frombuffer(memory, dtype=torch.uint8, count=place[1], offset=begins[place])
+            moved[place].copy_(tensor.detach().flatten().view(torch.uint8))
+        yield name, moved[place].view(tensor.dtype).view(tensor.shape)
 
 
 def _is_movable(tensor: Tensor) -> bool:

@@ -90,6 +90,22 @@ def test_a_model_computes_as_before_and_its_head_is_still_its_embedding(tmp_path
     assert torch.equal(type(model).from_pretrained(tmp_path)(ids).logits, before)
 
 
+def test_a_model_is_moved_tensor_by_tensor(monkeypatch):
+    model = nn.Sequential(*(nn.Linear(40, 40, bias=False) for _ in range(3)))
+    addresses = [layer.weight.data_ptr() for layer in model]
+    seen = []
+    whole = huge_pages._copies
+
+    def watched(tensors):
+        for pair in whole(tensors):
+            seen.append(sum(layer.weight.data_ptr() in addresses for layer in model))
+            yield pair
+
+    monkeypatch.setattr(huge_pages, "_copies", watched)
+    move_to_huge_pages(model)
+    assert seen == [3, 2, 1]  # so at most one tensor is in memory twice
+
+
 def test_a_subclass_of_tensors_stays():
     class Own(torch.Tensor):
         pass
