@@ -25,6 +25,7 @@ from typing import Any
 
 import bench_llm
 import torch
+from llm_rows import WINDOWS as CALIBRATING
 from llm_rows import Row, Store, in_turn
 from measure import processor, versions, write_results
 from transformers import AutoModelForCausalLM
@@ -83,7 +84,15 @@ def main() -> None:
     if arguments.fresh:
         shutil.rmtree(FOLDER, ignore_errors=True)
     choices = [
-        Choice("sequential", 2.0, "mixture", options.get("seed", 0), label=label, options=options)
+        Choice(
+            "sequential",
+            2.0,
+            "mixture",
+            options.get("seed", 0),
+            options.get("windows", arguments.calibrating),
+            label=label,
+            options={name: value for name, value in options.items() if name != "windows"},
+        )
         for label, options in CHOICES.items()
         if label in arguments.choice
     ]
@@ -106,7 +115,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, default=BLOCKS, help="that are factored")
     parser.add_argument("--windows", type=int, default=WINDOWS, help="of every kind, to judge with")
     parser.add_argument(
-        "--calibrating", type=int, default=bench_llm.WINDOWS, help="windows, where a choice has no others"
+        "--calibrating", type=int, default=CALIBRATING, help="windows, where a choice has no others"
     )
     parser.add_argument("--list", action="store_true", help="print the choices, and measure nothing")
     parser.add_argument("--fresh", action="store_true", help="forget the rows of earlier runs")
@@ -114,9 +123,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def setting_of(arguments: argparse.Namespace) -> bench_llm.Setting:
-    shared = argparse.Namespace(
-        windows=arguments.windows, calibrating=arguments.calibrating, tokens=0, preset="fast", text=[]
-    )
+    shared = argparse.Namespace(windows=arguments.windows, preset="fast", text=[])
     setting = bench_llm.full_setting(shared)
     layers = AutoModelForCausalLM.from_pretrained(setting.dense).config.num_hidden_layers
     dense = [f"*layers.{block}.*" for block in range(arguments.blocks, layers)]
@@ -129,18 +136,13 @@ def run(choices: Sequence[Choice], setting: bench_llm.Setting, store: Store) -> 
     columns = [(name, length, list(batches)) for name, length, batches in setting.judged() if "," not in name]
     for choice in in_turn(choices, store):
         began = time.monotonic()
-        model, stored, facts = bench_llm.ours(choice, dense, of_choice(setting, choice), store)
+        own = replace(setting, options={**setting.options, **choice.options})
+        model, stored, facts = bench_llm.ours(choice, dense, own, store)
         seconds = time.monotonic() - began
         kinds = bench_llm.judge(dense, model, columns)
         store.add(choice, {"stored_bits": stored, "seconds": seconds, "kinds": kinds, **facts})
         shutil.rmtree(bench_llm.model_folder(choice, store))
         bench_llm.print_row(choice, stored, seconds, kinds)
-
-
-def of_choice(setting: bench_llm.Setting, choice: Choice) -> bench_llm.Setting:
-    options = dict(choice.options)
-    windows = options.pop("windows", setting.calibrating)
-    return replace(setting, calibrating=windows, options={**setting.options, **options})
 
 
 def write(store: Store) -> Path:

@@ -34,7 +34,7 @@ import torch
 from factorizer_models import STORIES
 from laptop_sizes import SMOLLM, write_dense
 from llm_peers import PEERS, quantized
-from llm_rows import Row, Store, duration, in_turn
+from llm_rows import WINDOWS, Row, Store, duration, in_turn
 from llm_texts import Text
 from measure import commit, processor, versions
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -54,9 +54,9 @@ CALIBRATIONS = (
     "wikitext",
     "own",
 )  # the last without peers: they read no text that the model writes
-WINDOWS, LENGTH, LONG = 64, 512, 2048
+LENGTH, LONG = 512, 2048
 TOKENS = 2_000_000
-OWN_TEXT = 0.2  # end to end: share of the windows that the dense model writes, most of the dialogues
+OWN_TEXT = 0.1  # end to end: share of the windows that the dense model writes, most of the dialogues
 ALL_CALIBRATIONS_AT = 2.0
 
 
@@ -70,8 +70,6 @@ class Setting:
         texts: to judge with, by kind.
         length, long: tokens of a window, and of a long one.
         windows: of every kind, to judge with; of long ones as many.
-        calibrating: windows to calibrate with.
-        tokens: to train with, end to end.
         options: of ``compress``.
     """
 
@@ -81,8 +79,6 @@ class Setting:
     length: int = LENGTH
     long: int = LONG
     windows: int = 16
-    calibrating: int = WINDOWS
-    tokens: int = TOKENS
     options: dict[str, Any] = field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:
@@ -91,8 +87,6 @@ class Setting:
         return {
             "texts": texts,
             "windows": self.windows,
-            "calibrating": self.calibrating,
-            "tokens": self.tokens,
             "options": self.options,
         }
 
@@ -104,13 +98,13 @@ class Setting:
         for name, kind, length in columns:
             yield name, length, list(self._windows(self.texts[kind], length, self.windows))
 
-    def batches(self, calibration: str) -> list[dict[str, torch.Tensor]]:
+    def batches(self, row: Row) -> list[dict[str, torch.Tensor]]:
         """Return windows to calibrate a peer with, of every kind as many, in turns."""
-        texts = calibration_texts(calibration)
-        each = -(-self.calibrating // len(texts))
+        texts = calibration_texts(row.calibration)
+        each = -(-row.calibrating // len(texts))
         parts = [list(self._windows(text, self.length, each)) for text in texts.values()]
         turns = [part[turn] for turn in range(each) for part in parts if turn < len(part)]
-        return turns[: self.calibrating]
+        return turns[: row.calibrating]
 
     def sources(self, calibration: str) -> dict[str, list[Any]]:
         """Return texts to calibrate or to train ours with, by kind."""
@@ -169,20 +163,21 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", nargs="+", choices=CALIBRATIONS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of ours")
     parser.add_argument("--windows", type=int, default=16, help="of every kind, to judge with")
-    parser.add_argument(
-        "--calibrating", type=int, default=WINDOWS, help=f"windows of {LENGTH} to calibrate with"
-    )
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="to train with, end to end")
+    parser.add_argument("--calibrating", type=int, help=f"windows of {LENGTH} to calibrate with ({WINDOWS})")
+    parser.add_argument("--tokens", type=int, help=f"to train with, end to end ({TOKENS})")
     parser.add_argument("--preset", default="fast", help="of ours")
     parser.add_argument(
         "--text", nargs="+", default=[], metavar="KIND=PATH", help="other texts to judge with"
     )
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.calibrating = arguments.calibrating or (10 if arguments.quick else WINDOWS)
+    arguments.tokens = arguments.tokens or (4000 if arguments.quick else TOKENS)
+    return arguments
 
 
 def chosen(arguments: argparse.Namespace) -> list[Row]:
     """Return the rows that were asked for; peers whose package is missing are named and left out."""
-    rows = list(all_rows(arguments.bits, arguments.seeds))
+    rows = list(all_rows(arguments))
     missing = {row.method for row in rows if row.method in PEERS and not PEERS[row.method].installed}
     for method in sorted(missing & set(arguments.mode or PEERS)):
         print(f"{method} is left out: its package {PEERS[method].package} is not installed", file=sys.stderr)
@@ -207,20 +202,22 @@ def chosen(arguments: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def all_rows(bits: Sequence[float] | None, seeds: Sequence[int]) -> Iterator[Row]:
+def all_rows(arguments: argparse.Namespace) -> Iterator[Row]:
     """Yield the rows at some bits: cheap ones first, other calibrations than the mixture only at 2 bits."""
+    bits, windows = arguments.bits, arguments.calibrating
     for target in bits or BITS:
         calibrations = CALIBRATIONS if target == ALL_CALIBRATIONS_AT or bits else CALIBRATIONS[:1]
         for method, peer in PEERS.items():
             if target in peer.bits:
                 for calibration in calibrations if peer.calibrated else ("none",):
                     if calibration != "own":
-                        yield Row(method, target, calibration)
+                        yield Row(method, target, calibration, 0, windows if peer.calibrated else 0)
         for method in OURS:
             # Training reads more text than a split of WikiText-2 has, and the model does not write so much.
-            for calibration in calibrations[:1] if method == "end to end" else calibrations:
-                for seed in seeds:
-                    yield Row(method, target, calibration, seed)
+            trained = method == "end to end"
+            for calibration in calibrations[:1] if trained else calibrations:
+                for seed in arguments.seeds:
+                    yield Row(method, target, calibration, seed, windows, arguments.tokens if trained else 0)
 
 
 def full_setting(arguments: argparse.Namespace) -> Setting:
@@ -236,8 +233,6 @@ def full_setting(arguments: argparse.Namespace) -> Setting:
         AutoTokenizer.from_pretrained(dense),
         texts,
         windows=arguments.windows,
-        calibrating=arguments.calibrating,
-        tokens=arguments.tokens,
         options={"preset": arguments.preset},
     )
 
@@ -246,7 +241,7 @@ def quick_setting(arguments: argparse.Namespace) -> Setting:
     tokenizer = AutoTokenizer.from_pretrained(STORIES)
     fast = {"iterations": 10, "tune": 1, "refine": 1, "distill": 1, "holdout": 2}
     texts = texts_to_judge(arguments)
-    return Setting(STORIES, tokenizer, texts, 64, 128, windows=2, calibrating=10, tokens=4000, options=fast)
+    return Setting(STORIES, tokenizer, texts, 64, 128, windows=2, options=fast)
 
 
 def texts_to_judge(arguments: argparse.Namespace) -> dict[str, Text]:
@@ -279,7 +274,7 @@ Outcome = tuple[torch.nn.Module, float, dict[str, Any]]
 
 
 def peer(row: Row, dense: torch.nn.Module, setting: Setting, store: Store) -> Outcome:
-    batches = [] if row.calibration == "none" else setting.batches(row.calibration)
+    batches = [] if row.calibration == "none" else setting.batches(row)
     model, stored = quantized(row.method, dense, setting.tokenizer, batches, row.bits)
     return model, stored, {}
 
@@ -288,7 +283,7 @@ def ours(row: Row, dense: torch.nn.Module, setting: Setting, store: Store) -> Ou
     """Compress into a folder that stays, and load it."""
     folder = model_folder(row, store)
     options = {**setting.options, "mode": row.method, "bits": row.bits, "seed": row.seed}
-    options |= {"length": setting.length, "windows": setting.calibrating}
+    options |= {"length": setting.length, "windows": row.calibrating}
     data = None
     if row.calibration != "own":
         data = setting.sources(row.calibration)
@@ -301,11 +296,11 @@ def ours(row: Row, dense: torch.nn.Module, setting: Setting, store: Store) -> Ou
 
 def end_to_end(row: Row, dense: torch.nn.Module, setting: Setting, store: Store) -> Outcome:
     """Train what sequential mode gives; it is compressed first where it is not there."""
-    base = replace(row, method="sequential")
+    base = replace(row, method="sequential", tokens=0)
     if not (model_folder(base, store) / REPORT).exists():
         ours(base, dense, setting, store)
     folder = model_folder(row, store)
-    options = {"tokens": setting.tokens, "length": setting.length, "seed": row.seed}
+    options = {"tokens": row.tokens, "length": setting.length, "seed": row.seed}
     options["own_text"] = OWN_TEXT
     data = {kind: setting.source(text) for kind, text in llm_texts.training().items()}
     trained = begun_anew_if_refused(

@@ -13,11 +13,11 @@ from measure import provenance, write_results
 
 from dbf_compile.files import write_text
 
+WINDOWS = 64  # to calibrate with, as by default
 # Minutes on two idle cores, judging apart; only the time left is guessed by them.
 MINUTES = {
-    "independent": 18,
-    "sequential": 144,
-    "end to end": 240,
+    "independent": 12,
+    "sequential": 40,
     "AutoRound": 60,
     "GPTQ": 8,
     "GLQ E8": 30,
@@ -25,6 +25,7 @@ MINUTES = {
     "HQQ": 2,
 }
 JUDGING = 5  # minutes
+TOKENS_A_MINUTE = 18_000  # end to end
 
 
 @dataclass(frozen=True)
@@ -36,22 +37,30 @@ class Row:
         bits: asked for.
         calibration: name of a text; "none" for what reads none.
         seed: of ours, where random starts matter.
+        calibrating: windows of the text, to calibrate with; 0 for what reads none.
+        tokens: to train with, end to end.
     """
 
     method: str
     bits: float
     calibration: str
     seed: int = 0
+    calibrating: int = WINDOWS
+    tokens: int = 0
 
     @property
     def name(self) -> str:
         """What the row is called on the command line, and its files."""
-        words = (f"{self.bits:g}", self.method, self.calibration, str(self.seed))
+        words = [f"{self.bits:g}", self.method, self.calibration, str(self.seed)]
+        words += [f"{self.calibrating} windows"] if self.calibrating not in (0, WINDOWS) else []
+        words += [f"{self.tokens} tokens"] if self.tokens else []
         return "-".join("_".join(word.split()) for word in words)
 
     @property
     def minutes(self) -> float:
-        return MINUTES.get(self.method, 1) + JUDGING
+        if self.tokens:
+            return self.tokens / TOKENS_A_MINUTE + JUDGING
+        return MINUTES.get(self.method, 1) * max(self.calibrating / WINDOWS, 1) + JUDGING
 
 
 class Store:
@@ -84,7 +93,7 @@ class Store:
         """Return all results of this setting, least bits first."""
         contents = [json.loads(path.read_text()) for path in (self.folder / "rows").glob("*.json")]
         results = [content for content in contents if self._is_ours(content)]
-        keys = ("bits", "calibration", "method", "seed")
+        keys = ("bits", "calibration", "method", "seed", "calibrating", "tokens")
         return sorted(results, key=lambda one: [one[key] for key in keys])
 
     def write(self, model: str) -> list[Path]:
@@ -132,6 +141,8 @@ def _place(model: str, result: Mapping[str, Any]) -> dict[str, Any]:
         "bits": round(result["stored_bits"], 4),
         "calibration": result["calibration"],
         "seed": result["seed"],
+        "calibrating": result["calibrating"],
+        "tokens": result["tokens"],
     }
 
 

@@ -8,6 +8,8 @@ from statistics import fmean
 from result_tables import RESULTS, Row, figure, markdown, read, source
 
 _NOT_MEASURED = "Not measured yet."
+# What tells two ways apart.
+_WAY = ("method", "bits", "calibration", "seed", "calibrating", "tokens")
 
 
 def llm(*targets: str) -> str:
@@ -18,9 +20,7 @@ def llm(*targets: str) -> str:
     columns = list(dict.fromkeys(row["kind"] for row in rows))
     ways: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        ways.setdefault(tuple(row[name] for name in ("method", "bits", "calibration", "seed")), []).append(
-            row
-        )
+        ways.setdefault(tuple(row[name] for name in _WAY), []).append(row)
     ordered = sorted(ways.values(), key=lambda own: (float(own[0]["target"]), _mean(own, "kl")))
     body = [_line(own, columns) for own in ordered]
     return markdown(["way", "bits", "calibrated with", "mean", "worst", *columns, "minutes"], body)
@@ -34,12 +34,20 @@ def _line(rows: Sequence[Row], columns: Iterable[str]) -> list[str]:
     return [
         first["method"] + seed,
         figure(first["bits"]),
-        first["calibration"].replace("none", "–"),
+        _calibration(first),
         f"**{_mean(rows, 'kl'):.3f}**, {_mean(rows, 'nats_lost'):.3f}",
         f"{float(worst['kl']):.3f} ({worst['kind']})",
         *(_cell(cells[kind]) if kind in cells else "–" for kind in columns),
         f"{float(first['seconds']) / 60:.1f}",
     ]
+
+
+def _calibration(row: Row) -> str:
+    """Return the text, its windows, and the tokens that were trained with after them."""
+    if row["calibration"] == "none":
+        return "–"
+    trained = f", {int(row['tokens']) / 1e6:.3g} million tokens" if row["tokens"] != "0" else ""
+    return f"{row['calibration']}, {row['calibrating']} windows{trained}"
 
 
 def _cell(row: Row) -> str:
@@ -65,7 +73,7 @@ def llm_stages() -> str:
         [
             row["method"],
             figure(row["bits"]),
-            row["calibration"],
+            _calibration(row),
             row["stage"],
             row["measure"] or "–",
             *(figure(row[column]) if row[column] else "–" for column in ("before", "after")),
