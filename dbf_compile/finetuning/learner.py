@@ -13,7 +13,7 @@ from dbf_compile.calibration.offload import without_kv_cache
 from dbf_compile.errors import TrainingError
 from dbf_compile.factors import DoubleBinaryFactors
 from dbf_compile.finetuning.adam import RelativeAdam
-from dbf_compile.finetuning.loss import hidden_error, top_divergence
+from dbf_compile.finetuning.loss import divergence, hidden_error
 from dbf_compile.finetuning.ranks import Ranks
 from dbf_compile.finetuning.student import small_parameters, stacks_of, write_out_
 from dbf_compile.finetuning.targets import Teacher
@@ -109,11 +109,11 @@ class Learner:
 
     @torch.no_grad()
     def divergence(self, windows: Tensor) -> float:
-        """Return the mean KL from the dense model on windows, in nats; the tokens that it finds unlikely count as one."""
+        """Return the mean KL from the dense model on windows, in nats."""
         total = torch.zeros((), dtype=torch.float64, device=self._teacher.device)
         for group in self._groups(self._ranks.share(windows)):
             logits, _ = self._predicted(group)
-            total += float(top_divergence(logits, self._teacher.targets(group)))
+            total += float(divergence(logits, self._teacher.targets(group)))
         self._ranks.sum_([total])
         return float(total) / windows.numel()
 
@@ -180,7 +180,7 @@ class Learner:
     def _loss(self, windows: Tensor) -> Tensor:
         """Return the loss of windows, the sum over their positions."""
         logits, output = self._predicted(windows)
-        loss = top_divergence(logits, self._teacher.targets(windows))
+        loss = divergence(logits, self._teacher.targets(windows))
         if self._config.hidden:
             target = self._teacher.hidden_states(windows)
             loss = loss + self._config.hidden * hidden_error(output.hidden_states, target)

@@ -1,8 +1,9 @@
-"""What the dense model predicts: its likeliest tokens at every position, computed once and kept on the disk.
+"""What the dense model predicts: its likeliest tokens at every position and some others, computed once and kept on the disk.
 
-    <folder>/<key>.safetensors         "tokens" [1, positions, top] int32, or uint16 if the vocabulary is that small
+    <folder>/<key>.safetensors         "tokens" [1, positions, top + drawn] int32, or uint16 if the vocabulary is that small:
+                                             the likeliest, then others, drawn by their probabilities
                                          "log_p" float16 of the same shape
-                                         "rest" float32 [1, positions]: probability of all other tokens
+                                         "rest" float32 [1, positions]: probability of all tokens but the likeliest
 
 The key is a hash of the dense model's content, of the tokens of a window, of ``top`` and of the format. So runs with other bits or other
 settings read the same files, a run that goes on finds what it had, and a damaged file is made again.
@@ -25,8 +26,9 @@ from dbf_compile.checksums import changed_tensors
 from dbf_compile.finetuning.loss import Targets
 from dbf_compile.hashes import tensor_hash
 
-_FORMAT = {"format": "dbf targets", "format_version": "2"}
+_FORMAT = {"format": "dbf targets", "format_version": "3"}
 _SMALL = 2**16  # tokens that 16 bits tell apart
+_DRAWN = 32
 
 
 class Teacher:
@@ -35,7 +37,7 @@ class Teacher:
     Args:
         model: returns the dense model in evaluation mode; called only where a prediction is not known yet.
         content: hash of the dense model.
-        top: how many tokens are kept at a position; fewer where the vocabulary is smaller.
+        top: how many of the likeliest tokens are kept at a position; all where the vocabulary is smaller.
         folder: where predictions lie; made if it is not there.
         device: where the model computes.
     """
@@ -59,14 +61,18 @@ class Teacher:
         path = self._folder / name[:2] / f"{name[2:40]}.safetensors"
         tensors = _read(path)
         if tensors is None:
-            tensors = self._computed(window)
+            tensors = self._computed(window, int(name[:15], 16))
             path.parent.mkdir(parents=True, exist_ok=True)
             write_tensors(tensors, _FORMAT, path)
         log_p, rest = tensors["log_p"].to(self.device).float(), tensors["rest"].to(self.device)
-        total = log_p.exp().sum(-1) + rest  # which rounding moved
-        log_p, rest = log_p - total.log()[..., None], rest / total
+        top = min(self._top, log_p.shape[-1])
+        drawn = log_p.shape[-1] - top
+        weight = log_p.exp()
+        if drawn:
+            weight[..., top:] = rest[..., None] / drawn
+        total = weight.sum(-1, keepdim=True)  # which rounding moved
         tokens = tensors["tokens"].to(self.device).long()
-        return Targets(tokens.flatten(0, 1), log_p.flatten(0, 1), rest.flatten())
+        return Targets(*(part.flatten(0, 1) for part in (tokens, log_p - total.log(), weight / total)))
 
     @torch.no_grad()
     def hidden_states(self, windows: Tensor) -> tuple[Tensor, ...]:
@@ -76,17 +82,27 @@ class Teacher:
         return states
 
     @torch.no_grad()
-    def _computed(self, window: Tensor) -> dict[str, Tensor]:
+    def _computed(self, window: Tensor, seed: int) -> dict[str, Tensor]:
         logits = logits_of(self._model()(input_ids=window.to(self.device)))
         log_p = torch.log_softmax(logits.float(), -1)
-        best, tokens = log_p.topk(min(self._top, log_p.shape[-1]))
-        rest = log_p.exp().scatter_(-1, tokens, 0.0).sum(-1)
+        tokens = log_p.topk(min(self._top, log_p.shape[-1])).indices
+        others = log_p.exp().scatter_(-1, tokens, 0.0)
+        rest = others.sum(-1)
+        if tokens.shape[-1] < log_p.shape[-1]:
+            tokens = torch.cat([tokens, _drawn(others, rest, seed)], -1)
         narrow = torch.uint16 if log_p.shape[-1] <= _SMALL else torch.int32
         return {
             "tokens": tokens.to(torch.int32).cpu().to(narrow),
-            "log_p": best.half().cpu(),
+            "log_p": log_p.gather(-1, tokens).half().cpu(),
             "rest": rest.cpu(),
         }
+
+
+def _drawn(p: Tensor, rest: Tensor, seed: int) -> Tensor:
+    """Return tokens that are drawn by p, int64 [1, positions, drawn]; any where nothing is left, as they count nothing there."""
+    p = torch.where(rest[..., None] > 0, p, 1.0)
+    generator = torch.Generator(p.device).manual_seed(seed)
+    return torch.multinomial(p[0], _DRAWN, replacement=True, generator=generator)[None]
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:

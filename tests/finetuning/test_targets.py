@@ -7,7 +7,8 @@ pytest.importorskip("transformers")
 
 from support.models.tiny import tiny_llama
 
-from dbf_compile.finetuning.loss import top_divergence
+from dbf_compile.finetuning import targets as module
+from dbf_compile.finetuning.loss import divergence
 from dbf_compile.finetuning.targets import Teacher
 
 WINDOWS = torch.arange(1, 25).view(2, 12)
@@ -30,16 +31,42 @@ def test_predictions_are_those_of_the_model(tmp_path):
     targets = teacher.targets(WINDOWS)
     log_p = torch.log_softmax(dense(WINDOWS).logits, -1).flatten(0, 1)
     best, tokens = log_p.topk(8)
-    assert torch.equal(targets.tokens, tokens)
-    assert torch.allclose(targets.log_p, best, atol=5e-3)  # float16
-    assert torch.allclose(targets.log_p.exp().sum(-1) + targets.rest, torch.ones(24), atol=1e-6)
-    assert float(top_divergence(dense(WINDOWS).logits.flatten(0, 1), targets)) / 24 < 1e-5
+    assert torch.equal(targets.tokens[:, :8], tokens)
+    assert torch.allclose(targets.log_p, log_p.gather(-1, targets.tokens), atol=5e-3)  # float16
+    assert torch.allclose(targets.weight[:, :8], best.exp(), atol=1e-3)
+    assert torch.allclose(targets.weight.sum(-1), torch.ones(24), atol=1e-6)
+    logits = dense(WINDOWS).logits.detach().flatten(0, 1)
+    assert abs(float(divergence(logits, targets))) / 24 < 2e-3
+
+
+def test_others_are_drawn_by_their_probabilities(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_DRAWN", 20_000)
+    teacher, _, dense = teacher_of(tmp_path)
+    targets = teacher.targets(WINDOWS)
+    p = torch.softmax(dense(WINDOWS).logits, -1).flatten(0, 1)
+    found = torch.zeros_like(p).scatter_add_(-1, targets.tokens, targets.weight)
+    assert torch.equal(targets.weight[:, 8:], targets.weight[:, 8:9].expand(-1, 20_000))
+    assert torch.allclose(found, p, atol=5e-3)
+    drawn = targets.tokens[:, 8:]
+    assert not bool((drawn[..., None] == targets.tokens[:, None, :8]).any())
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_a_model_that_is_sure_leaves_nothing_to_others(tmp_path):
+    teacher, _, dense = teacher_of(tmp_path)
+    with torch.no_grad():
+        dense.lm_head.weight.mul_(1e6)
+    targets = teacher.targets(WINDOWS)
+    sure = targets.weight[:, 8:].sum(-1) == 0
+    assert bool(sure.any())
+    assert bool(divergence(torch.zeros(24, 256), targets).isfinite())
 
 
 def test_a_vocabulary_that_is_kept_whole_leaves_no_rest(tmp_path):
     teacher, _, _ = teacher_of(tmp_path, top=1000)
     targets = teacher.targets(WINDOWS)
-    assert targets.tokens.shape == (24, 256) and float(targets.rest.max()) == 0
+    assert targets.tokens.shape == (24, 256)
+    assert torch.allclose(targets.weight, targets.log_p.exp())
 
 
 def test_they_are_computed_once(tmp_path):
@@ -53,7 +80,9 @@ def test_they_are_computed_once(tmp_path):
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(content)
-    assert torch.equal(again.targets(WINDOWS).rest, first.rest) and len(more_calls) == 1  # that of one window
+    assert (
+        torch.equal(again.targets(WINDOWS).tokens, first.tokens) and len(more_calls) == 1
+    )  # that of one window
 
 
 @pytest.mark.parametrize("other", [{"top": 4}, {"content": "b"}])
