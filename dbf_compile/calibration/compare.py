@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dbf_compile.calibration.model_io import (
-    attention_mask,
     call_model,
     first_tensor,
     is_causal,
     logits_of,
     next_tokens,
+    output_mask,
     predicted_ids,
     predicts_tokens,
     token_ids,
@@ -30,18 +30,18 @@ _AT_A_TIME = 2**19  # logits: they stay in the cache, and their memory is used a
 MEASURES = ("kl", "nats_lost", "top1_agreement", "dense", "compressed", "error")
 
 
-def divergence(dense: Tensor, compressed: Tensor, batch: Any) -> Tensor:
-    """Return KL(dense ‖ compressed) in nats at every position that is no padding, as a vector.
+def divergence(dense: Tensor, compressed: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return KL(dense ‖ compressed) in nats at every position that counts, as a vector.
 
     Its gradient goes to ``compressed`` alone.
 
     Args:
         dense: logits of the dense model, floating point [batch, tokens, vocabulary].
         compressed: logits of the compressed model, the same shape.
-        batch: its ``attention_mask``, where it has one, marks padding.
+        mask: positions that count, bool [batch, tokens]; None for all.
     """
     kl: Tensor = _Divergence.apply(compressed, dense)  # type: ignore[no-untyped-call]
-    return _without_padding(kl, batch)
+    return _counting(kl, mask)
 
 
 class _Divergence(torch.autograd.Function):
@@ -74,31 +74,29 @@ class _Divergence(torch.autograd.Function):
         return gradient * grad[..., None].to(gradient.dtype), None
 
 
-def agreement(dense: Tensor, compressed: Tensor, batch: Any) -> Tensor:
-    """Return whether both models predict the same token, at every position that is no padding, as a vector of bool.
+def agreement(dense: Tensor, compressed: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return whether both models predict the same token, at every position that counts, as a vector of bool.
 
     Arguments as for :func:`divergence`.
     """
-    return _without_padding(dense.argmax(-1) == compressed.argmax(-1), batch)
+    return _counting(dense.argmax(-1) == compressed.argmax(-1), mask)
 
 
-def squared_error(dense: Tensor, output: Tensor, batch: Any) -> tuple[float, float]:
-    """Return ``‖output − dense‖²`` and ``‖dense‖²`` over all positions that are no padding.
+def squared_error(dense: Tensor, output: Tensor, mask: Tensor | None = None) -> tuple[float, float]:
+    """Return ``‖output − dense‖²`` and ``‖dense‖²`` over all positions that count.
 
     Args:
-        dense: output of the dense model, floating point; [batch, tokens, features], or of any shape where there is no padding.
+        dense: output of the dense model, floating point; [batch, tokens, features], or of any shape where all count.
         output: of the compressed model, the same shape.
-        batch: its ``attention_mask``, where it has one, marks padding.
+        mask: positions that count, bool [batch, tokens]; None for all.
     """
     exact, near = dense.double(), output.double()
-    mask = attention_mask(batch)
     if mask is not None and dense.dim() == 3 and mask.shape == dense.shape[:2]:
         exact, near = exact[mask.to(exact.device)], near[mask.to(near.device)]
     return float((near - exact).square().sum()), float(exact.square().sum())
 
 
-def _without_padding(values: Tensor, batch: Any) -> Tensor:
-    mask = attention_mask(batch)
+def _counting(values: Tensor, mask: Tensor | None) -> Tensor:
     return (
         values[mask.to(values.device)]
         if mask is not None and mask.shape == values.shape
@@ -132,15 +130,16 @@ def compare(dense: nn.Module | None, compressed: nn.Module, batches: Iterable[An
         output = call_model(compressed, batch)
         reference = None if dense is None else call_model(dense, batch)
         ids = token_ids(batch) if causal else predicted_ids(batch)
+        mask = output_mask(compressed, batch)
         if ids is None or not _predicts(output, ids):
             if reference is not None:
-                sums.add_error(first_tensor(reference), first_tensor(output), batch)
+                sums.add_error(first_tensor(reference), first_tensor(output), mask)
             continue
         logits = logits_of(output)
         target = None if reference is None else logits_of(reference)
         if target is not None:
             _check_vocabularies(target, logits)
-        sums.add_predictions(target, logits, _labels(batch, ids, causal) if generates else None, batch)
+        sums.add_predictions(target, logits, _labels(batch, ids, causal) if generates else None, mask)
     return sums.result()
 
 
@@ -182,7 +181,7 @@ class _Sums:
         self._predictions = self._positions = 0
 
     def add_predictions(
-        self, target: Tensor | None, logits: Tensor, labels: Tensor | None, batch: Any
+        self, target: Tensor | None, logits: Tensor, labels: Tensor | None, mask: Tensor | None
     ) -> None:
         """Add the logits [batch, tokens, vocabulary] of a batch, and those of the dense model."""
         if labels is not None:
@@ -190,17 +189,17 @@ class _Sums:
             self._add("compressed", _nats(logits, labels))
         if target is None:
             return
-        kl = divergence(target, logits, batch)
+        kl = divergence(target, logits, mask)
         self._positions += kl.numel()
         self._add("kl", float(kl.sum()))
-        self._add("top1_agreement", float(agreement(target, logits, batch).sum()))
+        self._add("top1_agreement", float(agreement(target, logits, mask).sum()))
         if labels is not None:
             self._add("dense", _nats(target, labels))
 
-    def add_error(self, target: Tensor | None, output: Tensor | None, batch: Any) -> None:
+    def add_error(self, target: Tensor | None, output: Tensor | None, mask: Tensor | None) -> None:
         """Add the squared error of an output that is no prediction of tokens."""
         if target is not None and output is not None:
-            lost, power = squared_error(target, output, batch)
+            lost, power = squared_error(target, output, mask)
             self._add("lost", lost)
             self._add("power", power)
 
@@ -208,7 +207,7 @@ class _Sums:
         """Return what :func:`compare` does."""
         sums = self._sums
         result: dict[str, Any] = {}
-        if "power" in sums:
+        if sums.get("power"):  # else all positions were padding
             result = {
                 "error": sums["lost"] / sums["power"],
                 "measure": "relative squared error of the output",

@@ -158,6 +158,21 @@ def attention_mask(batch: Any) -> Tensor | None:
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
+def output_mask(model: nn.Module, batch: Any) -> Tensor | None:
+    """Return which positions of a model's output are no padding, as bool [batch, tokens]; None where all count.
+
+    They are those of the decoder where there is one: its labels say it, else its own mask.
+    """
+    if not (isinstance(batch, Mapping) and is_encoder_decoder(model)):
+        return attention_mask(batch)
+    labels, mask = (batch.get(name) for name in ("labels", "decoder_attention_mask"))
+    if isinstance(labels, Tensor) and labels.dim() == 2:
+        return labels != -100
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask.bool()
+    return None if any(name.startswith("decoder_") for name in batch) else attention_mask(batch)
+
+
 def next_tokens(ids: Tensor, batch: Any) -> Tensor:
     """Return what each position of a causal model is to predict, int64 [batch, tokens], and -100 where there is nothing.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dbf_compile.calibration.compare import divergence
-from dbf_compile.calibration.model_io import call_model, computes_narrowly, logits_of
+from dbf_compile.calibration.model_io import call_model, computes_narrowly, logits_of, output_mask
 from dbf_compile.compression.training import TrainableScales, train, trained_factors
 from dbf_compile.factors import DoubleBinaryFactors, move_factors
 from dbf_compile.linear import DoubleBinaryLinear, replace_everywhere
@@ -106,7 +106,8 @@ def distill(
 def _lost(dense: nn.Module, compressed: nn.Module, batch: Any) -> Tensor:
     with torch.no_grad():
         target = logits_of(call_model(dense, batch))
-    return divergence(target, logits_of(call_model(compressed, batch)), batch).mean()
+    kl = divergence(target, logits_of(call_model(compressed, batch)), output_mask(dense, batch))
+    return kl.sum() / max(1, kl.numel())  # a window of padding alone loses nothing
 
 
 def _students(

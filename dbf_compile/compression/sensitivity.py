@@ -26,6 +26,7 @@ from dbf_compile.calibration.model_io import (
     computes_narrowly,
     first_tensor,
     logits_of,
+    output_mask,
     predicts_tokens,
     to_device,
 )
@@ -127,10 +128,10 @@ class _Judge:
         for batch, dense in zip(self._batches, self._dense, strict=True):
             output = self._output(batch)
             if self._predicts:
-                each = divergence(dense, output, batch)
+                each = divergence(dense, output, output_mask(self._model, batch))
                 lost, base = lost + float(each.double().sum()), base + each.numel()
             else:
-                error, power = squared_error(dense, output, batch)
+                error, power = squared_error(dense, output, output_mask(self._model, batch))
                 lost, base = lost + error, base + power
         return max(0.0, lost / base) if base else 0.0
 

@@ -16,25 +16,23 @@ from dbf_compile.errors import ConversionError
 
 def test_divergence_is_that_of_distributions_and_leaves_padding_out():
     dense, compressed = torch.randn(2, 3, 7), torch.randn(2, 3, 7)
-    kl = divergence(dense, compressed, {})
+    kl = divergence(dense, compressed)
     expected = torch.distributions.kl_divergence(
         torch.distributions.Categorical(logits=dense), torch.distributions.Categorical(logits=compressed)
     )
     assert torch.allclose(kl, expected.flatten(), atol=1e-5)
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    assert torch.allclose(
-        divergence(dense, compressed, {"attention_mask": mask}), expected[mask.bool()], atol=1e-5
-    )
-    assert agreement(dense, dense, {"attention_mask": mask}).tolist() == [True] * 3
+    assert torch.allclose(divergence(dense, compressed, mask.bool()), expected[mask.bool()], atol=1e-5)
+    assert agreement(dense, dense, mask.bool()).tolist() == [True] * 3
 
 
 @given(st.integers(0, 99), st.integers(1, 6))
 def test_a_divergence_is_never_negative_and_zero_for_equal_predictions(seed, classes):
     generator = torch.Generator().manual_seed(seed)
     dense, compressed = (torch.randn(2, 3, classes, generator=generator) for _ in range(2))
-    assert divergence(dense, compressed, {}).min() >= -1e-6  # float32
+    assert divergence(dense, compressed).min() >= -1e-6  # float32
     # A constant in all logits of a position changes no prediction.
-    assert divergence(dense, dense + 3.0, {}).abs().max() < 1e-5
+    assert divergence(dense, dense + 3.0).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -47,7 +45,7 @@ def test_the_gradient_of_a_divergence_is_that_of_its_formula(monkeypatch, at_a_t
     exact = compressed.double().requires_grad_()
     log_dense, log_compressed = (torch.log_softmax(logits.double(), -1) for logits in (dense, exact))
     ((log_dense.exp() * (log_dense - log_compressed)).sum(-1).flatten() * weights).sum().backward()
-    (divergence(dense, compressed.requires_grad_(), {}) * weights).sum().backward()
+    (divergence(dense, compressed.requires_grad_()) * weights).sum().backward()
     assert compressed.grad.dtype == dtype and exact.grad is not None
     # The gradient has two roundings to the dtype; the divergence itself is computed in float32.
     tolerance = 2**-7 if dtype == torch.bfloat16 else 1e-6
@@ -128,7 +126,7 @@ def test_the_error_of_an_output_leaves_padding_out():
 
 def test_outputs_without_a_place_for_each_token_count_whole():
     dense, output = torch.randn(3, 3), torch.randn(3, 3)  # as many features as tokens
-    lost, power = squared_error(dense, output, {"attention_mask": torch.zeros(3, 3, dtype=torch.long)})
+    lost, power = squared_error(dense, output, torch.zeros(3, 3, dtype=torch.bool))
     assert lost == pytest.approx(float((output - dense).double().square().sum()))
     assert power == pytest.approx(float(dense.double().square().sum()))
 
@@ -143,6 +141,35 @@ def test_padding_is_no_prediction():
     found = compare(model, model, [padded])
     assert found["compressed"] == pytest.approx(float(model(**padded, labels=labels).loss), rel=1e-5)
     assert "17 predictions" in found["measure"]
+
+
+def test_padding_alone_has_no_error():
+    dense, other = tiny_bert(), tiny_bert()
+    (batch,) = windows(count=1)
+    padding = {**batch, "attention_mask": torch.zeros_like(batch["input_ids"])}
+    assert compare(dense, other, [padding]) == {}
+    assert compare(dense, other, [padding, batch]) == compare(dense, other, [batch])
+
+
+@pytest.mark.parametrize("named", ["labels", "decoder_attention_mask"])
+def test_positions_of_an_encoder_decoder_are_those_of_its_decoder(named):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    torch.manual_seed(0)
+    config = transformers.T5Config(**sizes, decoder_start_token_id=0)
+    dense, other = (transformers.T5ForConditionalGeneration(config).eval() for _ in range(2))
+    ids, mask = torch.randint(3, 64, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[0, 4:] = 0  # the encoder reads less than the decoder writes
+    kept = torch.ones(2, 9, dtype=torch.bool)
+    kept[1, 6:] = False
+    batch = {"input_ids": ids, "attention_mask": mask}
+    batch |= (
+        {"labels": ids.masked_fill(~kept, -100)}
+        if named == "labels"
+        else {"decoder_input_ids": ids, "decoder_attention_mask": kept.long()}
+    )
+    every = divergence(dense(**batch).logits, other(**batch).logits, kept)
+    assert compare(dense, other, [batch])["kl"] == pytest.approx(float(every.mean()), rel=1e-4)
 
 
 def test_models_of_different_vocabularies_are_not_compared():
@@ -170,6 +197,6 @@ def test_every_kind_counts_alike_and_the_worst_is_named():
 
 def test_a_divergence_does_not_depend_on_the_pieces_it_is_computed_in(monkeypatch):
     dense, compressed = torch.randn(2, 5, 7), torch.randn(2, 5, 7)
-    whole = divergence(dense, compressed, {})
+    whole = divergence(dense, compressed)
     monkeypatch.setattr(comparison, "_AT_A_TIME", 21)
-    assert torch.equal(divergence(dense, compressed, {}), whole)
+    assert torch.equal(divergence(dense, compressed), whole)

@@ -7,6 +7,7 @@ import torch
 from support.models.tiny import factored, tiny_llama
 
 from dbf_compile.calibration.compare import divergence
+from dbf_compile.calibration.model_io import output_mask
 from dbf_compile.compression.distillation import DistillRecipe, distill
 from dbf_compile.linear import DoubleBinaryLinear, swap_
 
@@ -29,7 +30,10 @@ def distilled():
 
 def apart(dense, student, batches):
     with torch.no_grad():
-        return sum(float(divergence(dense(**b).logits, student(**b).logits, b).mean()) for b in batches)
+        return sum(
+            float(divergence(dense(**b).logits, student(**b).logits, output_mask(dense, b)).mean())
+            for b in batches
+        )
 
 
 def test_scales_come_nearer_to_the_dense_model_on_other_data_too(distilled):
