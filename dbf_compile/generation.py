@@ -186,11 +186,16 @@ class TextGenerator:
                 self._decoder, self._fits = None, True
             if self._fits:
                 try:
+                    stored = True
                     try:
                         self._prepare(rows)
                     except NotStoredError:
-                        self.about.open()
+                        stored = False
+                    if (
+                        not stored
+                    ):  # here the exception holds no tensors any more, which would be in memory twice
                         self._decoder = None
+                        self.about.open()
                         self._prepare(rows)
                 except UnsuitedError:  # an interruption says nothing of the model
                     self._decoder, self._fits = None, False

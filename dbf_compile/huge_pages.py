@@ -70,8 +70,14 @@ def _is_movable(tensor: Tensor) -> bool:
 
 
 def _places(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """Return addresses and sizes of tensors that can be moved, each once and without those that overlap another in part."""
-    found = sorted({(tensor.data_ptr(), tensor.nbytes) for tensor in tensors if _is_movable(tensor)})
+    """Return addresses and sizes of tensors that can be moved, each once.
+
+    Those that overlap another in part, or share memory with one that cannot be moved, are left out.
+    """
+    tensors = list(tensors)
+    stay = {_storage_of(tensor) for tensor in tensors if not _is_movable(tensor)}
+    movable = [tensor for tensor in tensors if _is_movable(tensor) and _storage_of(tensor) not in stay]
+    found = sorted({(tensor.data_ptr(), tensor.nbytes) for tensor in movable})
     alone = []
     end = 0  # of all before
     for index, (begin, size) in enumerate(found):
@@ -82,15 +88,27 @@ def _places(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
     return alone
 
 
+def _storage_of(tensor: Tensor) -> int:
+    """Return what tensors that share memory have in common; 0 for those that have no memory of their own."""
+    is_plain = tensor.device.type == "cpu" and tensor.layout == torch.strided
+    try:
+        return tensor.untyped_storage().data_ptr() if is_plain else 0
+    except (RuntimeError, NotImplementedError):  # of a subclass
+        return 0
+
+
 def _padded(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _allocate(size: int) -> mmap.mmap | None:
-    """Return private memory that asks for huge pages, with one more for alignment; None where it would gain nothing."""
+    """Return private memory that asks for huge pages, with one more for alignment; None where there is none, or no gain."""
     if size < _PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
-    memory = mmap.mmap(-1, size + _PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, size + _PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # a limit of this process; what is there already can be used as it is
+        return None
     with suppress(OSError):  # of a system that is built without
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory

@@ -54,6 +54,37 @@ def test_what_cannot_be_moved_stays():
     assert torch.equal(moved["other"], tensors["other"])
 
 
+@pytest.mark.parametrize("view", [lambda whole: whole.T, lambda whole: whole[:, ::2]])
+def test_what_shares_memory_with_one_that_stays_stays(view):
+    whole = torch.ones(60, 70)
+    tensors = {"whole": whole, "view": view(whole), "other": torch.ones(3000)}
+    moved = in_huge_pages(tensors)
+    assert moved["whole"] is whole and moved["view"] is tensors["view"]
+    assert moved["other"] is not tensors["other"]
+
+
+def test_where_there_is_no_memory_left_nothing_changes(monkeypatch):
+    def full(*_):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", full)
+    tensors = {"one": torch.ones(5000)}
+    assert in_huge_pages(tensors)["one"] is tensors["one"]
+
+
+def test_memory_begins_with_a_page_and_asks_for_huge_ones(monkeypatch):
+    asked = []
+
+    class Noted(mmap.mmap):
+        def madvise(self, *arguments):
+            asked.append(arguments)
+
+    monkeypatch.setattr(mmap, "mmap", Noted)
+    moved = in_huge_pages({"one": torch.ones(5000), "two": torch.ones(3000)})
+    assert min(tensor.data_ptr() for tensor in moved.values()) % 2**12 == 0
+    assert asked == [(mmap.MADV_HUGEPAGE,)]
+
+
 def test_neighbours_in_one_storage_are_moved_one_by_one():
     whole = torch.arange(4000.0)
     moved = in_huge_pages({"first": whole[:1000], "second": whole[1000:]})

@@ -147,10 +147,13 @@ class OpenedModel:
         if _state_of(self._model) != self._state:
             return
         # What cannot be kept, or is not read again as it was, is opened as ever next time.
-        with suppress(OSError, ValueError, TypeError, SafetensorError):
+        with suppress(*_UNREADABLE):
             places = self._places(tensors)
             kept = {path for paths in places.values() for path in paths}
             others = {path: tensor for path, tensor in tensors.items() if path not in kept}
+            # Programs read tensors as they lay in memory, and safetensors holds contiguous ones alone.
+            if not all(tensor.is_contiguous() for tensor in others.values()):
+                return
             # Before all files are read.
             if sum(tensor.nbytes for tensor in others.values()) > _MOST or not self._hold(places, tensors):
                 return
@@ -163,10 +166,7 @@ class OpenedModel:
                 "tokenizer": _class_of(self._folder, tokenizer),
             }
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            others = {
-                path: tensor.detach().clone(memory_format=torch.contiguous_format)
-                for path, tensor in others.items()
-            }
+            others = {path: tensor.detach().clone() for path, tensor in others.items()}
             with atomic_write(self._file) as partial:
                 save_file(others, partial, with_checksums(others, {_START: json.dumps(facts)}))
 
@@ -245,7 +245,10 @@ def _class_of(folder: Path, tokenizer: Any) -> str | None:
     if not kind.__module__.startswith(_OWN_CODE):
         return None
     name = f"{kind.__module__}:{kind.__qualname__}"
-    twin = _tokenizer(folder, name)
+    try:
+        twin = _tokenizer(folder, name)
+    except Exception:  # tokenizers raises no other kind
+        return None
     return name if _content_of(twin) == _content_of(tokenizer) else None
 
 

@@ -1,5 +1,6 @@
 """Starts: a process that finds one writes what the model writes, without opening it; whatever changed, the model is opened."""
 
+import mmap
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from support.models.chat import TEMPLATE
 from support.models.pretrained import QUICK, tiny_folder
 
 import dbf_compile
+from dbf_compile import huge_pages
 from dbf_compile.chat import open_conversation
 from dbf_compile.generation import TextGenerator
 from dbf_compile.integrations import pretrained, starts
@@ -19,6 +21,14 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow  # programs are compiled
 PROMPT, TOGETHER = "add the signs", ["add the signs", "of", "twice"]
 ALL = list(range(256))  # whatever the first token is, it ends the text
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_pages():
+    """Huge pages that models as small as these fill, so that their weights are moved."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huge_pages, "_PAGE", 2**12)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +93,27 @@ def test_a_start_writes_what_the_model_writes_without_opening_it(made, cache, op
     assert generator.about.generation_config.to_dict() == model.generation_config.to_dict()
     ours, theirs = generator.tokenizer, pretrained.tokenizer_of(folder)
     assert type(ours) is type(theirs) and ours(PROMPT)["input_ids"] == theirs(PROMPT)["input_ids"]
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="the system has no huge pages")
+@pytest.mark.parametrize("stored", [True, False])
+def test_weights_that_are_read_lie_in_huge_pages(made, cache, monkeypatch, stored):
+    asked = []
+    whole = huge_pages._copies
+
+    def noted(tensors):
+        for name, copy in whole(tensors):
+            asked.append(copy.data_ptr())
+            yield name, copy
+
+    monkeypatch.setattr(huge_pages, "_copies", noted)
+    generator = generator_of(made[0])
+    if not stored:
+        assert generator.model is generator.about.source
+    assert generator.generate(PROMPT, max_new_tokens=8).text == made[2]
+    source = generator.about.source
+    weights = dict((*source.named_parameters(), *source.named_buffers()))
+    assert sum(tensor.data_ptr() in asked for tensor in weights.values()) > len(weights) / 2
 
 
 def test_a_start_imports_no_code_of_models(made, cache):
