@@ -97,7 +97,9 @@ def main() -> None:
         if label in arguments.choice
     ]
     setting = setting_of(arguments)
-    store = Store(FOLDER, {**setting.facts(), "blocks": arguments.blocks})
+    store = Store(
+        FOLDER, {**setting.facts(), "blocks": arguments.blocks, "calibrating": arguments.calibrating}
+    )
     if arguments.list:
         for choice in choices:
             print(f"{'done' if store.has(choice) else '    '}  {choice.label}")

@@ -43,6 +43,7 @@ import dbf_compile
 from dbf_compile.calibration.compare import compare
 from dbf_compile.calibration.kinds import parse_sources
 from dbf_compile.errors import OptionError, ResumeError
+from dbf_compile.options import PRESETS
 from dbf_compile.run.charts import stage_gains
 from dbf_compile.run.report import REPORT, Report, read_report
 
@@ -131,7 +132,8 @@ def _plain(messages: Sequence[Mapping[str, str]]) -> str:
 def main() -> None:
     arguments = parse_arguments()
     if arguments.fresh:
-        shutil.rmtree(FOLDER / "rows", ignore_errors=True)
+        for name in ("rows", "models"):
+            shutil.rmtree(FOLDER / name, ignore_errors=True)
     rows = chosen(arguments)
     print(f"{processor()}; {versions()}; commit {commit()}", flush=True)
     if arguments.quick:
@@ -156,7 +158,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="a tiny model, three rows")
     parser.add_argument("--list", action="store_true", help="print the rows, and measure nothing")
-    parser.add_argument("--fresh", action="store_true", help="forget the rows of earlier runs")
+    parser.add_argument("--fresh", action="store_true", help="forget rows and models of earlier runs")
     parser.add_argument("--row", nargs="+", help="names of rows")
     parser.add_argument("--bits", nargs="+", type=float, help="bits that are asked for")
     parser.add_argument("--mode", nargs="+", choices=(*OURS, *PEERS), help="ways to quantize")
@@ -165,7 +167,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=16, help="of every kind, to judge with")
     parser.add_argument("--calibrating", type=int, help=f"windows of {LENGTH} to calibrate with ({WINDOWS})")
     parser.add_argument("--tokens", type=int, help=f"to train with, end to end ({TOKENS})")
-    parser.add_argument("--preset", default="fast", help="of ours")
+    parser.add_argument("--preset", default="fast", choices=PRESETS, help="of ours")
     parser.add_argument(
         "--text", nargs="+", default=[], metavar="KIND=PATH", help="other texts to judge with"
     )
@@ -297,19 +299,21 @@ def ours(row: Row, dense: torch.nn.Module, setting: Setting, store: Store) -> Ou
 def end_to_end(row: Row, dense: torch.nn.Module, setting: Setting, store: Store) -> Outcome:
     """Train what sequential mode gives; it is compressed first where it is not there."""
     base = replace(row, method="sequential", tokens=0)
-    if not (model_folder(base, store) / REPORT).exists():
-        ours(base, dense, setting, store)
+    ours(base, dense, setting, store)
     folder = model_folder(row, store)
     options = {"tokens": row.tokens, "length": setting.length, "seed": row.seed}
     options["own_text"] = OWN_TEXT
     data = {kind: setting.source(text) for kind, text in llm_texts.training().items()}
-    trained = begun_anew_if_refused(
-        lambda: dbf_compile.finetune(model_folder(base, store), data, folder, dense=setting.dense, **options),
-        folder,
-    )
-    report = read_report(trained.folder)
+    if not (folder / REPORT).exists():  # else it was trained, and not judged
+        begun_anew_if_refused(
+            lambda: dbf_compile.finetune(
+                model_folder(base, store), data, folder, dense=setting.dense, **options
+            ),
+            folder,
+        )
+    report = read_report(folder)
     assert report is not None
-    return loaded(trained.folder), report.bits.factored, {"stages": stages(report)}
+    return loaded(folder), report.bits.factored, {"stages": stages(report)}
 
 
 def model_folder(row: Row, store: Store) -> Path:
