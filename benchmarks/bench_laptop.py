@@ -4,7 +4,7 @@ Every variant is a process of its own; in every round each runs once, so that al
 written to results/laptop.csv. All rows lie in out/laptop/rows.jsonl as they come: a run that was stopped goes on, and runs of
 several selections add up. `--fresh` forgets them.
 
-    python benchmarks/bench_laptop.py --bars      what is promised, and whether it holds: about 20 minutes on two idle cores
+    python benchmarks/bench_laptop.py --bars      what is promised, and whether it holds: about half an hour on two idle cores
     python benchmarks/bench_laptop.py --quick     a few cases of the smallest model
     python benchmarks/bench_laptop.py             all: hours
     python benchmarks/bench_laptop.py --models smollm2-135m --variants "dbf 2 bit" "llama.cpp Q4_1" --threads 2
@@ -17,7 +17,7 @@ import itertools
 import json
 import os
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import laptop_llama
@@ -120,24 +120,35 @@ def measure(cases: Sequence[Case], variants: Sequence[str], rounds: int) -> None
     wanting = [case for case in cases if any(len(rows_of(existing, case, one)) < rounds for one in variants)]
     for threads, group in itertools.groupby(wanting, lambda case: case.threads):
         paths = {one: prepared(cases[0].model, one) for one in variants}
-        with Processes(cases[0].model, paths, threads) as processes:
-            for case in group:
-                measure_case(processes, case, paths, rounds)
+        for case in group:
+            # What compiles stays large: the memory of the next process is that of later uses.
+            with Processes(case.model, paths, threads) as processes:
+                there = warmed_up(processes, case, paths)
+            with Processes(case.model, there, threads) as processes:
+                measure_case(processes, case, warmed_up(processes, case, there), rounds)
 
 
-def measure_case(processes: Processes, case: Case, paths: dict[str, Any], rounds: int) -> None:
-    print(f"\n{case.model}, {case.threads} threads, batch {case.batch}, prompt {case.prompt}", flush=True)
-    request = {"batch": case.batch, "prompt": case.prompt, "new": NEW}
-    there = []
-    for variant in paths:
+def request_of(case: Case) -> dict[str, int]:
+    return {"batch": case.batch, "prompt": case.prompt, "new": NEW}
+
+
+def warmed_up(processes: Processes, case: Case, paths: Mapping[str, Any]) -> dict[str, Any]:
+    """Run all variants once, which compiles or reads what is not in memory yet; return those that did."""
+    there = {}
+    for variant, path in paths.items():
         try:
-            processes.run(variant, request)  # compiles, and reads what is not in memory yet
-            there.append(variant)
+            processes.run(variant, request_of(case))
+            there[variant] = path
         except StoppedError as error:
             print(f"    left out: {error}", flush=True)
-    for turn in range(rounds if there else 0):
-        for variant in rotated(there, turn):
-            done = processes.run(variant, request)
+    return there
+
+
+def measure_case(processes: Processes, case: Case, paths: Mapping[str, Any], rounds: int) -> None:
+    print(f"\n{case.model}, {case.threads} threads, batch {case.batch}, prompt {case.prompt}", flush=True)
+    for turn in range(rounds if paths else 0):
+        for variant in rotated(list(paths), turn):
+            done = processes.run(variant, request_of(case))
             row = {**case._asdict(), "variant": variant, "commit": commit()}
             row["prefill_per_s"] = case.batch * case.prompt / done["prefill_s"]
             row["decode_per_s"] = case.batch * (NEW - 1) / done["decode_s"]

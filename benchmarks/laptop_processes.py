@@ -102,7 +102,7 @@ def first_token_seconds(model: str, variant: str, path: Path, threads: int) -> t
     with tempfile.TemporaryDirectory(dir=FOLDER) as place:
         own = Path(place, path.name)  # what is kept beside a model is not there either
         if path.is_dir():
-            shutil.copytree(path, own, copy_function=os.link)
+            shutil.copytree(path, own)  # links would change what a start knows the files by
         else:
             own = path
         caches = {name: str(Path(place, name)) for name in _CACHES}

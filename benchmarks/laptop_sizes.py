@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
@@ -60,7 +59,6 @@ def source_file() -> Path:
 def write_dense(name: str, folder: Path) -> None:
     """Write the dense model, in bfloat16; SmolLM2 with its own weights."""
     import torch
-    import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from dbf_compile.integrations.pretrained import local_folder
@@ -74,7 +72,6 @@ def write_dense(name: str, folder: Path) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
-    assert transformers.__version__
 
 
 def write_factored(dense: Path, bits: float, folder: Path) -> None:
@@ -209,8 +206,3 @@ def megabytes(path: Path) -> float:
     """Return the size of a file, or of the weight files of a folder, in 10^6 bytes."""
     files = path.glob("*.safetensors") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files) / 1e6
-
-
-def facts(path: Path) -> dict[str, Any]:
-    """Return the configuration of a folder."""
-    return dict(json.loads((path / "config.json").read_text()))

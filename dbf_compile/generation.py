@@ -182,8 +182,7 @@ class TextGenerator:
 
         try:
             way = sampling_of(self.about.generation_config, sampling, others)
-            if self._decoder is not None and not self._decoder.is_of(self.about.source):
-                self._decoder, self._fits = None, True
+            self._forget_other_model()
             if self._fits:
                 try:
                     stored = True
@@ -206,6 +205,11 @@ class TextGenerator:
             self._said.add(message)
             return None
         return None if self._decoder is None else way
+
+    def _forget_other_model(self) -> None:
+        """Drop the decoder where its model is not the one that is there now."""
+        if self._decoder is not None and not self._decoder.is_of(self.about.source):
+            self._decoder, self._fits = None, True
 
     def _prepare(self, rows: int) -> None:
         """Make the decoder ready for so many rows, and keep what the next start takes."""
@@ -256,7 +260,9 @@ class TextGenerator:
         """Generate one text with ``model.generate``."""
         from dbf_compile.integrations.generate import generate as run
 
-        times = run(self.model, ids, text, options, self._compiled, self._progress)
+        model = self.model
+        self._forget_other_model()  # else what stood for it would be in memory beside it
+        times = run(model, ids, text, options, self._compiled, self._progress)
         return Generation(text.end(), ids.shape[1], len(text.tokens), *times, self.about.weight_bytes)
 
     def _check(self, ids: Tensor, max_new_tokens: int) -> None:

@@ -30,9 +30,8 @@ def _line(rows: Sequence[Row], columns: Iterable[str]) -> list[str]:
     first, cells = rows[0], {row["kind"]: row for row in rows}
     short = _short(rows)
     worst = max(short, key=lambda row: float(row["kl"]))
-    seed = "" if first["seed"] == "0" else f", seed {first['seed']}"
     return [
-        first["method"] + seed,
+        _way(first),
         figure(first["bits"]),
         _calibration(first),
         f"**{_mean(rows, 'kl'):.3f}**, {_mean(rows, 'nats_lost'):.3f}",
@@ -40,6 +39,10 @@ def _line(rows: Sequence[Row], columns: Iterable[str]) -> list[str]:
         *(_cell(cells[kind]) if kind in cells else "–" for kind in columns),
         f"{float(first['seconds']) / 60:.1f}",
     ]
+
+
+def _way(row: Row) -> str:
+    return row["method"] + ("" if row["seed"] == "0" else f", seed {row['seed']}")
 
 
 def _calibration(row: Row) -> str:
@@ -71,7 +74,7 @@ def llm_stages() -> str:
     head = ["way", "bits", "calibrated with", "stage", "measure", "before", "after", "minutes"]
     body = [
         [
-            row["method"],
+            _way(row),
             figure(row["bits"]),
             _calibration(row),
             row["stage"],
