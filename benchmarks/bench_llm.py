@@ -313,7 +313,8 @@ def end_to_end(row: Row, dense: torch.nn.Module, setting: Setting, store: Store)
         )
     report = read_report(folder)
     assert report is not None
-    return loaded(folder), report.bits.factored, {"stages": stages(report)}
+    own = [stage for stage in stages(report) if stage["stage"] == "finetune"]
+    return loaded(folder), report.bits.factored, {"stages": own}
 
 
 def model_folder(row: Row, store: Store) -> Path:

@@ -325,7 +325,7 @@ class FinetuneConfig(Record):
         scale_rate: How fast scales learn, in units of their size.
         norm_rate: How fast norms and biases learn, in units of their size; 0 leaves them.
         hidden: Weight of the error of hidden states beside the divergence; above 0 the dense model runs in every step.
-        top: Likeliest tokens of the dense model that are kept for every position; the others are drawn from.
+        top: Likeliest tokens of the dense model that are kept for every position; of the others 32 are drawn.
         column: Column of the data to read; None for the first that is known, such as text or messages.
         split: Split of the data to read, such as train; needed where there are several.
         seed: Seed of the order of windows, and of the model's own text.
