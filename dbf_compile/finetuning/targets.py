@@ -89,7 +89,7 @@ class Teacher:
         others = log_p.exp().scatter_(-1, tokens, 0.0)
         rest = others.sum(-1)
         if tokens.shape[-1] < log_p.shape[-1]:
-            tokens = torch.cat([tokens, _drawn(others, rest, seed)], -1)
+            tokens = torch.cat([tokens, _drawn(others, seed)], -1)
         narrow = torch.uint16 if log_p.shape[-1] <= _SMALL else torch.int32
         return {
             "tokens": tokens.to(torch.int32).cpu().to(narrow),
@@ -98,11 +98,15 @@ class Teacher:
         }
 
 
-def _drawn(p: Tensor, rest: Tensor, seed: int) -> Tensor:
-    """Return tokens that are drawn by p, int64 [1, positions, drawn]; any where nothing is left, as they count nothing there."""
-    p = torch.where(rest[..., None] > 0, p, 1.0)
-    generator = torch.Generator(p.device).manual_seed(seed)
-    return torch.multinomial(p[0], _DRAWN, replacement=True, generator=generator)[None]
+def _drawn(p: Tensor, seed: int) -> Tensor:
+    """Return tokens that are drawn by p, int64 [1, positions, drawn]; any where all are 0, as they count nothing there."""
+    generator = torch.Generator().manual_seed(
+        seed
+    )  # of the CPU: not every device has one, and they would differ
+    chances = torch.rand(*p.shape[:-1], _DRAWN, generator=generator).to(p.device)
+    sums = p.cumsum(-1)
+    places = torch.searchsorted(sums, chances * sums[..., -1:], right=True)
+    return places.clamp_(max=p.shape[-1] - 1)
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:
