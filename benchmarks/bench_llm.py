@@ -45,7 +45,7 @@ from dbf_compile.calibration.kinds import parse_sources
 from dbf_compile.errors import OptionError, ResumeError
 from dbf_compile.options import PRESETS
 from dbf_compile.run.charts import stage_gains
-from dbf_compile.run.report import REPORT, Report, read_report
+from dbf_compile.run.report import Report, read_report
 
 FOLDER = Path(__file__).parents[1] / "out" / "llm"
 BITS = (2.0, 1.0, 3.0, 4.0, 1.5)
@@ -304,7 +304,9 @@ def end_to_end(row: Row, dense: torch.nn.Module, setting: Setting, store: Store)
     options = {"tokens": row.tokens, "length": setting.length, "seed": row.seed}
     options["own_text"] = OWN_TEXT
     data = {kind: setting.source(text) for kind, text in llm_texts.training().items()}
-    if not (folder / REPORT).exists():  # else it was trained, and not judged
+    # Trained, and not judged yet? Not if its base has been compressed anew since.
+    before, after = (read_report(one) for one in (model_folder(base, store), folder))
+    if before is None or after is None or before.fingerprint != after.fingerprint:
         begun_anew_if_refused(
             lambda: dbf_compile.finetune(
                 model_folder(base, store), data, folder, dense=setting.dense, **options

@@ -190,9 +190,8 @@ class TextGenerator:
                         self._prepare(rows)
                     except NotStoredError:
                         stored = False
-                    if (
-                        not stored
-                    ):  # here the exception holds no tensors any more, which would be in memory twice
+                    if not stored:
+                        # Not where the exception is handled: it holds tensors, which would be in memory twice.
                         self._decoder = None
                         self.about.open()
                         self._prepare(rows)

@@ -74,9 +74,11 @@ def _places(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
 
     Those that overlap another in part, or share memory with one that cannot be moved, are left out.
     """
-    tensors = list(tensors)
-    stay = {_storage_of(tensor) for tensor in tensors if not _is_movable(tensor)}
-    movable = [tensor for tensor in tensors if _is_movable(tensor) and _storage_of(tensor) not in stay]
+    parts: dict[bool, list[Tensor]] = {True: [], False: []}
+    for tensor in tensors:
+        parts[_is_movable(tensor)].append(tensor)
+    stay = {_storage_of(tensor) for tensor in parts[False]}
+    movable = [tensor for tensor in parts[True] if _storage_of(tensor) not in stay]
     found = sorted({(tensor.data_ptr(), tensor.nbytes) for tensor in movable})
     alone = []
     end = 0  # of all before

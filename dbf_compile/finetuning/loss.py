@@ -36,7 +36,7 @@ class _Divergence(torch.autograd.Function):
             gap = log_p[part] - log_q.gather(-1, tokens[part])
             total += torch.where(weight[part] > 0, weight[part] * gap, 0.0).sum()
             if gradient is not None:
-                # q - p; a token that was drawn twice counts twice.
+                # q - p; a token that was drawn twice counts twice, by equal parts, so that their order changes no bit.
                 gradient[part] = log_q.exp_().scatter_add_(-1, tokens[part], -weight[part])
         ctx.save_for_backward(gradient)
         return total.float()

@@ -100,9 +100,8 @@ class Teacher:
 
 def _drawn(p: Tensor, seed: int) -> Tensor:
     """Return tokens that are drawn by p, int64 [1, positions, drawn]; any where all are 0, as they count nothing there."""
-    generator = torch.Generator().manual_seed(
-        seed
-    )  # of the CPU: not every device has one, and they would differ
+    # Chances are the CPU's: not every device has a generator, and they would differ.
+    generator = torch.Generator().manual_seed(seed)
     chances = torch.rand(*p.shape[:-1], _DRAWN, generator=generator).to(p.device)
     sums = p.cumsum(-1)
     places = torch.searchsorted(sums, chances * sums[..., -1:], right=True)

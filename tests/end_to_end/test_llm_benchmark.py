@@ -147,6 +147,34 @@ def test_rows_have_names_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
         bench.chosen(bench.parse_arguments())
 
 
+def test_what_was_trained_and_not_judged_is_kept_until_its_base_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, rows, trained = module("bench_llm"), module("llm_rows"), []
+    row = rows.Row("end to end", 2.0, "mixture", tokens=4000)
+    fingerprints = {row.name: "a", "2-sequential-mixture-0": "a"}
+
+    def report(folder: Path) -> Any:
+        bits = type("Bits", (), {"factored": 2.0})
+        own = {"fingerprint": fingerprints[folder.name], "bits": bits, "stages": (), "time": {}}
+        return type("Report", (), own)
+
+    def finetune(*_: Any, **__: Any) -> None:
+        trained.append(1)
+
+    monkeypatch.setattr(bench, "read_report", report)
+    monkeypatch.setattr(bench, "ours", lambda *_: None)
+    monkeypatch.setattr(bench, "loaded", lambda folder: folder)
+    monkeypatch.setattr(bench.llm_texts, "training", dict)
+    monkeypatch.setattr(bench.dbf_compile, "finetune", finetune)
+    setting, store = bench.Setting(tmp_path, None, {}), rows.Store(tmp_path, {})
+    bench.end_to_end(row, None, setting, store)
+    assert not trained
+    fingerprints[row.name] = "b"
+    bench.end_to_end(row, None, setting, store)
+    assert trained
+
+
 @pytest.mark.slow
 def test_a_quick_run_judges_ours_and_peers(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

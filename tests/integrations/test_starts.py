@@ -251,3 +251,12 @@ def test_conversations_start_too_and_a_missing_template_is_found_before(made, ca
     with pytest.raises(dbf_compile.errors.ConversionError, match="no chat template"):
         open_conversation(made[0], device="cpu", progress=False)
     assert opened == [folder]
+
+
+def test_a_tokenizer_that_its_class_cannot_open_is_left_to_the_next_start(monkeypatch, tmp_path):
+    def broken(*_):
+        raise Exception("data did not match any variant")  # as tokenizers does
+
+    tokenizer = transformers.PreTrainedTokenizerFast
+    monkeypatch.setattr(starts, "_tokenizer", broken)
+    assert starts._class_of(tmp_path, tokenizer.__new__(tokenizer)) is None
